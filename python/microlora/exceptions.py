@@ -1,0 +1,70 @@
+"""Every error microlora raises; each is also the builtin that a caller would expect."""
+
+from __future__ import annotations
+
+
+class MicroLoraError(Exception):
+    """Base of all errors of this package."""
+
+
+class ShapeError(MicroLoraError, ValueError):
+    """An array has the wrong shape; the message names the argument, the shape got and the one wanted."""
+
+
+class DTypeError(MicroLoraError, TypeError):
+    """An array has the wrong element type."""
+
+
+class NonFiniteError(MicroLoraError, ValueError):
+    """NaN or infinity in an input; nothing was changed."""
+
+
+class LayoutError(MicroLoraError, ValueError):
+    """A buffer is read-only, not C-contiguous, unaligned, byte-swapped or overlaps another."""
+
+
+class ConfigError(MicroLoraError, ValueError):
+    """A setting is out of its range, or two settings exclude each other."""
+
+
+class _NamedKeyError(MicroLoraError, KeyError):
+    """A KeyError whose text is the message itself, not its repr."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownModuleError(_NamedKeyError):
+    """The adapter has no module of that name; the message lists those it has."""
+
+
+class UnknownPresetError(_NamedKeyError):
+    """There is no preset of that name; the message carries the nearest names."""
+
+
+class FeedbackError(MicroLoraError, ValueError):
+    """Feedback that gives no direction, or lies outside its range."""
+
+
+class FormatError(MicroLoraError, ValueError):
+    """A file is not what it claims to be; the message names the file, the tensor or key, and the reason."""
+
+
+class UnsupportedVariantError(FormatError):
+    """A sound file of a kind that must not be applied as plain LoRA (DoRA, PiSSA init, pickle ...)."""
+
+
+class DeviceError(MicroLoraError, RuntimeError):
+    """The device asked for cannot be had; the message says what to install."""
+
+
+class CancelledError(MicroLoraError):
+    """The caller's cancel token was set; no output was left behind."""
+
+
+class MissingExtraError(MicroLoraError, ImportError):
+    """A command needs an optional dependency; the message is the pip line that brings it."""
+
+
+class UnusedTensorWarning(UserWarning):
+    """``strict=False`` found tensors that no adapter module uses; they are kept and listed."""

@@ -6,6 +6,9 @@
 
 pub mod dtype;
 pub mod error;
+pub mod factor;
+pub mod kernels;
+pub mod layer;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

@@ -1,0 +1,277 @@
+//! All arithmetic that needs `unsafe`: one table of primitives per instruction set, chosen once.
+//!
+//! [`Kernels`] can only be had by detection, so holding one is the proof that its ISA is present. Its safe
+//! methods check lengths; below them bodies are written once ([`generic`], [`batch`]) and instantiated per ISA.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use crate::error::{Error, Result};
+
+mod batch;
+mod elementwise;
+mod generic;
+mod scalar;
+mod table;
+mod vector;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+pub use generic::Geometry;
+
+/// Columns of a tile: the widest vector, and a cache line of f32.
+pub const TILE: usize = 16;
+/// Rows of a group: as many accumulators as hide the FMA latency.
+pub const GROUP: usize = 8;
+
+/// An instruction set that the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Plain Rust; the definition.
+    Scalar,
+    /// AVX2 + FMA + F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The name that `MICROLORA_ISA` takes.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+type Dots<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32);
+type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
+type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
+type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
+
+/// Read-path primitives for one stored element type.
+struct Reads<E> {
+    dots: Dots<E>,
+    combine: Combine<E>,
+    dots_batch: DotsBatch<E>,
+    combine_batch: CombineBatch<E>,
+}
+
+/// Element types that a factor can be stored in.
+#[allow(private_interfaces, private_bounds)]
+pub trait Stored: Pod + vector::Element {
+    #[doc(hidden)]
+    fn reads(k: &Kernels) -> &Reads<Self>;
+}
+
+/// The primitives of one instruction set.
+pub struct Kernels {
+    isa: Isa,
+    f32: Reads<f32>,
+    f16: Reads<f16>,
+    bf16: Reads<bf16>,
+    rank1: unsafe fn(*mut f32, Geometry, *const f32, *const f32),
+    fit_sweep: unsafe fn(*mut f32, Geometry, *const f32, *const f32, *mut f32) -> f32,
+    dot: unsafe fn(&[f32], &[f32]) -> f32,
+    axpy: unsafe fn(f32, &[f32], &mut [f32]),
+    scale: unsafe fn(f32, &mut [f32]),
+    all_finite: unsafe fn(&[f32]) -> bool,
+    rls_gain: unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64,
+}
+
+macro_rules! stored {
+    ($($ty:ident),*) => {$(
+        #[allow(private_interfaces)]
+        impl Stored for $ty {
+            fn reads(k: &Kernels) -> &Reads<Self> {
+                &k.$ty
+            }
+        }
+    )*};
+}
+stored!(f32, f16, bf16);
+
+use table::isa_table;
+
+/// Length check of the safe wrappers: they are called with sizes that the core has already matched, so a
+/// mismatch is a bug of ours and stops loudly.
+#[inline(always)]
+fn need(what: &'static str, got: usize, want: usize) {
+    assert!(got == want, "kernel {what}: got {got} elements, expected {want}");
+}
+
+impl Kernels {
+    /// The best table for this machine, or the one that `MICROLORA_ISA` names; chosen once per process.
+    ///
+    /// # Errors
+    /// When `MICROLORA_ISA` names an ISA that does not exist or that this machine lacks.
+    pub fn detect() -> Result<&'static Kernels> {
+        static CHOICE: OnceLock<std::result::Result<&'static Kernels, (String, String)>> = OnceLock::new();
+        CHOICE
+            .get_or_init(|| match std::env::var("MICROLORA_ISA") {
+                Ok(name) if !name.is_empty() => {
+                    let have: Vec<_> = Self::available().map(|k| k.isa.as_str()).collect();
+                    Self::available()
+                        .find(|k| k.isa.as_str() == name)
+                        .ok_or_else(|| (name, format!("one of {} on this machine", have.join(", "))))
+                }
+                _ => Ok(Self::available().last().expect("scalar is always there")),
+            })
+            .as_ref()
+            .copied()
+            .map_err(|(got, want)| Error::config("MICROLORA_ISA", got, want))
+    }
+
+    /// Every table that this machine can run, slowest first.
+    pub fn available() -> impl Iterator<Item = &'static Kernels> {
+        let mut all: Vec<&'static Kernels> = vec![&scalar::TABLE];
+        #[cfg(target_arch = "x86_64")]
+        {
+            // Keep these lists equal to the `target_feature` lists of avx2.rs and avx512.rs.
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2 {
+                all.push(&avx2::TABLE);
+            }
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                all.push(&avx512::TABLE);
+            }
+        }
+        all.into_iter()
+    }
+
+    /// The table of one ISA, if this machine has it.
+    pub fn for_isa(isa: Isa) -> Option<&'static Kernels> {
+        Self::available().find(|k| k.isa == isa)
+    }
+
+    /// Which instruction set this table uses.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// `out[r] = <row r of w, x>`.
+    #[inline]
+    pub fn dots<E: Stored>(&self, w: &[E], g: Geometry, x: &[f32], out: &mut [f32]) {
+        need("dots w", w.len(), g.stored());
+        need("dots x", x.len(), g.len);
+        need("dots out", out.len(), g.rank);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (E::reads(self).dots)(w.as_ptr(), g, x.as_ptr(), out.as_mut_ptr()) }
+    }
+
+    /// `y = sum_r coef[r] row r` (`y +=` when `add`).
+    #[inline]
+    pub fn combine<E: Stored>(&self, w: &[E], g: Geometry, coef: &[f32], y: &mut [f32], add: bool) {
+        need("combine w", w.len(), g.stored());
+        need("combine coef", coef.len(), g.rank);
+        need("combine y", y.len(), g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (E::reads(self).combine)(w.as_ptr(), g, coef.as_ptr(), y.as_mut_ptr(), add) }
+    }
+
+    /// `u = s X w^T` for `rows` rows; `x` is `(rows, len)`, `u` is `(rows, rank)`.
+    #[inline]
+    pub fn dots_batch<E: Stored>(&self, w: &[E], g: Geometry, x: &[f32], u: &mut [f32], s: f32) {
+        need("dots_batch w", w.len(), g.stored());
+        let rows = u.len() / g.rank;
+        need("dots_batch u", u.len(), rows * g.rank);
+        need("dots_batch x", x.len(), rows * g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (E::reads(self).dots_batch)(w.as_ptr(), g, x.as_ptr(), rows, u.as_mut_ptr(), s) }
+    }
+
+    /// `y (+)= u w` for `rows` rows; `u` is `(rows, rank)`, `y` is `(rows, len)`.
+    #[inline]
+    pub fn combine_batch<E: Stored>(&self, w: &[E], g: Geometry, u: &[f32], y: &mut [f32], add: bool) {
+        need("combine_batch w", w.len(), g.stored());
+        let rows = u.len() / g.rank;
+        need("combine_batch u", u.len(), rows * g.rank);
+        need("combine_batch y", y.len(), rows * g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (E::reads(self).combine_batch)(w.as_ptr(), g, u.as_ptr(), rows, y.as_mut_ptr(), add) }
+    }
+
+    /// `row r += coef[r] v`.
+    #[inline]
+    pub fn rank1(&self, w: &mut [f32], g: Geometry, coef: &[f32], v: &[f32]) {
+        need("rank1 w", w.len(), g.stored());
+        need("rank1 coef", coef.len(), g.rank);
+        need("rank1 v", v.len(), g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.rank1)(w.as_mut_ptr(), g, coef.as_ptr(), v.as_ptr()) }
+    }
+
+    /// One sweep: `e = target - u w`, `row r += k[r] e`; `target` becomes `e`. Returns `|e|^2`.
+    #[inline]
+    pub fn fit_sweep(&self, w: &mut [f32], g: Geometry, u: &[f32], k: &[f32], target: &mut [f32]) -> f32 {
+        need("fit_sweep w", w.len(), g.stored());
+        need("fit_sweep u", u.len(), g.rank);
+        need("fit_sweep k", k.len(), g.rank);
+        need("fit_sweep target", target.len(), g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.fit_sweep)(w.as_mut_ptr(), g, u.as_ptr(), k.as_ptr(), target.as_mut_ptr()) }
+    }
+
+    /// `<a, b>`.
+    #[inline]
+    pub fn dot(&self, a: &[f32], b: &[f32]) -> f32 {
+        need("dot b", b.len(), a.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.dot)(a, b) }
+    }
+
+    /// `y += c x`.
+    #[inline]
+    pub fn axpy(&self, c: f32, x: &[f32], y: &mut [f32]) {
+        need("axpy y", y.len(), x.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.axpy)(c, x, y) }
+    }
+
+    /// `y = c y`.
+    #[inline]
+    pub fn scale(&self, c: f32, y: &mut [f32]) {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.scale)(c, y) }
+    }
+
+    /// Whether every element is finite.
+    #[inline]
+    pub fn all_finite(&self, x: &[f32]) -> bool {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.all_finite)(x) }
+    }
+
+    /// One recursive-least-squares step on P (f64, r x r, symmetric); writes the gain `k`, returns `u.k`.
+    /// Haykin, Adaptive Filter Theory, ch. 13; `phi` is the forgetting factor.
+    #[inline]
+    pub fn rls_gain(&self, p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &mut [f32]) -> f64 {
+        need("rls_gain p", p.len(), u.len() * u.len());
+        need("rls_gain pu", pu.len(), u.len());
+        need("rls_gain k", k.len(), u.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.rls_gain)(p, u, phi, pu, k) }
+    }
+}

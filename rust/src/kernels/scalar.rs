@@ -1,0 +1,63 @@
+//! The definition: eight independent f32 sums in plain Rust. Compiles on every architecture.
+
+use half::{bf16, f16};
+
+use super::vector::Vector;
+
+/// Eight lanes as an array.
+#[derive(Clone, Copy)]
+pub(crate) struct F32x8([f32; 8]);
+
+// SAFETY: plain loads and stores of 8 elements, as the trait asks of the caller; no ISA is needed.
+unsafe impl Vector for F32x8 {
+    const W: usize = 8;
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        F32x8([v; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        F32x8(unsafe { p.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        F32x8(unsafe { p.cast::<[u16; 8]>().read_unaligned() }.map(|b| f16::from_bits(b).to_f32_const()))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        F32x8(unsafe { p.cast::<[u16; 8]>().read_unaligned() }.map(|b| bf16::from_bits(b).to_f32_const()))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 8 writable elements, by contract.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        // Multiply then add: without FMA hardware a fused call would go through libm.
+        F32x8(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        F32x8(std::array::from_fn(|i| self.0[i] + b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        F32x8(std::array::from_fn(|i| self.0[i] - b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let a = self.0;
+        ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
+    }
+    #[inline(always)]
+    unsafe fn sum4(v: [Self; 4]) -> [f32; 4] {
+        // SAFETY: `sum` reads registers only.
+        v.map(|v| unsafe { v.sum() })
+    }
+}
+
+super::isa_table!(F32x8, Isa::Scalar,);

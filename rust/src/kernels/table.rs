@@ -1,0 +1,86 @@
+//! The macro that fills one ISA's table with instantiations of the generic bodies.
+
+/// Instantiates every body for one vector type and fills that ISA's [`Kernels`].
+macro_rules! isa_table {
+    (@reads $name:ident, $e:ty, $v:ty, $(#[$attr:meta])*) => {
+        mod $name {
+            use super::*;
+
+            $(#[$attr])*
+            unsafe fn dots(w: *const $e, g: Geometry, x: *const f32, out: *mut f32) {
+                // SAFETY: same contract; the ISA is enabled here.
+                unsafe { generic::dots::<$v, $e>(w, g, x, out) }
+            }
+            $(#[$attr])*
+            unsafe fn combine(w: *const $e, g: Geometry, c: *const f32, y: *mut f32, add: bool) {
+                // SAFETY: same contract; the ISA is enabled here.
+                unsafe { generic::combine::<$v, $e>(w, g, c, y, add) }
+            }
+            $(#[$attr])*
+            unsafe fn dots_batch(w: *const $e, g: Geometry, x: *const f32, n: usize, u: *mut f32, s: f32) {
+                // SAFETY: same contract; the ISA is enabled here.
+                unsafe { batch::dots_batch::<$v, $e>(w, g, x, n, u, s) }
+            }
+            $(#[$attr])*
+            unsafe fn combine_batch(w: *const $e, g: Geometry, u: *const f32, n: usize, y: *mut f32, add: bool) {
+                // SAFETY: same contract; the ISA is enabled here.
+                unsafe { batch::combine_batch::<$v, $e>(w, g, u, n, y, add) }
+            }
+
+            pub(super) const READS: Reads<$e> = Reads { dots, combine, dots_batch, combine_batch };
+        }
+    };
+    ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
+        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, generic};
+
+        super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
+        super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
+        super::isa_table!(@reads reads_bf16, half::bf16, $v, $(#[$attr])*);
+
+        $(#[$attr])*
+        unsafe fn rank1(w: *mut f32, g: Geometry, c: *const f32, v: *const f32) {
+            // SAFETY: same contract; the ISA is enabled here.
+            unsafe { generic::rank1::<$v>(w, g, c, v) }
+        }
+        $(#[$attr])*
+        unsafe fn fit_sweep(w: *mut f32, g: Geometry, u: *const f32, k: *const f32, t: *mut f32) -> f32 {
+            // SAFETY: same contract; the ISA is enabled here.
+            unsafe { generic::fit_sweep::<$v>(w, g, u, k, t) }
+        }
+        $(#[$attr])*
+        unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
+            elementwise::dot(a, b)
+        }
+        $(#[$attr])*
+        unsafe fn axpy(c: f32, x: &[f32], y: &mut [f32]) {
+            elementwise::axpy(c, x, y)
+        }
+        $(#[$attr])*
+        unsafe fn scale(c: f32, y: &mut [f32]) {
+            elementwise::scale(c, y)
+        }
+        $(#[$attr])*
+        unsafe fn all_finite(x: &[f32]) -> bool {
+            elementwise::all_finite(x)
+        }
+        $(#[$attr])*
+        unsafe fn rls_gain(p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &mut [f32]) -> f64 {
+            elementwise::rls_gain(p, u, phi, pu, k)
+        }
+
+        pub(super) static TABLE: Kernels = Kernels {
+            isa: $isa,
+            f32: reads_f32::READS,
+            f16: reads_f16::READS,
+            bf16: reads_bf16::READS,
+            rank1,
+            fit_sweep,
+            dot,
+            axpy,
+            scale,
+            all_finite,
+            rls_gain,
+        };
+    };
+}
+pub(super) use isa_table;

@@ -1,0 +1,63 @@
+//! The two small traits that kernel bodies are generic over: a SIMD vector and a stored element.
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+/// A register of f32 lanes.
+///
+/// # Safety
+/// Every method may only run on a CPU that has the vector's instruction set; pointers must be valid for
+/// `W` elements (`load*`: reads, `store`: writes). Alignment is not required.
+#[allow(clippy::missing_safety_doc)]
+pub(crate) unsafe trait Vector: Copy {
+    /// Lanes.
+    const W: usize;
+    unsafe fn splat(v: f32) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn load_f16(p: *const u16) -> Self;
+    unsafe fn load_bf16(p: *const u16) -> Self;
+    unsafe fn store(self, p: *mut f32);
+    /// `self * b + c`, fused where the ISA fuses.
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn sub(self, b: Self) -> Self;
+    unsafe fn sum(self) -> f32;
+    /// Horizontal sums of four vectors at once (cheaper than four `sum`).
+    unsafe fn sum4(v: [Self; 4]) -> [f32; 4];
+}
+
+/// A stored number that widens to f32 on load.
+///
+/// # Safety
+/// `load` reads `V::W` elements from `p`.
+#[allow(clippy::missing_safety_doc)]
+pub(crate) unsafe trait Element: Pod {
+    unsafe fn load<V: Vector>(p: *const Self) -> V;
+}
+
+// SAFETY: each `load` forwards the caller's promise (W readable elements, ISA present) to the vector.
+unsafe impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const f32) -> V {
+        // SAFETY: forwarded from the caller.
+        unsafe { V::load(p) }
+    }
+}
+
+// SAFETY: f16 is a transparent u16.
+unsafe impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const f16) -> V {
+        // SAFETY: forwarded from the caller.
+        unsafe { V::load_f16(p.cast()) }
+    }
+}
+
+// SAFETY: bf16 is a transparent u16.
+unsafe impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const bf16) -> V {
+        // SAFETY: forwarded from the caller.
+        unsafe { V::load_bf16(p.cast()) }
+    }
+}

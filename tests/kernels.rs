@@ -1,0 +1,216 @@
+//! Every ISA of this machine against a float64 reference, at awkward lengths and ranks.
+
+use microlora::Dtype;
+use microlora::factor::Factor;
+use microlora::kernels::{Isa, Kernels};
+
+const LENGTHS: [usize; 14] = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 97, 255, 256, 257];
+const RANKS: [usize; 9] = [1, 2, 3, 5, 8, 12, 16, 64, 256];
+
+/// Numbers in [-1, 1), the same on every run.
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let mut z = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            z ^= z << 13;
+            z ^= z >> 7;
+            z ^= z << 17;
+            (z >> 40) as f32 / 8_388_608.0 - 1.0
+        })
+        .collect()
+}
+
+fn close(got: &[f32], want: &[f64], scale: f64, what: &str) {
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (f64::from(*g) - w).abs();
+        assert!(error <= 2e-6 * scale.max(1.0), "{what}[{i}]: got {g}, want {w}");
+    }
+}
+
+/// Runs `test` for every ISA, dtype, rank and length.
+fn sweep(test: impl Fn(&'static Kernels, Dtype, usize, usize)) {
+    let isas: Vec<_> = Kernels::available().collect();
+    eprintln!("ISAs tested: {}", isas.iter().map(|k| k.isa().as_str()).collect::<Vec<_>>().join(", "));
+    for k in isas {
+        for dtype in Dtype::ALL {
+            for rank in RANKS {
+                for len in LENGTHS {
+                    test(k, dtype, rank, len);
+                }
+            }
+        }
+    }
+}
+
+fn dot64(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
+}
+
+#[test]
+fn dots_match_float64() {
+    sweep(|k, dtype, rank, len| {
+        let f = Factor::from_rows(&numbers(rank * len, 1), rank, len, dtype);
+        let (w, x) = (f.to_f32(false), numbers(len, 2));
+        let mut out = vec![9.0; rank];
+        f.dots(k, &x, &mut out);
+        let want: Vec<f64> = w.chunks_exact(len).map(|row| dot64(row, &x)).collect();
+        close(&out, &want, len as f64, &format!("{} {dtype} dots {rank}x{len}", k.isa()));
+    });
+}
+
+#[test]
+fn combine_matches_float64_with_and_without_add() {
+    sweep(|k, dtype, rank, len| {
+        let f = Factor::from_rows(&numbers(rank * len, 3), rank, len, dtype);
+        let (w, c, y0) = (f.to_f32(true), numbers(rank, 4), numbers(len, 5));
+        for add in [false, true] {
+            let mut y = y0.clone();
+            f.combine(k, &c, &mut y, add);
+            let want: Vec<f64> = w
+                .chunks_exact(rank)
+                .zip(&y0)
+                .map(|(column, y)| dot64(column, &c) + if add { f64::from(*y) } else { 0.0 })
+                .collect();
+            close(&y, &want, rank as f64, &format!("{} {dtype} combine {rank}x{len} add={add}", k.isa()));
+        }
+    });
+}
+
+#[test]
+fn batches_equal_row_by_row() {
+    sweep(|k, dtype, rank, len| {
+        let f = Factor::from_rows(&numbers(rank * len, 6), rank, len, dtype);
+        for rows in [1, 2, 3, 5, 6, 7, 13] {
+            let (x, y0) = (numbers(rows * len, 7), numbers(rows * len, 8));
+            let mut u = vec![9.0; rows * rank];
+            f.dots_batch(k, &x, &mut u, 0.5);
+            let what = format!("{} {dtype} batch {rows}x{rank}x{len}", k.isa());
+            for (m, u) in u.chunks_exact(rank).enumerate() {
+                let mut one = vec![0.0; rank];
+                f.dots(k, &x[m * len..(m + 1) * len], &mut one);
+                let want: Vec<f64> = one.iter().map(|v| 0.5 * f64::from(*v)).collect();
+                close(u, &want, len as f64, &what);
+            }
+            for add in [false, true] {
+                let mut y = y0.clone();
+                f.combine_batch(k, &u, &mut y, add);
+                for m in 0..rows {
+                    let mut one = y0[m * len..(m + 1) * len].to_vec();
+                    f.combine(k, &u[m * rank..(m + 1) * rank], &mut one, add);
+                    let want: Vec<f64> = one.iter().map(|v| f64::from(*v)).collect();
+                    close(&y[m * len..(m + 1) * len], &want, (rank * len) as f64, &what);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn rank1_and_fit_sweep_match_float64_and_keep_the_padding_zero() {
+    for k in Kernels::available() {
+        for rank in RANKS {
+            for len in LENGTHS {
+                let rows = numbers(rank * len, 9);
+                let (u, gain) = (numbers(rank, 10), numbers(rank, 11));
+                let target = numbers(len, 12);
+                let what = format!("{} {rank}x{len}", k.isa());
+
+                let mut f = Factor::from_rows(&rows, rank, len, Dtype::F32);
+                f.rank1(k, &gain, &target);
+                let want: Vec<f64> = (0..rank * len)
+                    .map(|i| f64::from(rows[i]) + f64::from(gain[i / len]) * f64::from(target[i % len]))
+                    .collect();
+                close(&f.to_f32(false), &want, 1.0, &format!("rank1 {what}"));
+
+                let mut f = Factor::from_rows(&rows, rank, len, Dtype::F32);
+                let mut e = target.clone();
+                let loss = f.fit_sweep(k, &u, &gain, &mut e);
+                let error: Vec<f64> = (0..len)
+                    .map(|c| {
+                        let y: f64 = (0..rank).map(|r| f64::from(u[r]) * f64::from(rows[r * len + c])).sum();
+                        f64::from(target[c]) - y
+                    })
+                    .collect();
+                close(&e, &error, rank as f64, &format!("fit_sweep error {what}"));
+                let want: Vec<f64> = (0..rank * len)
+                    .map(|i| f64::from(rows[i]) + f64::from(gain[i / len]) * error[i % len])
+                    .collect();
+                close(&f.to_f32(false), &want, rank as f64, &format!("fit_sweep weights {what}"));
+                let total: f64 = error.iter().map(|e| e * e).sum();
+                assert!((f64::from(loss) - total).abs() <= 1e-5 * total.max(1.0), "{what}: {loss} {total}");
+                let stored: f32 = f.stream().iter().map(|v| v.abs()).sum();
+                let shown: f32 = f.to_f32(false).iter().map(|v| v.abs()).sum();
+                assert!((stored - shown).abs() <= 1e-4 * shown.max(1.0), "padding moved: {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn elementwise_pieces_match_float64() {
+    for k in Kernels::available() {
+        for len in [0, 1, 7, 15, 16, 17, 97, 1000] {
+            let (a, b) = (numbers(len, 13), numbers(len, 14));
+            assert!((f64::from(k.dot(&a, &b)) - dot64(&a, &b)).abs() <= 1e-6 * (len as f64).max(1.0));
+            let mut y = b.clone();
+            k.axpy(0.3, &a, &mut y);
+            let want: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(*b) + 0.3 * f64::from(*a)).collect();
+            close(&y, &want, 1.0, "axpy");
+            assert!(k.all_finite(&a));
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for at in 0..len {
+                    let mut x = a.clone();
+                    x[at] = bad;
+                    assert!(!k.all_finite(&x), "{} missed {bad} at {at}", k.isa());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rls_gain_matches_float64_and_stays_symmetric() {
+    for k in Kernels::available() {
+        for r in [1, 2, 3, 8, 16, 33, 64] {
+            let mut p: Vec<f64> = (0..r * r).map(|i| if i % (r + 1) == 0 { 0.5 } else { 0.0 }).collect();
+            let (mut pu, mut gain) = (vec![0.0; r], vec![0.0; r]);
+            for step in 0..20 {
+                let u = numbers(r, 20 + step);
+                let before = p.clone();
+                let uk = k.rls_gain(&mut p, &u, 0.98, &mut pu, &mut gain);
+                let pu64: Vec<f64> =
+                    (0..r).map(|i| (0..r).map(|j| before[i * r + j] * f64::from(u[j])).sum()).collect();
+                let d = 0.98 + pu64.iter().zip(&u).map(|(p, u)| p * f64::from(*u)).sum::<f64>();
+                let want: Vec<f64> = pu64.iter().map(|p| p / d).collect();
+                close(&gain, &want, 1.0, "gain");
+                assert!((uk - (d - 0.98) / d).abs() < 1e-12);
+                for i in 0..r {
+                    for j in 0..r {
+                        let want = (before[i * r + j] - pu64[i] * pu64[j] / d) / 0.98;
+                        assert!((p[i * r + j] - want).abs() < 1e-11);
+                        assert!(p[i * r + j] == p[j * r + i], "P lost its symmetry");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_survive_packing_both_ways() {
+    for dtype in Dtype::ALL {
+        for (rank, len) in [(1, 1), (3, 17), (8, 16), (9, 31), (16, 97)] {
+            let f = Factor::from_rows(&numbers(rank * len, 15), rank, len, dtype);
+            for transposed in [false, true] {
+                let bits = f.to_bits(transposed);
+                assert_eq!(Factor::from_bits(&bits, rank, len, dtype, transposed).unwrap(), f);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_detected_isa_is_found_by_name() {
+    assert!(Kernels::for_isa(Isa::Scalar).is_some());
+    assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().unwrap().isa()));
+}

@@ -1,0 +1,71 @@
+"""Hypothesis strategies of valid settings, shared by tests."""
+
+from hypothesis import strategies as st
+
+from microlora.config import InstantConfig, LoraConfig
+from microlora.metadata import AdapterMetadata, Metric
+from microlora.target import TargetModule
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+full_texts = texts.filter(lambda value: value.strip())
+tuples_of_texts = st.lists(full_texts, max_size=4, unique=True).map(tuple)
+shares = st.floats(1e-30, 1.0)
+wide = st.floats(1e-30, 1e30)
+ranks = st.integers(1, 65_536)
+part = st.text("abcdefghijklmnopqrstuvwxyz_0123456789-", min_size=1, max_size=8)
+modules = st.one_of(
+    st.sampled_from([str(member) for member in TargetModule]),
+    st.lists(part, min_size=1, max_size=5).map(".".join),
+)
+
+
+@st.composite
+def instants(draw):
+    rule = draw(st.sampled_from(["auto", "rls", "nlms"]))
+    return InstantConfig(
+        rule=rule,
+        forgetting=draw(shares),
+        rho=draw(wide),
+        mu=draw(st.none() | shares),
+        train="b" if rule == "rls" else draw(st.sampled_from(["b", "both"])),
+        kappa=draw(wide),
+        baseline_rate=draw(shares),
+        max_grad_norm=draw(wide),
+    )
+
+
+@st.composite
+def configs(draw):
+    targets = draw(st.lists(modules, min_size=1, max_size=6, unique=True))
+    return LoraConfig(
+        rank=draw(ranks),
+        alpha=draw(wide),
+        target_modules=targets,
+        dropout=draw(st.floats(0.0, 1.0, exclude_max=True)),
+        use_rslora=draw(st.booleans()),
+        dtype=draw(st.sampled_from(["f32", "f16", "bf16"])),
+        name=draw(texts),
+        description=draw(texts),
+        tags=draw(tuples_of_texts),
+        module_ranks=draw(st.dictionaries(st.sampled_from(targets), ranks)),
+        module_alphas=draw(st.dictionaries(st.sampled_from(targets), wide)),
+        instant=draw(instants()),
+    )
+
+
+metrics = st.builds(
+    Metric, name=full_texts, data_hash=full_texts, value=st.floats(allow_nan=False, allow_infinity=False)
+)
+
+metadata = st.builds(
+    AdapterMetadata,
+    name=texts,
+    version=texts,
+    base_model=texts,
+    base_fingerprint=texts,
+    task_types=tuples_of_texts,
+    training_size=st.integers(0, 2**63 - 1),
+    metrics=st.lists(metrics, max_size=3).map(tuple),
+    created=st.just("") | st.datetimes().map(lambda when: when.isoformat() + "Z"),
+    parents=tuples_of_texts,
+)

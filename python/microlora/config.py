@@ -38,7 +38,7 @@ DTYPE_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 Dims = Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraConfig:
     """Settings of one LoRA adapter: ``dY = scaling * (x A) B`` per target module.
 

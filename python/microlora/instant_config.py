@@ -13,7 +13,7 @@ RULES = ("auto", "rls", "nlms")
 TRAIN = ("b", "both")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InstantConfig:
     """How ``instant`` turns one event of feedback into new weights.
 

@@ -27,7 +27,7 @@ __all__ = ["AdapterMetadata", "Metric", "utc_now"]
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Metric:
     """One measured number.
 
@@ -67,7 +67,7 @@ class Metric:
         return cls(**data)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterMetadata:
     """What is known of an adapter besides its weights and config.
 

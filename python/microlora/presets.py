@@ -17,7 +17,7 @@ from microlora.target import TargetModule
 __all__ = ["PRESETS", "Preset", "by_domain", "get", "info", "names", "route"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Preset:
     """A config and what it is for.
 

@@ -18,7 +18,7 @@ class InstantConfig:
     """How ``instant`` turns one event of feedback into new weights.
 
     Attributes:
-        rule: ``"rls"`` is recursive least squares on B, for targets (Haykin, Adaptive Filter Theory, ch. 10);
+        rule: ``"rls"`` is recursive least squares on B, for targets (Haykin, Adaptive Filter Theory);
             ``"nlms"`` is a normalised gradient step (Nagumo & Noda 1967) with a line check, for any
             feedback. ``"auto"`` takes RLS for targets and NLMS for the rest; with ``train="both"`` it is
             NLMS throughout, because RLS remembers past inputs through an A that must not move.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
@@ -210,6 +211,27 @@ impl Factor {
             return self.clone();
         }
         Factor::from_rows(&self.to_f32(false), self.rank(), self.len(), dtype)
+    }
+
+    /// Takes the values of an f32 factor of the same shape, rounded to nearest even.
+    ///
+    /// # Panics
+    /// When shapes differ or `master` is not f32.
+    pub fn encode(&mut self, master: &Factor) {
+        assert_eq!(self.geometry, master.geometry);
+        let n = self.geometry.stored();
+        let from = master.stream();
+        match self.dtype {
+            Dtype::F32 => self.lines.copy_from_slice(&master.lines),
+            Dtype::F16 => {
+                let to: &mut [f16] = &mut bytemuck::cast_slice_mut(&mut self.lines)[..n];
+                to.convert_from_f32_slice(from);
+            }
+            Dtype::Bf16 => {
+                let to: &mut [bf16] = &mut bytemuck::cast_slice_mut(&mut self.lines)[..n];
+                to.convert_from_f32_slice(from);
+            }
+        }
     }
 
     /// `out[r] = <row r, x>`.

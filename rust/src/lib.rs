@@ -9,6 +9,8 @@ pub mod error;
 pub mod factor;
 pub mod kernels;
 pub mod layer;
+pub mod learn;
+pub mod rng;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

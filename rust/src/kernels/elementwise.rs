@@ -33,6 +33,15 @@ pub(crate) fn scale(c: f32, y: &mut [f32]) {
     }
 }
 
+/// `w += c g` and `g = 0`, in one pass.
+#[inline(always)]
+pub(crate) fn step_and_clear(c: f32, g: &mut [f32], w: &mut [f32]) {
+    for (w, g) in w.iter_mut().zip(g) {
+        *w = g.mul_add(c, *w);
+        *g = 0.0;
+    }
+}
+
 /// Whether every element is finite.
 #[inline(always)]
 pub(crate) fn all_finite(x: &[f32]) -> bool {

@@ -90,6 +90,7 @@ pub struct Kernels {
     dot: unsafe fn(&[f32], &[f32]) -> f32,
     axpy: unsafe fn(f32, &[f32], &mut [f32]),
     scale: unsafe fn(f32, &mut [f32]),
+    step_and_clear: unsafe fn(f32, &mut [f32], &mut [f32]),
     all_finite: unsafe fn(&[f32]) -> bool,
     rls_gain: unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64,
 }
@@ -255,6 +256,14 @@ impl Kernels {
     pub fn scale(&self, c: f32, y: &mut [f32]) {
         // SAFETY: the table exists only where its ISA does.
         unsafe { (self.scale)(c, y) }
+    }
+
+    /// `w += c g`, then `g = 0`.
+    #[inline]
+    pub fn step_and_clear(&self, c: f32, g: &mut [f32], w: &mut [f32]) {
+        need("step_and_clear w", w.len(), g.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.step_and_clear)(c, g, w) }
     }
 
     /// Whether every element is finite.

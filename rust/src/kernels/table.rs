@@ -60,6 +60,10 @@ macro_rules! isa_table {
             elementwise::scale(c, y)
         }
         $(#[$attr])*
+        unsafe fn step_and_clear(c: f32, g: &mut [f32], w: &mut [f32]) {
+            elementwise::step_and_clear(c, g, w)
+        }
+        $(#[$attr])*
         unsafe fn all_finite(x: &[f32]) -> bool {
             elementwise::all_finite(x)
         }
@@ -78,6 +82,7 @@ macro_rules! isa_table {
             dot,
             axpy,
             scale,
+            step_and_clear,
             all_finite,
             rls_gain,
         };

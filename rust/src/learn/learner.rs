@@ -18,7 +18,7 @@ use super::{nlms, rls};
 pub(crate) const LIMIT: f64 = 1e18;
 
 /// One module's weights and everything its learning rules remember.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Learner {
     /// What readers see, in the storage dtype.
     read: Arc<Layer>,
@@ -37,19 +37,11 @@ pub struct Learner {
 /// Buffers of one event, so that the hot path does not allocate.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    pub x: Vec<f32>,
     pub u: Vec<f32>,
     pub gain: Vec<f32>,
     pub pu: Vec<f64>,
     pub y: Vec<f32>,
     pub g: Vec<f32>,
-}
-
-impl Clone for Scratch {
-    /// A copy starts with empty buffers: they carry nothing between events.
-    fn clone(&self) -> Self {
-        Scratch::default()
-    }
 }
 
 /// Running mean of rewards that becomes a moving average of rate `rate`.
@@ -75,6 +67,12 @@ pub(crate) struct Event<'a> {
     pub x: &'a [f32],
     pub feedback: &'a Feedback,
     pub base: Option<&'a [f32]>,
+}
+
+impl Clone for Learner {
+    fn clone(&self) -> Self {
+        self.frozen()
+    }
 }
 
 impl Learner {
@@ -104,6 +102,20 @@ impl Learner {
             learner.refresh_bounds();
         }
         learner
+    }
+
+    /// A copy for a snapshot: weights are shared, empty gradient sums are left out.
+    pub(crate) fn frozen(&self) -> Learner {
+        Learner {
+            read: Arc::clone(&self.read),
+            master: self.master.clone(),
+            rls: self.rls.clone(),
+            basis_unit: self.basis_unit,
+            gradients: self.gradients.as_ref().filter(|g| g.count > 0).cloned(),
+            baseline: self.baseline,
+            bounds: self.bounds,
+            scratch: Scratch::default(),
+        }
     }
 
     /// The version readers use.

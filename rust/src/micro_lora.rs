@@ -1,0 +1,466 @@
+//! The live learner: many threads read while one learns, and every read sees one whole version.
+//!
+//! Weights are behind `Arc`s that a writer copies before it edits them when somebody else still holds them.
+//! A single-row read holds the lock for its microsecond; a batch takes the `Arc`s and lets go at once. So no
+//! lock is ever held for long, and a snapshot costs no copy until the next step.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::adapter::{Adapter, unknown_module};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::factor::Factor;
+use crate::kernels::Kernels;
+use crate::layer::Layer;
+use crate::learn::accumulate;
+use crate::learn::learner::Event;
+use crate::learn::{Feedback, Instant, Learner, StepResult, basis};
+use crate::rng::Rng;
+use crate::snapshot::Snapshot;
+
+/// What a new module is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModuleSpec {
+    /// Module name.
+    pub name: String,
+    /// Width of x.
+    pub in_features: usize,
+    /// Width of y.
+    pub out_features: usize,
+    /// Rank.
+    pub rank: usize,
+    /// Scaling numerator.
+    pub alpha: f64,
+    /// Scaling by `sqrt(rank)`.
+    pub rslora: bool,
+    /// Storage dtype.
+    pub dtype: Dtype,
+}
+
+/// Settings of a learner that are not weights.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings {
+    /// Share of inputs dropped in `adapt`.
+    pub dropout: f32,
+    /// The one-event rule.
+    pub instant: Instant,
+}
+
+/// Events since the learner was made or restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Counters {
+    /// Applied `instant` events.
+    pub instant: u64,
+    /// Accumulated `adapt` events.
+    pub adapt: u64,
+    /// Applied `apply_updates` calls.
+    pub apply: u64,
+    /// Events skipped, with a reason in their result.
+    pub skipped: u64,
+}
+
+struct State {
+    learners: Vec<Learner>,
+    version: u64,
+    enabled: bool,
+    rng: Rng,
+    counters: Counters,
+}
+
+/// A set of modules that learns while it serves.
+pub struct MicroLora {
+    kernels: &'static Kernels,
+    settings: Settings,
+    names: Vec<String>,
+    index: HashMap<String, usize>,
+    state: RwLock<State>,
+}
+
+/// A stream of its own for each module, so that its A does not depend on its neighbours (FNV-1a).
+fn stream_of(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// `A ~ U(-1/sqrt(in), 1/sqrt(in))` (kaiming uniform with a = sqrt 5, as PEFT), `B = 0`.
+fn fresh_layer(spec: &ModuleSpec, seed: u64) -> Result<Layer> {
+    let mut rng = Rng::new(seed, stream_of(&spec.name));
+    let bound = 1.0 / (spec.in_features as f32).sqrt();
+    let a: Vec<f32> = (0..spec.rank * spec.in_features).map(|_| rng.symmetric(bound)).collect();
+    Layer::new(
+        Factor::from_rows(&a, spec.rank, spec.in_features, spec.dtype),
+        Factor::zeros(spec.rank, spec.out_features, spec.dtype),
+        spec.alpha,
+        spec.rslora,
+    )
+}
+
+impl MicroLora {
+    /// Freshly initialised modules: outputs are exact zeros until something is learned.
+    ///
+    /// # Errors
+    /// No modules, a name twice, a zero dimension, settings out of range, an unknown `MICROLORA_ISA`.
+    pub fn new(specs: &[ModuleSpec], seed: u64, settings: Settings) -> Result<Self> {
+        let layers = specs
+            .iter()
+            .map(|s| Ok((s.name.clone(), Arc::new(fresh_layer(s, seed)?))))
+            .collect::<Result<Vec<_>>>()?;
+        Self::with_layers(layers, seed, settings)
+    }
+
+    /// A learner that starts from an adapter's weights, with no history.
+    ///
+    /// # Errors
+    /// As [`MicroLora::new`].
+    pub fn from_adapter(adapter: &Adapter, seed: u64, settings: Settings) -> Result<Self> {
+        Self::with_layers(adapter.modules.clone(), seed, settings)
+    }
+
+    fn with_layers(layers: Vec<(String, Arc<Layer>)>, seed: u64, settings: Settings) -> Result<Self> {
+        settings.instant.validate()?;
+        if !(0.0..1.0).contains(&settings.dropout) {
+            return Err(Error::config("dropout", settings.dropout, "0 <= dropout < 1"));
+        }
+        if layers.is_empty() {
+            return Err(Error::config("target_modules", "nothing", "at least one module"));
+        }
+        let mut index = HashMap::new();
+        for (i, (name, _)) in layers.iter().enumerate() {
+            if index.insert(name.clone(), i).is_some() {
+                return Err(Error::config("target_modules", format!("{name:?} twice"), "each module once"));
+            }
+        }
+        let (names, layers): (Vec<_>, Vec<_>) = layers.into_iter().unzip();
+        let state = State {
+            learners: layers.into_iter().map(Learner::new).collect(),
+            version: 0,
+            enabled: true,
+            rng: Rng::new(seed, 0),
+            counters: Counters::default(),
+        };
+        Ok(MicroLora { kernels: Kernels::detect()?, settings, names, index, state: RwLock::new(state) })
+    }
+
+    // A panic in a writer cannot leave half a version: edits are of copies or single sweeps.
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Module names, in configuration order.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Position of a module.
+    ///
+    /// # Errors
+    /// An unknown name.
+    #[inline]
+    pub fn find(&self, name: &str) -> Result<usize> {
+        match self.index.get(name) {
+            Some(&i) => Ok(i),
+            None => Err(unknown_module(name, self.names.iter().map(String::as_str))),
+        }
+    }
+
+    /// The kernels this learner was made with.
+    #[inline]
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// Settings it was made with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// One row: `y = dY(x)`, or `y += dY(x)`. When disabled, `dY` is zero.
+    ///
+    /// # Errors
+    /// Wrong lengths, non-finite x.
+    #[inline]
+    pub fn forward(&self, module: usize, x: &[f32], y: &mut [f32], add: bool) -> Result<()> {
+        let state = self.read();
+        if !state.enabled {
+            if !add {
+                y.fill(0.0);
+            }
+            return Ok(());
+        }
+        state.learners[module].layer().forward(self.kernels, x, y, add)
+    }
+
+    /// The present version of one module for a batch, and whether the adapter is enabled.
+    pub fn layer(&self, module: usize) -> (Arc<Layer>, bool) {
+        let state = self.read();
+        (Arc::clone(state.learners[module].layer()), state.enabled)
+    }
+
+    /// Several modules of one and the same version.
+    pub fn layers(&self, modules: &[usize]) -> (Vec<Arc<Layer>>, bool) {
+        let state = self.read();
+        (modules.iter().map(|&m| Arc::clone(state.learners[m].layer())).collect(), state.enabled)
+    }
+
+    /// `(in_features, out_features)` of a module; these never change.
+    pub fn shape(&self, module: usize) -> (usize, usize) {
+        let (layer, _) = self.layer(module);
+        (layer.in_features(), layer.out_features())
+    }
+
+    /// Counts every change of the weights.
+    pub fn version(&self) -> u64 {
+        self.read().version
+    }
+
+    /// Events since the start or the last restore.
+    pub fn counters(&self) -> Counters {
+        self.read().counters
+    }
+
+    /// Whether forward adds anything.
+    pub fn enabled(&self) -> bool {
+        self.read().enabled
+    }
+
+    /// Turns the adapter's output on or off; learning is not affected.
+    pub fn set_enabled(&self, enabled: bool) {
+        self.write().enabled = enabled;
+    }
+
+    /// Numbers in all factors.
+    pub fn param_count(&self) -> usize {
+        self.read().learners.iter().map(|l| l.layer().param_count()).sum()
+    }
+
+    /// Resident bytes: weights, f32 masters, RLS state and pending gradients.
+    pub fn memory_bytes(&self) -> usize {
+        self.read().learners.iter().map(Learner::memory_bytes).sum()
+    }
+
+    /// Pending `adapt` events of a module.
+    pub fn pending(&self, module: usize) -> u64 {
+        self.read().learners[module].gradients.as_ref().map_or(0, |g| g.count)
+    }
+
+    /// The ridge constant that the RLS of a module started from; `None` before its first event.
+    pub fn ridge(&self, module: usize) -> Option<f64> {
+        self.read().learners[module].rls.as_ref().map(|r| r.ridge)
+    }
+
+    fn check_event(&self, module: usize, x: &[f32], feedback: &Feedback, base: Option<&[f32]>) -> Result<()> {
+        let (n_in, n_out) = self.shape(module);
+        let check = |arg: &str, got: usize, want: usize| {
+            if got == want { Ok(()) } else { Err(Error::shape(arg, format!("({got},)"), format!("({want},)"))) }
+        };
+        check("x", x.len(), n_in)?;
+        check(feedback.argument(), feedback.width(), n_out)?;
+        base.map_or(Ok(()), |b| check("base", b.len(), n_out))
+    }
+
+    /// One event by its closed form (RLS or NLMS); the weights change at once.
+    ///
+    /// # Errors
+    /// Wrong widths, non-finite inputs, feedback the rule cannot use. Nothing changes then.
+    pub fn instant(
+        &self,
+        module: usize,
+        x: &[f32],
+        feedback: &Feedback,
+        base: Option<&[f32]>,
+    ) -> Result<StepResult> {
+        self.check_event(module, x, feedback, base)?;
+        let state = &mut *self.write();
+        let learner = &mut state.learners[module];
+        let mut result = learner.instant(self.kernels, &self.settings.instant, Event { x, feedback, base })?;
+        if result.applied {
+            state.version += 1;
+            state.counters.instant += 1;
+        } else {
+            state.counters.skipped += 1;
+        }
+        result.version = state.version;
+        Ok(result)
+    }
+
+    /// Adds one event's gradient to the pending sums; the weights do not change.
+    ///
+    /// # Errors
+    /// Wrong widths, non-finite inputs. Nothing changes then.
+    pub fn adapt(
+        &self,
+        module: usize,
+        x: &[f32],
+        feedback: &Feedback,
+        base: Option<&[f32]>,
+    ) -> Result<StepResult> {
+        self.check_event(module, x, feedback, base)?;
+        let state = &mut *self.write();
+        let learner = &mut state.learners[module];
+        let mut dropped = Vec::new();
+        let mut rng = None;
+        let x = if self.settings.dropout > 0.0 {
+            let (p, keep) = (self.settings.dropout, 1.0 / (1.0 - self.settings.dropout));
+            let r = rng.insert(state.rng.clone());
+            dropped.extend(x.iter().map(|&v| if r.uniform() < p { 0.0 } else { v * keep }));
+            if !self.kernels.all_finite(x) {
+                return Err(Error::non_finite("x"));
+            }
+            &dropped[..]
+        } else {
+            x
+        };
+        let event = Event { x, feedback, base };
+        let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event)?;
+        if let Some(rng) = rng {
+            state.rng = rng;
+        }
+        if result.applied {
+            state.counters.adapt += 1;
+        } else {
+            state.counters.skipped += 1;
+        }
+        result.version = state.version;
+        Ok(result)
+    }
+
+    /// `w -= lr * mean pending gradient` on every module with pending events; returns how many events.
+    ///
+    /// # Errors
+    /// A learning rate or clip that is not a number, a step that would overflow. Nothing changes then.
+    pub fn apply_updates(&self, lr: f64, max_grad_norm: Option<f64>) -> Result<u64> {
+        if !lr.is_finite() || lr < 0.0 {
+            return Err(Error::config("lr", lr, "a finite number, 0 or above"));
+        }
+        if let Some(c) = max_grad_norm {
+            if !(c.is_finite() && c > 0.0) {
+                return Err(Error::config("max_grad_norm", c, "a finite number above 0"));
+            }
+        }
+        let state = &mut *self.write();
+        let mut lr = lr;
+        if let Some(max) = max_grad_norm {
+            let norm: f64 =
+                state.learners.iter().map(|l| accumulate::mean_norm2(l, self.kernels)).sum::<f64>().sqrt();
+            if norm > max {
+                lr *= max / norm;
+            }
+        }
+        for learner in &mut state.learners {
+            accumulate::check_apply(learner, lr)?;
+        }
+        let mut events = 0;
+        for learner in &mut state.learners {
+            events += learner.gradients.as_ref().map_or(0, |g| g.count);
+            accumulate::apply(learner, self.kernels, lr);
+        }
+        if events > 0 {
+            state.version += 1;
+            state.counters.apply += 1;
+        }
+        Ok(events)
+    }
+
+    /// Chooses A from unlabelled inputs; returns the share of their energy that the rank holds.
+    ///
+    /// # Errors
+    /// See [`basis`]. Nothing changes then.
+    pub fn fit_input_basis(&self, module: usize, x: &[f32]) -> Result<f64> {
+        let (n_in, _) = self.shape(module);
+        if x.is_empty() || x.len() % n_in != 0 {
+            return Err(Error::shape("X", format!("{} numbers", x.len()), format!("(n, {n_in})")));
+        }
+        loop {
+            // The long part runs without the lock, on the version that it found.
+            let (mut learner, mut rng) = {
+                let state = self.read();
+                (state.learners[module].clone(), state.rng.clone())
+            };
+            let before = Arc::clone(learner.master());
+            let held = basis::fit(&mut learner, self.kernels, x, &mut rng)?;
+            let state = &mut *self.write();
+            let now = &state.learners[module];
+            if !Arc::ptr_eq(now.master(), &before) || now.gradients.as_ref().is_some_and(|g| g.count > 0) {
+                continue;
+            }
+            state.learners[module] = learner;
+            state.rng = rng;
+            state.version += 1;
+            return Ok(held);
+        }
+    }
+
+    /// The present weights as a value, with the given settings attached.
+    pub fn adapter(&self) -> Adapter {
+        let state = self.read();
+        let layers = state.learners.iter().map(|l| Arc::clone(l.layer()));
+        Adapter { modules: self.names.iter().cloned().zip(layers).collect(), ..Adapter::default() }
+    }
+
+    /// Weights and everything the rules remember; later steps copy what they change.
+    pub fn snapshot(&self) -> Snapshot {
+        let adapter = self.adapter();
+        let state = self.read();
+        Snapshot {
+            adapter,
+            learners: state.learners.iter().map(Learner::frozen).collect(),
+            version: state.version,
+            rng: state.rng.state(),
+            counters: state.counters,
+        }
+    }
+
+    /// Goes back to a snapshot: outputs and later learning are bit-identical. The version moves on.
+    ///
+    /// # Errors
+    /// A snapshot of other modules or shapes. Nothing changes then.
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
+        self.check_same(&snapshot.adapter)?;
+        let state = &mut *self.write();
+        state.learners = snapshot.learners.clone();
+        state.rng = Rng::resume(snapshot.rng);
+        state.counters = snapshot.counters;
+        state.version += 1;
+        Ok(())
+    }
+
+    /// Takes an adapter's weights and forgets what the rules remember.
+    ///
+    /// # Errors
+    /// An adapter of other modules or shapes. Nothing changes then.
+    pub fn restore_adapter(&self, adapter: &Adapter) -> Result<()> {
+        self.check_same(adapter)?;
+        let state = &mut *self.write();
+        for (name, learner) in self.names.iter().zip(&mut state.learners) {
+            let layer = adapter.layer(name)?;
+            learner.replace(Arc::clone(layer));
+        }
+        state.version += 1;
+        Ok(())
+    }
+
+    fn check_same(&self, adapter: &Adapter) -> Result<()> {
+        if adapter.modules.len() != self.names.len() {
+            let got: Vec<_> = adapter.modules.iter().map(|(n, _)| n.as_str()).collect();
+            return Err(Error::config("modules", got.join(", "), self.names.join(", ")));
+        }
+        for (i, name) in self.names.iter().enumerate() {
+            let (theirs, (ours, _)) = (adapter.layer(name)?, self.layer(i));
+            let describe = |l: &Layer| {
+                let (n_in, n_out) = (l.in_features(), l.out_features());
+                let kind = if l.rslora { "rslora " } else { "" };
+                format!("{n_in} -> {n_out}, rank {}, {kind}alpha {}, {}/{}", l.rank(), l.alpha, l.a.dtype(), l.b.dtype())
+            };
+            let (got, want) = (describe(theirs), describe(&ours));
+            if got != want {
+                return Err(Error::shape(name, got, want));
+            }
+        }
+        Ok(())
+    }
+}
+

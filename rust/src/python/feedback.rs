@@ -1,0 +1,220 @@
+//! Feedback classes: immutable values, checked when they are made.
+
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use super::array::{input, is_number, read_only};
+use super::error::{DTypeError, FeedbackError};
+use crate::learn::{Feedback, TargetLoss};
+
+/// Base of all feedback; made only through its subclasses.
+#[pyclass(name = "FeedbackBase", module = "microlora._core", frozen, subclass)]
+pub(super) struct PyFeedback {
+    pub inner: Feedback,
+}
+
+impl PyFeedback {
+    fn array<'py>(py: Python<'py>, v: &[f32]) -> PyResult<Bound<'py, PyAny>> {
+        read_only(py, v.to_vec(), &[v.len()])
+    }
+}
+
+/// The feedback of an argument, or what to pass instead.
+pub(super) fn extract<'a, 'py>(x: &'a Bound<'py, PyAny>) -> PyResult<&'a Bound<'py, PyFeedback>> {
+    x.cast::<PyFeedback>().map_err(|_| {
+        if is_number(x) {
+            FeedbackError::new_err(
+                "feedback: a bare number has no direction to move the output in. Pass Target(t) for what was wanted \
+                 (it teaches about ten times as much), or Reward(r, response=e) with the embedding that earned it",
+            )
+        } else {
+            let kind = x.get_type();
+            DTypeError::new_err(format!(
+                "feedback: got {kind}, expected Target, Gradient, Reward, Preference or Contrastive"
+            ))
+        }
+    })
+}
+
+fn vector(arg: &str, x: &Bound<'_, PyAny>) -> PyResult<Vec<f32>> {
+    Ok(input(arg, x, None, false)?.as_slice().to_vec())
+}
+
+#[pymethods]
+impl PyFeedback {
+    /// Width of the output that this feedback is about.
+    #[getter]
+    fn width(&self) -> usize {
+        self.inner.width()
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<PyFeedback>().is_ok_and(|o| o.get().inner == self.inner)
+    }
+
+    fn __repr__(&self) -> String {
+        let n = self.inner.width();
+        match &self.inner {
+            Feedback::Target { loss, .. } => format!("Target(<{n}>, loss={:?})", loss.as_str()),
+            Feedback::Gradient { .. } => format!("Gradient(<{n}>)"),
+            Feedback::Reward { reward, .. } => format!("Reward({reward}, response=<{n}>)"),
+            Feedback::Preference { p, beta, .. } => format!("Preference(<{n}>, <{n}>, p={p}, beta={beta})"),
+            Feedback::Contrastive { rows, width, tau } => {
+                format!("Contrastive(<{n}>, <{} x {n}>, tau={tau})", rows.len() / width - 1)
+            }
+        }
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let py = slf.py();
+        let a = |v: &[f32]| PyFeedback::array(py, v);
+        let args = match &slf.get().inner {
+            Feedback::Target { target, loss } => (a(target)?, loss.as_str()).into_pyobject(py)?.into_any(),
+            Feedback::Gradient { gradient } => (a(gradient)?,).into_pyobject(py)?.into_any(),
+            Feedback::Reward { reward, response } => (*reward, a(response)?).into_pyobject(py)?.into_any(),
+            Feedback::Preference { chosen, rejected, p, beta } => {
+                (a(chosen)?, a(rejected)?, *p, *beta).into_pyobject(py)?.into_any()
+            }
+            Feedback::Contrastive { rows, width, tau } => {
+                let negatives = read_only(py, rows[*width..].to_vec(), &[rows.len() / width - 1, *width])?;
+                (a(&rows[..*width])?, negatives, *tau).into_pyobject(py)?.into_any()
+            }
+        };
+        Ok((slf.get_type().into_any(), args.cast_into::<PyTuple>()?))
+    }
+}
+
+macro_rules! child {
+    ($name:ident, $public:literal) => {
+        #[pyclass(name = $public, module = "microlora", frozen, extends = PyFeedback)]
+        pub(super) struct $name;
+    };
+}
+child!(PyTarget, "Target");
+child!(PyGradient, "Gradient");
+child!(PyReward, "Reward");
+child!(PyPreference, "Preference");
+child!(PyContrastive, "Contrastive");
+
+fn with<T>(child: T, inner: Feedback) -> (T, PyFeedback) {
+    (child, PyFeedback { inner })
+}
+
+/// Getters that read one variant of the base.
+macro_rules! field {
+    ($slf:ident, $variant:ident { $($f:ident),+ } => $body:expr) => {
+        match &$slf.as_super().get().inner {
+            Feedback::$variant { $($f,)+ .. } => $body,
+            _ => unreachable!("a subclass holds its own variant"),
+        }
+    };
+}
+
+#[pymethods]
+impl PyTarget {
+    #[new]
+    #[pyo3(signature = (t, loss = "mse"))]
+    fn new(t: &Bound<'_, PyAny>, loss: &str) -> PyResult<(Self, PyFeedback)> {
+        let loss: TargetLoss = loss.parse()?;
+        Ok(with(PyTarget, Feedback::target(vector("t", t)?, loss)?))
+    }
+    #[getter]
+    fn t<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Target { target } => PyFeedback::array(slf.py(), target))
+    }
+    #[getter]
+    fn loss(slf: &Bound<'_, Self>) -> &'static str {
+        field!(slf, Target { loss } => loss.as_str())
+    }
+}
+
+#[pymethods]
+impl PyGradient {
+    #[new]
+    fn new(g: &Bound<'_, PyAny>) -> PyResult<(Self, PyFeedback)> {
+        Ok(with(PyGradient, Feedback::gradient(vector("g", g)?)?))
+    }
+    #[getter]
+    fn g<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Gradient { gradient } => PyFeedback::array(slf.py(), gradient))
+    }
+}
+
+#[pymethods]
+impl PyReward {
+    #[new]
+    #[pyo3(signature = (r, response = None))]
+    fn new(r: f32, response: Option<&Bound<'_, PyAny>>) -> PyResult<(Self, PyFeedback)> {
+        let Some(response) = response else {
+            return Err(FeedbackError::new_err(
+                "response: missing; a scalar has no direction to move the output in. Pass response=, the embedding \
+                 that earned the reward, or use Target(t), which teaches about ten times as much",
+            ));
+        };
+        Ok(with(PyReward, Feedback::reward(r, vector("response", response)?)?))
+    }
+    #[getter]
+    fn r(slf: &Bound<'_, Self>) -> f32 {
+        field!(slf, Reward { reward } => *reward)
+    }
+    #[getter]
+    fn response<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Reward { response } => PyFeedback::array(slf.py(), response))
+    }
+}
+
+#[pymethods]
+impl PyPreference {
+    #[new]
+    #[pyo3(signature = (chosen, rejected, p = 1.0, beta = 20.0))]
+    fn new(
+        chosen: &Bound<'_, PyAny>,
+        rejected: &Bound<'_, PyAny>,
+        p: f32,
+        beta: f32,
+    ) -> PyResult<(Self, PyFeedback)> {
+        let (c, r) = (vector("chosen", chosen)?, vector("rejected", rejected)?);
+        Ok(with(PyPreference, Feedback::preference(c, r, p, beta)?))
+    }
+    #[getter]
+    fn chosen<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Preference { chosen } => PyFeedback::array(slf.py(), chosen))
+    }
+    #[getter]
+    fn rejected<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Preference { rejected } => PyFeedback::array(slf.py(), rejected))
+    }
+    #[getter]
+    fn p(slf: &Bound<'_, Self>) -> f32 {
+        field!(slf, Preference { p } => *p)
+    }
+    #[getter]
+    fn beta(slf: &Bound<'_, Self>) -> f32 {
+        field!(slf, Preference { beta } => *beta)
+    }
+}
+
+#[pymethods]
+impl PyContrastive {
+    #[new]
+    #[pyo3(signature = (positive, negatives, tau = 0.05))]
+    fn new(positive: &Bound<'_, PyAny>, negatives: &Bound<'_, PyAny>, tau: f32) -> PyResult<(Self, PyFeedback)> {
+        let p = vector("positive", positive)?;
+        let n = input("negatives", negatives, Some(p.len()), true)?.as_slice().to_vec();
+        Ok(with(PyContrastive, Feedback::contrastive(p, n, tau)?))
+    }
+    #[getter]
+    fn positive<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Contrastive { rows, width } => PyFeedback::array(slf.py(), &rows[..*width]))
+    }
+    #[getter]
+    fn negatives<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        field!(slf, Contrastive { rows, width } => {
+            read_only(slf.py(), rows[*width..].to_vec(), &[rows.len() / width - 1, *width])
+        })
+    }
+    #[getter]
+    fn tau(slf: &Bound<'_, Self>) -> f32 {
+        field!(slf, Contrastive { tau } => *tau)
+    }
+}

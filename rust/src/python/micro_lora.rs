@@ -1,0 +1,334 @@
+//! `MicroLora`: the live learner for Python; the public class subclasses it and adds settings and files.
+
+use std::sync::Arc;
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use super::adapter::{PyAdapter, PySnapshot};
+use super::array::{input, new_rows, new_vector, weight};
+use super::error::ConfigError;
+use super::feedback::extract;
+use super::handle::ModuleHandle;
+use super::step::PyStepResult;
+use super::calls;
+use crate::learn::Instant;
+use crate::micro_lora::{MicroLora, ModuleSpec, Settings};
+
+/// rule, train, forgetting, rho, mu, kappa, baseline_rate, max_grad_norm.
+type InstantTuple = (String, String, f64, f64, Option<f32>, f32, f64, Option<f32>);
+/// name, in_features, out_features, rank, alpha.
+type ModuleTuple = (String, usize, usize, usize, f64);
+
+/// Modules that read the same input in a transformer block.
+const SHARED_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
+
+#[pyclass(name = "MicroLora", module = "microlora._core", frozen, subclass)]
+pub(super) struct PyMicroLora {
+    inner: Arc<MicroLora>,
+    shapes: Vec<(usize, usize)>,
+}
+
+impl PyMicroLora {
+    #[inline]
+    fn find(&self, module: Option<&str>) -> PyResult<usize> {
+        match module {
+            Some(name) => Ok(self.inner.find(name)?),
+            None if self.shapes.len() == 1 => Ok(0),
+            None => Err(ConfigError::new_err(format!(
+                "module: missing, expected one of {} (only an adapter with one module may leave it out)",
+                self.inner.names().join(", ")
+            ))),
+        }
+    }
+
+    /// The modules of `forward_all` and their common input width.
+    fn shared(&self, modules: Option<Vec<String>>) -> PyResult<(Vec<usize>, usize)> {
+        let found: Vec<usize> = match modules {
+            Some(names) => names.iter().map(|n| self.inner.find(n)).collect::<Result<_, _>>()?,
+            None => SHARED_INPUT
+                .iter()
+                .map(|group| group.iter().filter_map(|n| self.inner.find(n).ok()).collect::<Vec<_>>())
+                .find(|found| !found.is_empty())
+                .unwrap_or_default(),
+        };
+        let Some(&first) = found.first() else {
+            return Err(ConfigError::new_err(format!(
+                "modules: missing, expected names among {} that share their input (q/k/v and gate/up are found by themselves)",
+                self.inner.names().join(", ")
+            )));
+        };
+        let width = self.shapes[first].0;
+        for &m in &found {
+            if self.shapes[m].0 != width {
+                let names = self.inner.names();
+                return Err(ConfigError::new_err(format!(
+                    "modules: {} takes {} features and {} takes {width}, expected modules that share their input",
+                    names[m], self.shapes[m].0, names[first]
+                )));
+            }
+        }
+        Ok((found, width))
+    }
+}
+
+#[pymethods]
+impl PyMicroLora {
+    /// From module tuples, or from an adapter's weights.
+    #[new]
+    #[pyo3(signature = (modules, *, use_rslora, dtype, seed, dropout, instant))]
+    fn new(
+        modules: &Bound<'_, PyAny>,
+        use_rslora: bool,
+        dtype: &str,
+        seed: u64,
+        dropout: f32,
+        instant: InstantTuple,
+    ) -> PyResult<Self> {
+        let (rule, train, forgetting, rho, mu, kappa, baseline_rate, max_grad_norm) = instant;
+        let (rule, train) = (rule.parse()?, train.parse()?);
+        let instant = Instant { rule, train, forgetting, rho, mu, kappa, baseline_rate, max_grad_norm };
+        let settings = Settings { dropout, instant };
+        let inner = if let Ok(adapter) = modules.cast::<PyAdapter>() {
+            MicroLora::from_adapter(&adapter.get().inner, seed, settings)?
+        } else {
+            let dtype = dtype.parse()?;
+            let specs: Vec<ModuleSpec> = modules
+                .extract::<Vec<ModuleTuple>>()?
+                .into_iter()
+                .map(|(name, in_features, out_features, rank, alpha)| ModuleSpec {
+                    name,
+                    in_features,
+                    out_features,
+                    rank,
+                    alpha,
+                    rslora: use_rslora,
+                    dtype,
+                })
+                .collect();
+            MicroLora::new(&specs, seed, settings)?
+        };
+        let shapes = (0..inner.names().len()).map(|m| inner.shape(m)).collect();
+        Ok(PyMicroLora { inner: Arc::new(inner), shapes })
+    }
+
+    #[pyo3(signature = (x, module = None, out = None))]
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        module: Option<&str>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let m = self.find(module)?;
+        calls::forward(py, &self.inner, m, self.shapes[m], x, out)
+    }
+
+    #[pyo3(signature = (x, module = None, out = None))]
+    fn forward_add<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        module: Option<&str>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<()> {
+        let m = self.find(module)?;
+        calls::forward_add(py, &self.inner, m, self.shapes[m], x, out)
+    }
+
+    #[pyo3(signature = (x, modules = None))]
+    fn forward_all<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        modules: Option<Vec<String>>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (found, width) = self.shared(modules)?;
+        let x = input("x", x, Some(width), true)?;
+        let (layers, enabled) = self.inner.layers(&found);
+        let k = self.inner.kernels();
+        let result = PyDict::new(py);
+        for (&m, layer) in found.iter().zip(&layers) {
+            let n_out = self.shapes[m].1;
+            let y = match x.rows {
+                None if enabled => new_vector(py, n_out, |y| layer.forward(k, x.as_slice(), y, false))?,
+                rows => {
+                    let (array, mut y) = new_rows(py, rows.unwrap_or(1), n_out);
+                    calls::rows(py, k, layer, enabled, x.as_slice(), &mut y, false)?;
+                    if rows.is_none() { array.call_method1("reshape", (n_out,))? } else { array }
+                }
+            };
+            result.set_item(&self.inner.names()[m], y)?;
+        }
+        Ok(result)
+    }
+
+    fn __getitem__(&self, module: &str) -> PyResult<ModuleHandle> {
+        Ok(ModuleHandle::new(&self.inner, self.inner.find(module)?))
+    }
+
+    fn __contains__(&self, module: &str) -> bool {
+        self.inner.find(module).is_ok()
+    }
+
+    fn __len__(&self) -> usize {
+        self.shapes.len()
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        PyList::new(py, self.inner.names())?.call_method0("__iter__")
+    }
+
+    fn modules(&self) -> Vec<String> {
+        self.inner.names().to_vec()
+    }
+
+    #[pyo3(signature = (x, feedback, module = None, base = None))]
+    fn instant(
+        &self,
+        x: &Bound<'_, PyAny>,
+        feedback: &Bound<'_, PyAny>,
+        module: Option<&str>,
+        base: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PyStepResult> {
+        let m = self.find(module)?;
+        let feedback = extract(feedback)?;
+        let x = input("x", x, Some(self.shapes[m].0), false)?;
+        let base = base.map(|b| input("base", b, Some(self.shapes[m].1), false)).transpose()?;
+        let base = base.as_ref().map(|b| b.as_slice());
+        Ok(PyStepResult(self.inner.instant(m, x.as_slice(), &feedback.get().inner, base)?))
+    }
+
+    #[pyo3(signature = (x, feedback, module = None, base = None))]
+    fn adapt(
+        &self,
+        x: &Bound<'_, PyAny>,
+        feedback: &Bound<'_, PyAny>,
+        module: Option<&str>,
+        base: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<PyStepResult> {
+        let m = self.find(module)?;
+        let feedback = extract(feedback)?;
+        let x = input("x", x, Some(self.shapes[m].0), false)?;
+        let base = base.map(|b| input("base", b, Some(self.shapes[m].1), false)).transpose()?;
+        let base = base.as_ref().map(|b| b.as_slice());
+        Ok(PyStepResult(self.inner.adapt(m, x.as_slice(), &feedback.get().inner, base)?))
+    }
+
+    #[pyo3(signature = (lr, max_grad_norm = None))]
+    fn apply_updates(&self, lr: f64, max_grad_norm: Option<f64>) -> PyResult<u64> {
+        Ok(self.inner.apply_updates(lr, max_grad_norm)?)
+    }
+
+    #[pyo3(signature = (x, module = None))]
+    fn fit_input_basis(&self, py: Python<'_>, x: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<f64> {
+        let m = self.find(module)?;
+        let x = input("X", x, Some(self.shapes[m].0), true)?;
+        let x = x.as_slice();
+        Ok(py.detach(|| self.inner.fit_input_basis(m, x))?)
+    }
+
+    #[pyo3(signature = (module = None))]
+    fn delta_weight<'py>(&self, py: Python<'py>, module: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
+        let (m, k) = (self.find(module)?, self.inner.kernels());
+        let (layer, (n_in, n_out)) = (self.inner.layer(m).0, self.shapes[m]);
+        let (array, mut y) = new_rows(py, n_out, n_in);
+        let w = y.as_mut_slice();
+        py.detach(|| {
+            w.fill(0.0);
+            layer.add_delta(k, w, 1.0);
+        });
+        Ok(array)
+    }
+
+    #[pyo3(signature = (w, module = None))]
+    fn fuse_into(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<()> {
+        self.add_delta(py, w, module, 1.0)
+    }
+
+    #[pyo3(signature = (w, module = None))]
+    fn unfuse_from(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<()> {
+        self.add_delta(py, w, module, -1.0)
+    }
+
+    fn snapshot(slf: &Bound<'_, Self>) -> PyResult<Py<PySnapshot>> {
+        let inner = slf.get().inner.snapshot();
+        let adapter = PyAdapter::from(inner.adapter.clone());
+        Py::new(slf.py(), PyClassInitializer::from(adapter).add_subclass(PySnapshot { inner }))
+    }
+
+    fn restore(&self, source: &Bound<'_, PyAny>) -> PyResult<()> {
+        if let Ok(s) = source.cast::<PySnapshot>() {
+            return Ok(self.inner.restore(&s.get().inner)?);
+        }
+        match source.cast::<PyAdapter>() {
+            Ok(a) => Ok(self.inner.restore_adapter(&a.get().inner)?),
+            Err(_) => {
+                let kind = source.get_type();
+                Err(super::error::DTypeError::new_err(format!("source: got {kind}, expected a Snapshot or an Adapter")))
+            }
+        }
+    }
+
+    /// The present weights, with these settings attached.
+    #[pyo3(signature = (config_json = None, metadata_json = None))]
+    fn adapter(&self, config_json: Option<String>, metadata_json: Option<String>) -> PyAdapter {
+        let adapter = self.inner.adapter();
+        PyAdapter::from(crate::adapter::Adapter { config_json, metadata_json, ..adapter })
+    }
+
+    #[getter]
+    fn param_count(&self) -> usize {
+        self.inner.param_count()
+    }
+
+    #[getter]
+    fn memory_bytes(&self) -> usize {
+        self.inner.memory_bytes()
+    }
+
+    #[getter]
+    fn version(&self) -> u64 {
+        self.inner.version()
+    }
+
+    #[getter]
+    fn get_enabled(&self) -> bool {
+        self.inner.enabled()
+    }
+
+    #[setter]
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+    }
+
+    /// Events by kind: instant, adapt, apply, skipped.
+    #[getter]
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let c = self.inner.counters();
+        let out = PyDict::new(py);
+        for (name, n) in [("instant", c.instant), ("adapt", c.adapt), ("apply", c.apply), ("skipped", c.skipped)] {
+            out.set_item(name, n)?;
+        }
+        Ok(out)
+    }
+
+    fn __hash__(&self) -> PyResult<u64> {
+        Err(PyTypeError::new_err("unhashable: a MicroLoRA changes as it learns; hash its adapter() instead"))
+    }
+}
+
+impl PyMicroLora {
+    fn add_delta(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>, sign: f32) -> PyResult<()> {
+        let (m, k) = (self.find(module)?, self.inner.kernels());
+        let (layer, (n_in, n_out)) = (self.inner.layer(m).0, self.shapes[m]);
+        let mut w = weight(w, n_out, n_in)?;
+        let w = w.as_mut_slice();
+        if !k.all_finite(w) {
+            return Err(crate::Error::non_finite("w").into());
+        }
+        py.detach(|| layer.add_delta(k, w, sign));
+        Ok(())
+    }
+}

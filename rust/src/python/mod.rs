@@ -1,0 +1,39 @@
+//! The only home of pyo3: extract, call the core, map the error.
+
+#[cfg(Py_GIL_DISABLED)]
+compile_error!("microlora does not support free-threaded CPython yet: build it with a standard CPython 3.11 or newer");
+
+mod adapter;
+mod array;
+mod calls;
+mod error;
+mod feedback;
+mod files;
+mod handle;
+mod micro_lora;
+mod probe;
+mod step;
+
+use pyo3::prelude::*;
+
+/// The compiled core of microlora.
+#[pymodule(gil_used = true)]
+mod _core {
+    #[pymodule_export]
+    use super::adapter::{PyAdapter, PySnapshot};
+    #[pymodule_export]
+    use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
+    #[pymodule_export]
+    use super::files::{from_bytes, load, save_peft, save_single};
+    #[pymodule_export]
+    use super::handle::ModuleHandle;
+    #[pymodule_export]
+    use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::probe::{available_isas, isa};
+    #[pymodule_export]
+    use super::step::PyStepResult;
+
+    #[pymodule_export]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

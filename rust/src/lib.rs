@@ -6,6 +6,8 @@
 
 pub mod dtype;
 pub mod error;
+pub mod format;
+pub mod mapping;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

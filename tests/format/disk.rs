@@ -40,7 +40,8 @@ fn full_disk_leaves_the_old_files() {
     let dir = tempfile::tempdir().unwrap();
     save_single(&dir.path().join("one"), &parts()).unwrap();
     save_peft(&dir.path().join("peft"), &parts(), &PeftOptions::default()).unwrap();
-    let run = "trap '' XFSZ; ulimit -f 64; exec \"$0\" --exact disk::child_with_a_file_size_limit --nocapture";
+    let run =
+        "trap '' XFSZ; ulimit -f 64; exec \"$0\" --exact disk::child_with_a_file_size_limit --nocapture";
     let out = std::process::Command::new("sh")
         .args(["-c", run])
         .arg(std::env::current_exe().unwrap())
@@ -48,7 +49,11 @@ fn full_disk_leaves_the_old_files() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success() && text.contains("limited child done"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success() && text.contains("limited child done"),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     assert_eq!(load(&dir.path().join("one"), &STRICT).unwrap().parts, parts());
     assert_eq!(load(&dir.path().join("peft"), &STRICT).unwrap().parts.modules, parts().modules);
 }
@@ -62,7 +67,10 @@ fn a_place_that_cannot_be_written_changes_nothing() {
         assert!(matches!(save_single(&path, &parts()), Err(Error::Io { .. })), "{path:?}");
     }
     assert!(matches!(save_peft(&file, &parts(), &PeftOptions::default()), Err(Error::Io { .. })));
-    assert!(matches!(save_peft(&file.join("below"), &parts(), &PeftOptions::default()), Err(Error::Io { .. })));
+    assert!(matches!(
+        save_peft(&file.join("below"), &parts(), &PeftOptions::default()),
+        Err(Error::Io { .. })
+    ));
     // A directory sits where one of the two files should go.
     for blocked in ["adapter_model.safetensors", "adapter_config.json"] {
         let pair = dir.path().join(blocked);
@@ -82,8 +90,11 @@ fn an_interrupted_replacement_is_not_read_as_a_pair() {
     save_peft(dir.path(), &parts(), &PeftOptions::default()).unwrap();
     let old = contents(dir.path());
     // The state between the two renames: the new weights, and the old configuration set aside.
-    fs::rename(dir.path().join("adapter_config.json"), dir.path().join(".adapter_config.json.previous")).unwrap();
-    assert!(matches!(load(dir.path(), &STRICT), Err(Error::Format { reason, .. }) if reason.contains("adapter_config.json")));
+    fs::rename(dir.path().join("adapter_config.json"), dir.path().join(".adapter_config.json.previous"))
+        .unwrap();
+    assert!(
+        matches!(load(dir.path(), &STRICT), Err(Error::Format { reason, .. }) if reason.contains("adapter_config.json"))
+    );
     save_peft(dir.path(), &parts(), &PeftOptions::default()).unwrap();
     assert_eq!(contents(dir.path()), old);
 }
@@ -108,7 +119,10 @@ fn readers_of_a_directory_see_whole_pairs() {
                     }
                     // Between two states there may be no pair, never a mixed one.
                     Err(Error::Format { reason, .. }) => {
-                        assert!(reason.contains("changed while") || reason.contains("no adapter_config.json"), "{reason}");
+                        assert!(
+                            reason.contains("changed while") || reason.contains("no adapter_config.json"),
+                            "{reason}"
+                        );
                     }
                     Err(Error::Io { source, .. }) => assert_eq!(source.kind(), std::io::ErrorKind::NotFound),
                     Err(other) => panic!("{other}"),

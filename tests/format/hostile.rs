@@ -27,7 +27,8 @@ fn reason(bytes: &[u8]) -> String {
 fn each_broken_header_says_what_is_wrong() {
     let t = r#""t":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
     let deep = format!("{{\"t\":{}", "[".repeat(200_000));
-    let dims = format!(r#"{{"t":{{"dtype":"F32","shape":[{}1],"data_offsets":[0,4]}}}}"#, "1,".repeat(MAX_DIMS));
+    let dims =
+        format!(r#"{{"t":{{"dtype":"F32","shape":[{}1],"data_offsets":[0,4]}}}}"#, "1,".repeat(MAX_DIMS));
     for (bytes, word) in [
         (vec![1, 2, 3], "3 bytes"),
         (u64::MAX.to_le_bytes().to_vec(), "limit"),
@@ -45,15 +46,24 @@ fn each_broken_header_says_what_is_wrong() {
         (file_of(&format!("{{{t}}}"), &[0; 3]), "truncated"),
         (file_of(&format!("{{{t}}}"), &[0; 5]), "5 bytes of data"),
         (file_of(r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}"#, &[0; 5]), "hole"),
-        (file_of(&format!(r#"{{{t},"u":{{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}}}"#), &[0; 6]), "overlaps"),
+        (
+            file_of(&format!(r#"{{{t},"u":{{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}}}"#), &[0; 6]),
+            "overlaps",
+        ),
         (file_of(r#"{"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, &[0; 4]), "takes 8 bytes"),
         (file_of(r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#, &[0; 4]), "\"t\""),
         (file_of(r#"{"t":{"dtype":"F4","shape":[1],"data_offsets":[0,1]}}"#, &[0; 1]), "overflows"),
         (file_of(r#"{"t":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]), "F99"),
         (file_of(r#"{"t":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#, &[0; 4]), "-1"),
         (file_of(r#"{"t":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"scale":2}}"#, &[0; 4]), "scale"),
-        (file_of(r#"{"t":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]), "dtype"),
-        (file_of(r#"{"t":{"dtype":"F32","shape":[9223372036854775807,3],"data_offsets":[0,4]}}"#, &[0; 4]), "overflow"),
+        (
+            file_of(r#"{"t":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]),
+            "dtype",
+        ),
+        (
+            file_of(r#"{"t":{"dtype":"F32","shape":[9223372036854775807,3],"data_offsets":[0,4]}}"#, &[0; 4]),
+            "overflow",
+        ),
         (file_of(r#"{"t":{"dtype":"F32","shape":[1e30],"data_offsets":[0,4]}}"#, &[0; 4]), "\"t\""),
         (
             file_of(
@@ -63,7 +73,10 @@ fn each_broken_header_says_what_is_wrong() {
             "overflows",
         ),
         (
-            file_of(r#"{"t":{"dtype":"U8","shape":[1099511627776],"data_offsets":[0,1099511627776]}}"#, &[0; 4]),
+            file_of(
+                r#"{"t":{"dtype":"U8","shape":[1099511627776],"data_offsets":[0,1099511627776]}}"#,
+                &[0; 4],
+            ),
             "truncated",
         ),
         (file_of(r#"{"__metadata__":{"a":1}}"#, b""), "__metadata__"),
@@ -99,7 +112,7 @@ fn mutate(seed: &[u8], rng: &mut ChaCha8Rng) -> Vec<u8> {
             break;
         }
         // Most edits go to the header, where the meaning is.
-        let reach = if rng.next_u32() % 4 == 0 { out.len() } else { out.len().min(600) };
+        let reach = if rng.next_u32().is_multiple_of(4) { out.len() } else { out.len().min(600) };
         let at = rng.next_u32() as usize % reach;
         match rng.next_u32() % 7 {
             0 => out[at] ^= 1 << (rng.next_u32() % 8),
@@ -123,7 +136,7 @@ fn mutate(seed: &[u8], rng: &mut ChaCha8Rng) -> Vec<u8> {
         }
     }
     // A header of the right length lets the edit reach the JSON parser.
-    if rng.next_u32() % 2 == 0 && out.len() > 8 && seed.len() > 8 && seed[8] == b'{' {
+    if rng.next_u32().is_multiple_of(2) && out.len() > 8 && seed.len() > 8 && seed[8] == b'{' {
         let delta = out.len() as i64 - seed.len() as i64;
         let len = u64::from_le_bytes(seed[..8].try_into().unwrap()) as i64 + delta;
         out[..8].copy_from_slice(&len.to_le_bytes());

@@ -44,13 +44,19 @@ fn resave(config: &str, tensors: &[microlora::format::Tensor], opts: &PeftOption
 
 #[test]
 fn files_of_peft_come_back_as_they_were() {
-    let mut tensors = [pair("layers.0.q_proj", 2), pair("layers.0.v_proj", 2), pair("layers.1.q_proj", 3)].concat();
+    let mut tensors =
+        [pair("layers.0.q_proj", 2), pair("layers.0.v_proj", 2), pair("layers.1.q_proj", 3)].concat();
     let dir = resave(PEFT_CONFIG, &tensors, &PeftOptions::default());
     let files = contents(dir.path());
     assert_eq!(files["adapter_model.safetensors"], safetensors(&tensors, Some(&[("format", "pt")])));
     assert_eq!(read_config(dir.path()), serde_json::from_str::<Value>(PEFT_CONFIG).unwrap());
     let text = String::from_utf8(files["adapter_config.json"].clone()).unwrap();
-    assert!(text.starts_with("{\n  \"alora_invocation_tokens\": null,\n  \"alpha_pattern\": {\n    \"v_proj\": 7\n"), "{text}");
+    assert!(
+        text.starts_with(
+            "{\n  \"alora_invocation_tokens\": null,\n  \"alpha_pattern\": {\n    \"v_proj\": 7\n"
+        ),
+        "{text}"
+    );
     assert_eq!(files.len(), 2);
 
     // Unknown settings and opaque tensors stay too.
@@ -58,14 +64,18 @@ fn files_of_peft_come_back_as_they_were() {
     let edited = config(json!({"unknown_key": {"z": [1, 2.5], "a": "é"}}));
     let dir = resave(&edited, &tensors, &PeftOptions::default());
     assert_eq!(read_config(dir.path()), serde_json::from_str::<Value>(&edited).unwrap());
-    assert_eq!(contents(dir.path())["adapter_model.safetensors"], safetensors(&tensors, Some(&[("format", "pt")])));
+    assert_eq!(
+        contents(dir.path())["adapter_model.safetensors"],
+        safetensors(&tensors, Some(&[("format", "pt")]))
+    );
 }
 
 #[test]
 fn ranks_and_alphas_come_from_the_first_matching_pattern() {
     let edited = config(json!({
         "alpha_pattern": {r"layers\.0\..*": 1.5, "v_proj": 7, "^layers.1.q_proj": 11}, "use_rslora": true}));
-    let tensors = [pair("layers.0.v_proj", 2), pair("layers.1.q_proj", 3), pair("layers.1.v_proj", 2), pair("k", 2)];
+    let tensors =
+        [pair("layers.0.v_proj", 2), pair("layers.1.q_proj", 3), pair("layers.1.v_proj", 2), pair("k", 2)];
     let got = load_dir(&edited, &tensors.concat(), &STRICT).unwrap().parts;
     let seen: Vec<_> = got.modules.iter().map(|m| (m.path.as_str(), m.rank, m.alpha, m.use_rslora)).collect();
     assert_eq!(
@@ -86,7 +96,8 @@ fn ranks_and_alphas_come_from_the_first_matching_pattern() {
 #[test]
 fn patterns_that_sorting_would_change_are_rewritten() {
     let edited = config(json!({"rank_pattern": {}, "alpha_pattern": {"v_proj": 7, "layers.0.v_proj": 1}}));
-    let tensors = [pair("layers.0.v_proj", 2), pair("layers.1.v_proj", 2), pair("layers.0.q_proj", 2)].concat();
+    let tensors =
+        [pair("layers.0.v_proj", 2), pair("layers.1.v_proj", 2), pair("layers.0.q_proj", 2)].concat();
     let got = load_dir(&edited, &tensors, &STRICT).unwrap().parts;
     assert_eq!(got.modules.iter().map(|m| m.alpha).collect::<Vec<_>>(), [4.0, 7.0, 7.0]);
     let dir = tempfile::tempdir().unwrap();
@@ -123,14 +134,17 @@ fn fresh_configurations_hold_what_peft_needs() {
     let loaded = load(dir.path(), &STRICT).unwrap();
     assert_eq!(loaded.parts.metadata_json, parts.metadata_json);
     assert_eq!(loaded.parts.config_json, parts.config_json);
-    save_peft(dir.path(), &parts, &PeftOptions { base_model: Some("other"), ..PeftOptions::default() }).unwrap();
+    save_peft(dir.path(), &parts, &PeftOptions { base_model: Some("other"), ..PeftOptions::default() })
+        .unwrap();
     assert_eq!(read_config(dir.path())["base_model_name_or_path"], json!("other"));
 }
 
 #[test]
 fn layer_paths_put_short_names_into_a_model() {
-    let parts =
-        AdapterParts { modules: vec![module("q_proj", 2, 4.0), module("v_proj", 3, 6.0)], ..AdapterParts::default() };
+    let parts = AdapterParts {
+        modules: vec![module("q_proj", 2, 4.0), module("v_proj", 3, 6.0)],
+        ..AdapterParts::default()
+    };
     let map = BTreeMap::from([
         ("q_proj".to_owned(), vec!["m.layers.0.q_proj".to_owned(), "m.layers.1.q_proj".to_owned()]),
         ("v_proj".to_owned(), vec!["m.layers.1.v_proj".to_owned()]),
@@ -168,7 +182,8 @@ fn layer_paths_put_short_names_into_a_model() {
 
 #[test]
 fn renamed_modules_are_targeted_by_their_new_paths() {
-    let edited = config(json!({"rank_pattern": {}, "alpha_pattern": {"q": 9}, "target_modules": "(?!x)layers.*",
+    let edited =
+        config(json!({"rank_pattern": {}, "alpha_pattern": {"q": 9}, "target_modules": "(?!x)layers.*",
         "layers_to_transform": [0]}));
     let tensors = pair("layers.0.q", 2);
     // A pattern that only Python can run stays while the names stay.
@@ -198,7 +213,10 @@ fn prefixes_and_adapter_names_are_understood() {
         assert_eq!(contents(dir.path())["adapter_model.safetensors"], usual);
     }
     let dir = resave(&plain(), &twice, &PeftOptions::default());
-    assert_eq!(contents(dir.path())["adapter_model.safetensors"], safetensors(&twice, Some(&[("format", "pt")])));
+    assert_eq!(
+        contents(dir.path())["adapter_model.safetensors"],
+        safetensors(&twice, Some(&[("format", "pt")]))
+    );
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use microlora::Error;
 use microlora::format::{
-    AdapterParts, LoadOptions, PeftOptions, Tensor, TensorDtype, from_bytes, load, save_peft, save_single, to_bytes,
+    AdapterParts, LoadOptions, PeftOptions, Tensor, TensorDtype, from_bytes, load, save_peft, save_single,
+    to_bytes,
 };
 use serde_json::{Value, json};
 
@@ -104,7 +105,8 @@ fn sound_settings_pass() {
         json!({"bias": "lora_only", "use_dora": null, "rank_pattern": null}),
         json!({"future_key": null, "future_flag": false, "future_list": []}),
     ] {
-        let loaded = load_dir(&config(edit.clone()), &pair("q", 2), &STRICT).unwrap_or_else(|e| panic!("{edit}: {e}"));
+        let loaded =
+            load_dir(&config(edit.clone()), &pair("q", 2), &STRICT).unwrap_or_else(|e| panic!("{edit}: {e}"));
         assert!(loaded.unused.is_empty());
     }
     let defaults = load_dir(r#"{"peft_type": "LORA"}"#, &pair("q", 8), &STRICT).unwrap().parts;
@@ -151,8 +153,16 @@ fn wrong_factors_are_named() {
     check(f32s(&[2, 6], &[10]), "format", &[&b, "[10]"]);
     check(f32s(&[2, 0], &[5, 2]), "format", &[&a, "[2, 0]"]);
     check(f32s(&[0, 6], &[5, 0]), "format", &[&a, "[0, 6]"]);
-    check(vec![t(&a, TensorDtype::F64, &[2, 6]), t(&b, TensorDtype::F32, &[5, 2])], "unsupported", &[&a, "F64"]);
-    check(vec![t(&a, TensorDtype::F32, &[2, 6]), t(&b, TensorDtype::F8_E4M3, &[5, 2])], "unsupported", &[&b, "F8"]);
+    check(
+        vec![t(&a, TensorDtype::F64, &[2, 6]), t(&b, TensorDtype::F32, &[5, 2])],
+        "unsupported",
+        &[&a, "F64"],
+    );
+    check(
+        vec![t(&a, TensorDtype::F32, &[2, 6]), t(&b, TensorDtype::F8_E4M3, &[5, 2])],
+        "unsupported",
+        &[&b, "F8"],
+    );
     check(Vec::new(), "format", &["no lora_A"]);
     let mut twice = f32s(&[2, 6], &[5, 2]);
     twice.push(t("q.lora_A.default.weight", TensorDtype::F32, &[2, 6]));
@@ -164,7 +174,8 @@ fn wrong_factors_are_named() {
     ] {
         let mut data = vec![0; 12 * bad.len()];
         data[11 * bad.len()..].copy_from_slice(&bad);
-        let tensors = vec![Tensor::new(a.clone(), dtype, vec![2, 6], data).unwrap(), t(&b, TensorDtype::F32, &[5, 2])];
+        let tensors =
+            vec![Tensor::new(a.clone(), dtype, vec![2, 6], data).unwrap(), t(&b, TensorDtype::F32, &[5, 2])];
         check(tensors, "format", &[&a, "NaN or infinity"]);
     }
     let by_pattern = config(json!({"rank_pattern": {"q": 3}}));
@@ -248,7 +259,12 @@ fn incomplete_directories_say_what_is_missing() {
 fn single_files_that_contradict_themselves_are_refused() {
     let modules = r#"[{"path":"q","rank":2,"alpha":4.0,"use_rslora":false}]"#;
     let good = [("format", "microlora"), ("format_version", "1"), ("modules", modules)];
-    let factors = || vec![tensor("q.lora_a", TensorDtype::F32, &[2, 6], 1), tensor("q.lora_b", TensorDtype::F32, &[5, 2], 2)];
+    let factors = || {
+        vec![
+            tensor("q.lora_a", TensorDtype::F32, &[2, 6], 1),
+            tensor("q.lora_b", TensorDtype::F32, &[5, 2], 2),
+        ]
+    };
     let with = |edit: &[(&'static str, &'static str)], tensors: &[Tensor]| {
         let mut all = good.to_vec();
         all.retain(|(k, _)| !edit.iter().any(|(e, _)| e == k));
@@ -297,7 +313,9 @@ fn writers_check_what_they_are_given() {
     add("twice", &|p| p.modules[1].path = "layers.0.q_proj".into());
     add("module path", &|p| p.modules[0].path = "a\nb".into());
     add("module path", &|p| p.modules[0].path.clear());
-    add("twice", &|p| p.extra = vec![tensor("x", TensorDtype::F32, &[1], 1), tensor("x", TensorDtype::F32, &[1], 1)]);
+    add("twice", &|p| {
+        p.extra = vec![tensor("x", TensorDtype::F32, &[1], 1), tensor("x", TensorDtype::F32, &[1], 1)]
+    });
     for (p, word) in &cases {
         assert_refused(to_bytes(p), "argument", &[word]);
         assert_refused(save_single(&dir.path().join("x"), p), "argument", &[word]);
@@ -306,6 +324,18 @@ fn writers_check_what_they_are_given() {
     let mut mixed = parts();
     mixed.modules[1].use_rslora = true;
     assert_refused(save_peft(dir.path(), &mixed, &PeftOptions::default()), "argument", &["use_rslora"]);
+    for path in [".", "base_model.model.q", "q.base_layer", "q.lora_diag", "q.modules_to_save.q"] {
+        let odd = AdapterParts { modules: vec![module(path, 2, 1.0)], ..AdapterParts::default() };
+        let got = save_peft(dir.path(), &odd, &PeftOptions::default());
+        assert_refused(got, "argument", &["module path", path]);
+        assert_eq!(from_bytes(&to_bytes(&odd).unwrap(), true).unwrap().parts, odd);
+    }
+    let odd = AdapterParts { extra: pair("k", 2), ..parts() };
+    assert_refused(
+        save_peft(dir.path(), &odd, &PeftOptions::default()),
+        "argument",
+        &["extra tensor", "k.lora_A"],
+    );
     let none = AdapterParts::default();
     assert_refused(save_peft(dir.path(), &none, &PeftOptions::default()), "argument", &["no modules"]);
     let refused = AdapterParts { peft_config: Some(config(json!({"use_dora": true}))), ..parts() };

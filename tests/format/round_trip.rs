@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use microlora::format::{
-    AdapterParts, LoadOptions, PeftOptions, TensorDtype, from_bytes, load, peft, save_peft, save_single, to_bytes,
+    AdapterParts, LoadOptions, PeftOptions, TensorDtype, from_bytes, load, peft, save_peft, save_single,
+    to_bytes,
 };
 use proptest::prelude::*;
 
@@ -12,7 +13,7 @@ use super::samples::*;
 const DTYPES: [TensorDtype; 3] = [TensorDtype::F32, TensorDtype::F16, TensorDtype::BF16];
 
 fn any_parts() -> impl Strategy<Value = AdapterParts> {
-    let path = "[a-z]{1,3}(\\.[0-9a-z_]{1,4}){0,3}|[ -~]{1,8}|[é-ü]{1,3}\\.q";
+    let path = "[a-z]{1,3}(\\.[0-9a-z_]{1,4}){0,3}|[ -~]{0,7}[!-\\-/-~]|[é-ü]{1,3}\\.q";
     let modules = proptest::collection::btree_map(
         path,
         (1usize..12, -1e6..1e6f64, 0usize..3, 0usize..3, proptest::bool::weighted(0.3)),
@@ -30,7 +31,10 @@ fn any_parts() -> impl Strategy<Value = AdapterParts> {
         config_json: text.clone(),
         metadata_json: text,
         peft_config: None,
-        extra: extra.into_iter().map(|(n, (len, seed))| tensor(&n, TensorDtype::I64, &[len, 2], seed)).collect(),
+        extra: extra
+            .into_iter()
+            .map(|(n, (len, seed))| tensor(&n, TensorDtype::I64, &[len, 2], seed))
+            .collect(),
         prefix,
         header,
     })

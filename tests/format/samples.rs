@@ -26,7 +26,13 @@ pub fn module(path: &str, rank: usize, alpha: f64) -> ModuleParts {
     module_of(path, rank, alpha, [TensorDtype::F32; 2], false)
 }
 
-pub fn module_of(path: &str, rank: usize, alpha: f64, dtypes: [TensorDtype; 2], use_rslora: bool) -> ModuleParts {
+pub fn module_of(
+    path: &str,
+    rank: usize,
+    alpha: f64,
+    dtypes: [TensorDtype; 2],
+    use_rslora: bool,
+) -> ModuleParts {
     let a = tensor(&format!("{path}.lora_a"), dtypes[0], &[rank, 6], 3);
     let b = tensor(&format!("{path}.lora_b"), dtypes[1], &[5, rank], 5);
     ModuleParts { path: path.into(), alpha, rank, use_rslora, a, b }
@@ -60,7 +66,10 @@ pub fn safetensors(tensors: &[Tensor], metadata: Option<&[(&str, &str)]>) -> Vec
 /// The factors of one module under PEFT's keys.
 pub fn pair(path: &str, rank: usize) -> Vec<Tensor> {
     let key = |f: &str| format!("base_model.model.{path}.lora_{f}.weight");
-    vec![tensor(&key("A"), TensorDtype::F32, &[rank, 6], 3), tensor(&key("B"), TensorDtype::F32, &[5, rank], 5)]
+    vec![
+        tensor(&key("A"), TensorDtype::F32, &[rank, 6], 3),
+        tensor(&key("B"), TensorDtype::F32, &[5, rank], 5),
+    ]
 }
 
 /// Loads a PEFT directory made of these.
@@ -72,6 +81,8 @@ pub fn load_dir(config: &str, tensors: &[Tensor], opts: &LoadOptions) -> microlo
 
 /// Name to content of a directory.
 pub fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let read = |e: std::fs::DirEntry| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap_or_default());
+    let read = |e: std::fs::DirEntry| {
+        (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap_or_default())
+    };
     std::fs::read_dir(dir).unwrap().map(|e| read(e.unwrap())).collect()
 }

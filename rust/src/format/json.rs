@@ -6,6 +6,11 @@ use std::fmt;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+/// Longest JSON text that is parsed, in bytes; its values take some twenty times as much memory.
+pub(crate) const MAX_TEXT: usize = 16 << 20;
+/// Most entries of a string map.
+const MAX_STRINGS: usize = 1 << 16;
+
 /// A JSON value whose objects have no repeated key.
 struct Unique(Value);
 
@@ -93,6 +98,9 @@ impl<'de> Deserialize<'de> for StringMap {
                     if out.contains_key(&key) {
                         return Err(de::Error::custom(format_args!("key {} appears twice", show(&key))));
                     }
+                    if out.len() == MAX_STRINGS {
+                        return Err(de::Error::custom(format_args!("more than {MAX_STRINGS} entries")));
+                    }
                     out.insert(key, value);
                 }
                 Ok(StringMap(out))
@@ -104,6 +112,9 @@ impl<'de> Deserialize<'de> for StringMap {
 
 /// Parses one JSON object (key order kept); the error is a reason without a file name.
 pub(crate) fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
+    if text.len() > MAX_TEXT {
+        return Err(format!("JSON of {} bytes, the limit is {MAX_TEXT}", text.len()));
+    }
     match serde_json::from_str::<Unique>(text) {
         Ok(Unique(Value::Object(map))) => Ok(map),
         Ok(_) => Err("not a JSON object".into()),
@@ -175,6 +186,7 @@ mod tests {
         assert!(parse_object("[1]").is_err());
         assert!(parse_object(r#"{"lora_alpha": NaN}"#).is_err());
         assert!(parse_object(&"[".repeat(100_000)).is_err());
+        assert!(parse_object(&" ".repeat(MAX_TEXT + 1)).unwrap_err().contains("limit"));
     }
 
     #[test]

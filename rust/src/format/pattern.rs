@@ -8,8 +8,10 @@ use regex::{Regex, RegexBuilder};
 
 use super::json::show;
 
-/// Most key-times-module matches that one file may ask for.
-const MAX_WORK: usize = 1 << 28;
+/// Most bytes of paths, counted once for each key that is not one whole path, that a file may ask for.
+const MAX_WORK: usize = 1 << 32;
+/// Most keys that need the engine: each is a compiled program.
+const MAX_REGEX: usize = 512;
 
 enum Matcher {
     /// `^` and literals: one path. Found by hash, in `Table::exact`.
@@ -24,11 +26,12 @@ pub(crate) struct Table<T> {
     entries: Vec<(String, Matcher, T)>,
     exact: HashMap<String, usize>,
     others: usize,
+    compiled: usize,
 }
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Table { entries: Vec::new(), exact: HashMap::new(), others: 0 }
+        Table { entries: Vec::new(), exact: HashMap::new(), others: 0, compiled: 0 }
     }
 }
 
@@ -45,7 +48,13 @@ impl<T> Table<T> {
                 self.others += 1;
                 match suffix(key) {
                     Some(s) => Matcher::Suffix(s),
-                    None => Matcher::Regex(compile(key)?),
+                    None => {
+                        self.compiled += 1;
+                        if self.compiled > MAX_REGEX {
+                            return Err(format!("more than {MAX_REGEX} keys that are not plain paths"));
+                        }
+                        Matcher::Regex(compile(key)?)
+                    }
                 }
             }
         };
@@ -53,14 +62,12 @@ impl<T> Table<T> {
         Ok(())
     }
 
-    /// Refuses a table whose use on `modules` paths would take too long.
-    pub fn check_work(&self, modules: usize) -> Result<(), String> {
-        match self.others.checked_mul(modules) {
+    /// Refuses a table whose use on `paths` would take too long.
+    pub fn check_work(&self, paths: &[&str]) -> Result<(), String> {
+        let bytes: usize = paths.iter().map(|p| p.len() + 1).sum();
+        match self.others.checked_mul(bytes) {
             Some(n) if n <= MAX_WORK => Ok(()),
-            _ => Err(format!(
-                "{} pattern keys on {modules} modules pass the limit of {MAX_WORK} matches",
-                self.others
-            )),
+            _ => Err(format!("{} pattern keys on {} modules take too long", self.others, paths.len())),
         }
     }
 
@@ -275,7 +282,12 @@ mod tests {
         let mut t = Table::default();
         t.push("(a*)*b", 0).unwrap();
         assert!(t.find(&"a".repeat(100_000)).is_none());
-        assert!(t.check_work(usize::MAX).is_err());
+        assert!(t.check_work(&["x"; 1000]).is_ok());
+        let long = "x".repeat(1 << 20);
+        assert!(t.check_work(&[&long[..]; 5000]).is_err());
+        let mut many = Table::default();
+        let pushed = (0..1000).take_while(|i| many.push(&format!("(a{i})"), 0).is_ok()).count();
+        assert_eq!(pushed, MAX_REGEX);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use super::container;
+use super::json::MAX_TEXT;
 use super::tensor::Bytes;
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
@@ -44,16 +45,16 @@ pub(super) fn open(path: &Path, mmap: bool) -> Result<Bytes> {
     Ok(Bytes::from(head))
 }
 
-/// Reads a small text file whole.
-pub(super) fn read_text(path: &Path, limit: u64) -> Result<String> {
+/// Reads a JSON text file whole, if it is not too long to be parsed.
+pub(super) fn read_text(path: &Path) -> Result<String> {
     let at = |e| Error::io(path, e);
     if !fs::metadata(path).map_err(at)?.is_file() {
         return Err(Error::format(path.display(), "not a regular file"));
     }
     let mut bytes = Vec::new();
-    File::open(path).map_err(at)?.take(limit + 1).read_to_end(&mut bytes).map_err(at)?;
-    if bytes.len() as u64 > limit {
-        return Err(Error::format(path.display(), format!("more than {limit} bytes")));
+    File::open(path).map_err(at)?.take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(at)?;
+    if bytes.len() > MAX_TEXT {
+        return Err(Error::format(path.display(), format!("more than {MAX_TEXT} bytes")));
     }
     String::from_utf8(bytes)
         .map_err(|e| Error::format(path.display(), format!("not UTF-8: {}", e.utf8_error())))

@@ -190,9 +190,9 @@ impl PeftConfig {
         self.alphas.find(pattern_path(path)).map_or(self.alpha, |(_, &a)| a)
     }
 
-    /// Refuses pattern tables whose use on so many modules would take too long.
-    pub(super) fn check_work(&self, modules: usize, file: &str) -> Result<()> {
-        let both = self.ranks.check_work(modules).and_then(|()| self.alphas.check_work(modules));
+    /// Refuses pattern tables whose use on these paths would take too long.
+    pub(super) fn check_work(&self, paths: &[&str], file: &str) -> Result<()> {
+        let both = self.ranks.check_work(paths).and_then(|()| self.alphas.check_work(paths));
         both.map_err(|e| Error::format(file, e))
     }
 

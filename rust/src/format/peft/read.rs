@@ -13,7 +13,6 @@ use super::names::{Key, classify};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
-const MAX_CONFIG: u64 = 64 << 20;
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
 /// Reads an adapter directory.
@@ -30,7 +29,7 @@ pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
     // The writer replaces the weights between two states of the configuration: a pair is a pair only
     // when the configuration is the same before and after.
     for _ in 0..3 {
-        let text = source::read_text(&config, MAX_CONFIG)?;
+        let text = source::read_text(&config)?;
         let bytes = source::open(&weights, opts.mmap)?;
         if fs::read(&config).is_ok_and(|now| now == text.as_bytes()) {
             let names = [config.display().to_string(), weights.display().to_string()];
@@ -104,8 +103,8 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     if pairs.is_empty() {
         return Err(Error::format(file, "no lora_A and lora_B tensors"));
     }
-    config.check_work(pairs.len(), config_file)?;
     let paths: Vec<&str> = pairs.keys().map(String::as_str).collect();
+    config.check_work(&paths, config_file)?;
     let mut notes = config.notes.clone();
     notes.extend(config.unmatched_notes(&paths));
 

@@ -12,7 +12,7 @@ use super::super::atomic::Staged;
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty};
 use super::super::pattern::anchored;
 use super::super::{AdapterParts, ModuleParts, container};
-use super::names::pattern_path;
+use super::names::{Key, classify, pattern_path};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE, config};
 use crate::error::{Error, Result};
 
@@ -42,8 +42,19 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     let prefix = parts.prefix.as_deref().unwrap_or(PREFIX);
     let mut tensors = Vec::with_capacity(2 * modules.len() + parts.extra.len());
     for (path, m) in &modules {
-        tensors.push((format!("{prefix}{path}.lora_A.weight"), &m.a));
+        let key = format!("{prefix}{path}.lora_A.weight");
+        if !matches!(classify(&key), Key::Factor { path: read, .. } if read == *path) {
+            return Err(Error::config(
+                "module path",
+                show(path),
+                "a path that can be read back from PEFT's keys",
+            ));
+        }
+        tensors.push((key, &m.a));
         tensors.push((format!("{prefix}{path}.lora_B.weight"), &m.b));
+    }
+    if let Some(t) = parts.extra.iter().find(|t| classify(&t.name) != Key::Other) {
+        return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
     }
     tensors.extend(parts.extra.iter().map(|t| (t.name.clone(), t)));
     let mut header = parts.header.clone();
@@ -198,7 +209,8 @@ fn describes(object: &Map<String, Value>, modules: &[(String, &ModuleParts)]) ->
         return Ok(false);
     }
     let config = config::parse(&to_sorted_pretty(object), CONFIG_FILE)?;
-    config.check_work(modules.len(), CONFIG_FILE)?;
+    let paths: Vec<&str> = modules.iter().map(|(p, _)| p.as_str()).collect();
+    config.check_work(&paths, CONFIG_FILE)?;
     Ok(modules.iter().all(|(path, m)| {
         let same_alpha = config.alpha_for(path).to_bits() == m.alpha.to_bits();
         config.rank_for(path).0 == m.rank && same_alpha && config.use_rslora == m.use_rslora

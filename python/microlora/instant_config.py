@@ -30,8 +30,9 @@ class InstantConfig:
             None takes the default of the feedback's kind.
         train: ``"b"`` moves B only, ``"both"`` moves A and B.
         kappa: how far one unit of advantage should move the score of a rewarded response, above 0.
-        baseline_rate: rate of the running mean of rewards, above 0 and at most 1; the first reward starts it.
-        max_grad_norm: norm of dL/dy above which a gradient is shortened to it (Huber), above 0.
+        baseline_rate: rate of the moving average of rewards, above 0 and at most 1. It starts as their plain
+            mean and is 0 before the first, so that a first failure already pushes away.
+        max_grad_norm: norm of dL/dy above which NLMS shortens it to that (Huber), above 0. None does not.
 
     Raises:
         ConfigError: a value out of its range, or ``rule="rls"`` with ``train="both"``.
@@ -44,7 +45,7 @@ class InstantConfig:
     train: str = "b"
     kappa: float = 0.3
     baseline_rate: float = 0.02
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -54,8 +55,10 @@ class InstantConfig:
             put(self, name, _share(name, getattr(self, name)))
         if self.mu is not None:
             put(self, "mu", _share("mu", self.mu, " or None"))
-        for name in ("rho", "kappa", "max_grad_norm"):
+        for name in ("rho", "kappa"):
             put(self, name, _positive(name, getattr(self, name)))
+        if self.max_grad_norm is not None:
+            put(self, "max_grad_norm", _positive("max_grad_norm", self.max_grad_norm, " or None"))
         if self.rule == "rls" and self.train == "both":
             raise ConfigError(
                 "instant.train: got 'both' with instant.rule 'rls', expected 'b' "
@@ -88,8 +91,8 @@ def _share(name: str, value: object, alternative: str = "") -> float:
     return number
 
 
-def _positive(name: str, value: object) -> float:
-    want = "a number from 1e-30 to 1e30"
+def _positive(name: str, value: object, alternative: str = "") -> float:
+    want = f"a number from 1e-30 to 1e30{alternative}"
     number = real(f"instant.{name}", value, want)
     if not 1e-30 <= number <= 1e30:
         raise wrong(f"instant.{name}", value, want)

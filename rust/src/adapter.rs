@@ -57,7 +57,11 @@ impl Adapter {
         let mut modules = Vec::with_capacity(parts.modules.len());
         for m in &parts.modules {
             let (&[rank, inputs], &[outputs, _]) = (&m.a.shape[..], &m.b.shape[..]) else {
-                return Err(Error::shape(&m.path, format!("{:?}, {:?}", m.a.shape, m.b.shape), "two matrices"));
+                return Err(Error::shape(
+                    &m.path,
+                    format!("{:?}, {:?}", m.a.shape, m.b.shape),
+                    "two matrices",
+                ));
             };
             let a = Factor::from_bits(&m.a.data, rank, inputs, dtype_of(&m.a)?, false)?;
             let b = Factor::from_bits(&m.b.data, rank, outputs, dtype_of(&m.b)?, true)?;

@@ -4,13 +4,24 @@
 //! `in_features` (A) or `out_features` (B), so that forward and backward are dots and axpys on rows.
 #![deny(unsafe_code)]
 
+pub mod adapter;
 pub mod dtype;
 pub mod error;
 pub mod factor;
+pub mod format;
 pub mod kernels;
 pub mod layer;
 pub mod learn;
+pub mod mapping;
+pub mod micro_lora;
 pub mod rng;
+pub mod snapshot;
 
+#[cfg(feature = "python")]
+mod python;
+
+pub use adapter::Adapter;
 pub use dtype::Dtype;
 pub use error::{Error, Result};
+pub use micro_lora::MicroLora;
+pub use snapshot::Snapshot;

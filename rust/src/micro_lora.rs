@@ -255,7 +255,11 @@ impl MicroLora {
     fn check_event(&self, module: usize, x: &[f32], feedback: &Feedback, base: Option<&[f32]>) -> Result<()> {
         let (n_in, n_out) = self.shape(module);
         let check = |arg: &str, got: usize, want: usize| {
-            if got == want { Ok(()) } else { Err(Error::shape(arg, format!("({got},)"), format!("({want},)"))) }
+            if got == want {
+                Ok(())
+            } else {
+                Err(Error::shape(arg, format!("({got},)"), format!("({want},)")))
+            }
         };
         check("x", x.len(), n_in)?;
         check(feedback.argument(), feedback.width(), n_out)?;
@@ -276,7 +280,8 @@ impl MicroLora {
         self.check_event(module, x, feedback, base)?;
         let state = &mut *self.write();
         let learner = &mut state.learners[module];
-        let mut result = learner.instant(self.kernels, &self.settings.instant, Event { x, feedback, base })?;
+        let mut result =
+            learner.instant(self.kernels, &self.settings.instant, Event { x, feedback, base })?;
         if result.applied {
             state.version += 1;
             state.counters.instant += 1;
@@ -453,7 +458,13 @@ impl MicroLora {
             let describe = |l: &Layer| {
                 let (n_in, n_out) = (l.in_features(), l.out_features());
                 let kind = if l.rslora { "rslora " } else { "" };
-                format!("{n_in} -> {n_out}, rank {}, {kind}alpha {}, {}/{}", l.rank(), l.alpha, l.a.dtype(), l.b.dtype())
+                format!(
+                    "{n_in} -> {n_out}, rank {}, {kind}alpha {}, {}/{}",
+                    l.rank(),
+                    l.alpha,
+                    l.a.dtype(),
+                    l.b.dtype()
+                )
             };
             let (got, want) = (describe(theirs), describe(&ours));
             if got != want {
@@ -463,4 +474,3 @@ impl MicroLora {
         Ok(())
     }
 }
-

@@ -76,6 +76,9 @@ mod tests {
             a.uniform();
         }
         let mut b = Rng::resume(a.state());
-        assert_eq!((0..9).map(|_| a.uniform()).collect::<Vec<_>>(), (0..9).map(|_| b.uniform()).collect::<Vec<_>>());
+        assert_eq!(
+            (0..9).map(|_| a.uniform()).collect::<Vec<_>>(),
+            (0..9).map(|_| b.uniform()).collect::<Vec<_>>()
+        );
     }
 }

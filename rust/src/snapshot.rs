@@ -76,7 +76,12 @@ impl Snapshot {
             if let Some(rls) = &l.rls {
                 let rank = l.layer().rank();
                 let data = f64_bytes(&rls.p).into();
-                parts.extra.push(Tensor { name: name("p"), dtype: TensorDtype::F64, shape: vec![rank, rank], data });
+                parts.extra.push(Tensor {
+                    name: name("p"),
+                    dtype: TensorDtype::F64,
+                    shape: vec![rank, rank],
+                    data,
+                });
             }
             let pending = l.gradients.as_ref().filter(|g| g.count > 0);
             if let Some(g) = pending {

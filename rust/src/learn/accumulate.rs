@@ -116,10 +116,8 @@ fn add(
         return Err(Error::NonFinite { arg: arg.into(), detail: ": its gradient overflows float32".into() });
     }
     let sums = learner.gradients.get_or_insert_with(|| Box::new(Gradients::new(layer)));
-    let bounds = [
-        sums.bounds[0] + f64::from(result.grad_norm_a),
-        sums.bounds[1] + f64::from(result.grad_norm_b),
-    ];
+    let bounds =
+        [sums.bounds[0] + f64::from(result.grad_norm_a), sums.bounds[1] + f64::from(result.grad_norm_b)];
     if bounds.iter().any(|b| *b > super::learner::LIMIT) {
         let detail = ": the accumulated gradient would overflow float32".into();
         return Err(Error::NonFinite { arg: event.feedback.argument().into(), detail });
@@ -139,7 +137,8 @@ fn add(
 pub(crate) fn mean_norm2(learner: &Learner, k: &Kernels) -> f64 {
     match &learner.gradients {
         Some(g) if g.count > 0 => {
-            let sum = f64::from(k.dot(g.a.stream(), g.a.stream())) + f64::from(k.dot(g.b.stream(), g.b.stream()));
+            let sum =
+                f64::from(k.dot(g.a.stream(), g.a.stream())) + f64::from(k.dot(g.b.stream(), g.b.stream()));
             sum / (g.count as f64 * g.count as f64)
         }
         _ => 0.0,

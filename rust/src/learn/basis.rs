@@ -107,12 +107,20 @@ fn exact(k: &Kernels, x: &[f32], n: usize, width: usize, rank: usize) -> (Vec<f3
 }
 
 /// The same by subspace iteration on `X^T X` for many inputs.
-fn iterate(k: &Kernels, x: &[f32], n: usize, width: usize, rank: usize, rng: &mut Rng) -> (Vec<f32>, Vec<f64>) {
+fn iterate(
+    k: &Kernels,
+    x: &[f32],
+    n: usize,
+    width: usize,
+    rank: usize,
+    rng: &mut Rng,
+) -> (Vec<f32>, Vec<f64>) {
     let q = (rank + OVERSAMPLE).min(width);
     let mut basis = DMatrix::from_fn(width, q, |_, _| f64::from(rng.symmetric(1.0))).qr().q();
     let mut small = DMatrix::zeros(q, q);
     for pass in 0..=PASSES {
-        let rows: Vec<Vec<f32>> = (0..q).map(|j| basis.column(j).iter().map(|&v| v as f32).collect()).collect();
+        let rows: Vec<Vec<f32>> =
+            (0..q).map(|j| basis.column(j).iter().map(|&v| v as f32).collect()).collect();
         let mut product = vec![vec![0.0f32; width]; q];
         small.fill(0.0);
         for x in x.chunks_exact(width).take(n) {
@@ -178,7 +186,8 @@ fn carry_over(k: &Kernels, layer: &Layer, rows: &[f32]) -> Result<Factor> {
     let cross = DMatrix::from_fn(rank, rank, |i, j| f64::from(k.dot(row("old", i), row("new", j))));
     let gram = DMatrix::from_fn(rank, rank, |i, j| f64::from(k.dot(row("new", i), row("new", j))));
     let refuse = || {
-        let want = "an adapter that has not learned yet, or inputs whose basis spans its A (restore or reset first)";
+        let want =
+            "an adapter that has not learned yet, or inputs whose basis spans its A (restore or reset first)";
         Error::config("fit_input_basis", "an adapter whose B is not zero", want)
     };
     let inverse = gram.try_inverse().ok_or_else(refuse)?;

@@ -110,7 +110,11 @@ fn unit(arg: &str, mut v: Vec<f32>) -> Result<Vec<f32>> {
 }
 
 fn positive(arg: &str, v: f32) -> Result<f32> {
-    if v.is_finite() && v > 0.0 { Ok(v) } else { Err(Error::Feedback(format!("{arg}: got {v}, expected a finite number above 0"))) }
+    if v.is_finite() && v > 0.0 {
+        Ok(v)
+    } else {
+        Err(Error::Feedback(format!("{arg}: got {v}, expected a finite number above 0")))
+    }
 }
 
 impl Feedback {
@@ -155,13 +159,22 @@ impl Feedback {
     /// Unequal widths, zero vectors, p outside [0, 1], beta not above 0.
     pub fn preference(chosen: Vec<f32>, rejected: Vec<f32>, p: f32, beta: f32) -> Result<Self> {
         if chosen.len() != rejected.len() {
-            return Err(Error::shape("rejected", format!("({},)", rejected.len()), format!("({},) as chosen", chosen.len())));
+            return Err(Error::shape(
+                "rejected",
+                format!("({},)", rejected.len()),
+                format!("({},) as chosen", chosen.len()),
+            ));
         }
         if !(0.0..=1.0).contains(&p) {
             return Err(Error::Feedback(format!("p: got {p}, expected a probability in [0, 1]")));
         }
         let beta = positive("beta", beta)?;
-        Ok(Feedback::Preference { chosen: unit("chosen", chosen)?, rejected: unit("rejected", rejected)?, p, beta })
+        Ok(Feedback::Preference {
+            chosen: unit("chosen", chosen)?,
+            rejected: unit("rejected", rejected)?,
+            p,
+            beta,
+        })
     }
 
     /// A positive and `negatives.len() / positive.len()` negatives.
@@ -218,14 +231,22 @@ impl Feedback {
     pub(crate) fn is_angular(&self) -> bool {
         !matches!(
             self,
-            Feedback::Target { loss: TargetLoss::Mse, .. } | Feedback::Gradient { .. } | Feedback::Reward { .. }
+            Feedback::Target { loss: TargetLoss::Mse, .. }
+                | Feedback::Gradient { .. }
+                | Feedback::Reward { .. }
         )
     }
 
     /// Loss at the output, and dL/dy into `g` when given. `None`: y is zero and has no direction.
     ///
     /// `advantage` is `kappa (R - b)` for rewards, unused otherwise. A bare gradient has loss NaN.
-    pub(crate) fn evaluate(&self, k: &Kernels, at: Output<'_>, advantage: f32, g: Option<&mut [f32]>) -> Option<f32> {
+    pub(crate) fn evaluate(
+        &self,
+        k: &Kernels,
+        at: Output<'_>,
+        advantage: f32,
+        g: Option<&mut [f32]>,
+    ) -> Option<f32> {
         match self {
             Feedback::Target { target, loss: TargetLoss::Mse } => {
                 let mut sum = 0.0;
@@ -259,12 +280,10 @@ impl Feedback {
                 }
                 Some(0.5 * error * error)
             }
-            Feedback::Target { target, loss: TargetLoss::Cosine } => {
-                cosines(k, at.y, target, g, |c, dc| {
-                    dc[0] = -1.0;
-                    1.0 - c[0]
-                })
-            }
+            Feedback::Target { target, loss: TargetLoss::Cosine } => cosines(k, at.y, target, g, |c, dc| {
+                dc[0] = -1.0;
+                1.0 - c[0]
+            }),
             Feedback::Preference { chosen, rejected, p, beta } => {
                 // L = -p log s(m) - (1-p) log s(-m), m = beta (c+ - c-); dL/dm = s(m) - p.
                 let norm = k.dot(at.y, at.y).sqrt();

@@ -199,7 +199,12 @@ impl Learner {
     ///
     /// # Errors
     /// Non-finite `x` or `base`, feedback that the rule cannot use; nothing is changed then.
-    pub(crate) fn instant(&mut self, k: &Kernels, settings: &Instant, event: Event<'_>) -> Result<StepResult> {
+    pub(crate) fn instant(
+        &mut self,
+        k: &Kernels,
+        settings: &Instant,
+        event: Event<'_>,
+    ) -> Result<StepResult> {
         if let Some(base) = event.base {
             if !k.dot(base, base).is_finite() {
                 return Err(Error::non_finite("base"));

@@ -17,7 +17,12 @@ const ARMIJO: f32 = 0.25;
 /// After this many halvings the step is below what f32 can resolve.
 const MAX_HALVINGS: u32 = 40;
 
-pub(crate) fn step(learner: &mut Learner, k: &Kernels, settings: &Instant, event: Event<'_>) -> Result<StepResult> {
+pub(crate) fn step(
+    learner: &mut Learner,
+    k: &Kernels,
+    settings: &Instant,
+    event: Event<'_>,
+) -> Result<StepResult> {
     let mut result = StepResult::new("nlms");
     let (layer, both) = (std::sync::Arc::clone(learner.master()), settings.train == Train::Both);
     let norm2 = learner.bottleneck(k, event.x)?;
@@ -53,7 +58,10 @@ pub(crate) fn step(learner: &mut Learner, k: &Kernels, settings: &Instant, event
     let mut g2 = k.dot(&scratch.g, &scratch.g);
     if !g2.is_finite() || loss.is_infinite() {
         learner.scratch = scratch;
-        return Err(Error::NonFinite { arg: event.feedback.argument().into(), detail: " in its gradient".into() });
+        return Err(Error::NonFinite {
+            arg: event.feedback.argument().into(),
+            detail: " in its gradient".into(),
+        });
     }
     if let Some(max) = settings.max_grad_norm {
         let norm = g2.sqrt();
@@ -103,7 +111,7 @@ pub(crate) fn step(learner: &mut Learner, k: &Kernels, settings: &Instant, event
         let slope = if both { k.dot(&scratch.g, &p) } else { u2 * g2 };
         let (mut y, mut d) = (vec![0.0; n], vec![0.0; n]);
         loop {
-            let mut along = |out: &mut Vec<f32>, start: &[f32]| {
+            let along = |out: &mut Vec<f32>, start: &[f32]| {
                 out.copy_from_slice(start);
                 if both {
                     k.axpy(-eta, &p, out);

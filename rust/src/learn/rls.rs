@@ -69,7 +69,8 @@ pub(crate) fn step(
     let rls = learner.rls.get_or_insert_with(|| Rls::new(rank, settings.rho * unit));
     scratch.gain.resize(rank, 0.0);
     scratch.pu.resize(rank, 0.0);
-    let step = k.rls_gain(&mut rls.p, &scratch.u, settings.forgetting, &mut scratch.pu, &mut scratch.gain) as f32;
+    let step =
+        k.rls_gain(&mut rls.p, &scratch.u, settings.forgetting, &mut scratch.pu, &mut scratch.gain) as f32;
     if settings.forgetting < 1.0 {
         rls.cap_trace(rank);
     }

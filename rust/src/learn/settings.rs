@@ -92,12 +92,22 @@ impl Instant {
         let check = |ok: bool, name: &str, got: f64, want: &str| {
             if ok { Ok(()) } else { Err(Error::config(format!("instant.{name}"), got, want)) }
         };
-        check(self.forgetting > 0.0 && self.forgetting <= 1.0, "forgetting", self.forgetting, "0 < phi <= 1")?;
+        check(
+            self.forgetting > 0.0 && self.forgetting <= 1.0,
+            "forgetting",
+            self.forgetting,
+            "0 < phi <= 1",
+        )?;
         check(self.rho.is_finite() && self.rho > 0.0, "rho", self.rho, "a finite number above 0")?;
         if let Some(mu) = self.mu {
             check(mu > 0.0 && mu < 2.0, "mu", mu.into(), "0 < mu < 2")?;
         }
-        check(self.kappa.is_finite() && self.kappa > 0.0, "kappa", self.kappa.into(), "a finite number above 0")?;
+        check(
+            self.kappa.is_finite() && self.kappa > 0.0,
+            "kappa",
+            self.kappa.into(),
+            "a finite number above 0",
+        )?;
         let rate = self.baseline_rate;
         check(rate > 0.0 && rate <= 1.0, "baseline_rate", rate, "0 < rate <= 1")?;
         if let Some(c) = self.max_grad_norm {

@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use numpy::{IntoPyArray, PyArray1, PyArrayMethods};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -27,7 +27,11 @@ impl From<Adapter> for PyAdapter {
 }
 
 /// `lora_a` (rank, in) or `lora_b` (out, rank), read-only float32.
-pub(super) fn factor_array<'py>(py: Python<'py>, f: &Factor, transposed: bool) -> PyResult<Bound<'py, PyAny>> {
+pub(super) fn factor_array<'py>(
+    py: Python<'py>,
+    f: &Factor,
+    transposed: bool,
+) -> PyResult<Bound<'py, PyAny>> {
     let shape = if transposed { [f.len(), f.rank()] } else { [f.rank(), f.len()] };
     read_only(py, f.to_f32(transposed), &shape)
 }
@@ -47,7 +51,10 @@ fn raw_array<'py>(py: Python<'py>, f: &Factor, transposed: bool) -> PyResult<Bou
 }
 
 /// Both factors' stored bits in PEFT's shapes.
-pub(super) fn raw_pair<'py>(py: Python<'py>, layer: &Layer) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+pub(super) fn raw_pair<'py>(
+    py: Python<'py>,
+    layer: &Layer,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
     Ok((raw_array(py, &layer.a, false)?, raw_array(py, &layer.b, true)?))
 }
 
@@ -60,7 +67,10 @@ impl PyAdapter {
             return Ok(PyAdapter { inner: other.get().inner.clone() });
         }
         let bytes = source.cast::<PyBytes>().map_err(|_| {
-            DTypeError::new_err(format!("source: got {}, expected an Adapter or its bytes", source.get_type()))
+            DTypeError::new_err(format!(
+                "source: got {}, expected an Adapter or its bytes",
+                source.get_type()
+            ))
         })?;
         let parts = crate::format::from_bytes(bytes.as_bytes(), true)?.parts;
         Ok(PyAdapter { inner: Adapter::from_parts(&parts)? })
@@ -75,7 +85,10 @@ impl PyAdapter {
     }
 
     /// `(in_features, out_features, rank, alpha, use_rslora, dtype of A, dtype of B)` of a module.
-    fn describe(&self, module: &str) -> PyResult<(usize, usize, usize, f64, bool, &'static str, &'static str)> {
+    fn describe(
+        &self,
+        module: &str,
+    ) -> PyResult<(usize, usize, usize, f64, bool, &'static str, &'static str)> {
         let l = self.inner.layer(module)?;
         let (a, b) = (l.a.dtype().as_str(), l.b.dtype().as_str());
         Ok((l.in_features(), l.out_features(), l.rank(), l.alpha, l.rslora, a, b))
@@ -167,18 +180,21 @@ pub(super) struct PySnapshot {
 impl PySnapshot {
     /// Wraps another snapshot (shared, not copied) or its bytes.
     #[new]
-    fn new(source: &Bound<'_, PyAny>) -> PyResult<(Self, PyAdapter)> {
+    fn new(source: &Bound<'_, PyAny>) -> PyResult<PyClassInitializer<Self>> {
         let inner = match source.cast::<PySnapshot>() {
             Ok(other) => other.get().inner.clone(),
             Err(_) => {
                 let bytes = source.cast::<PyBytes>().map_err(|_| {
-                    DTypeError::new_err(format!("source: got {}, expected a Snapshot or its bytes", source.get_type()))
+                    DTypeError::new_err(format!(
+                        "source: got {}, expected a Snapshot or its bytes",
+                        source.get_type()
+                    ))
                 })?;
                 Snapshot::from_bytes(bytes.as_bytes())?
             }
         };
         let adapter = PyAdapter { inner: inner.adapter.clone() };
-        Ok((PySnapshot { inner }, adapter))
+        Ok(PyClassInitializer::from(adapter).add_subclass(PySnapshot { inner }))
     }
 
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {

@@ -5,7 +5,10 @@
 #![allow(unsafe_code)]
 
 use numpy::npyffi::{self, NPY_TYPES, flags};
-use numpy::{PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{
+    PyArray1, PyArray2, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
 
@@ -31,8 +34,8 @@ fn raw(x: &Bound<'_, PyAny>, need: i32) -> Option<Raw> {
         if npyffi::PyArray_Check(x.py(), x.as_ptr()) == 0 {
             return None;
         }
-        let fields = &*x.as_ptr().cast::<npyffi::PyArrayObject>();
-        let descr = &*fields.descr.cast::<npyffi::_PyArray_DescrNumPy2>();
+        let fields = &(*x.as_ptr().cast::<npyffi::PyArrayObject>()).fields;
+        let descr = &(*fields.descr).fields;
         let native = matches!(descr.byteorder as u8, b'=' | b'<' | b'|');
         if descr.type_num != NPY_TYPES::NPY_FLOAT as i32 || !native || fields.flags & need != need {
             return None;
@@ -108,7 +111,9 @@ fn as_array<'py>(arg: &str, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUnty
     let py = x.py();
     let refuse = |e: PyErr| {
         let kind = x.get_type();
-        DTypeError::new_err(format!("{arg}: got {kind}, expected a float32 array or what NumPy can turn into one: {e}"))
+        DTypeError::new_err(format!(
+            "{arg}: got {kind}, expected a float32 array or what NumPy can turn into one: {e}"
+        ))
     };
     let asarray = py.import("numpy")?.getattr("asarray")?;
     let array = if x.hasattr("detach")? {
@@ -122,15 +127,24 @@ fn as_array<'py>(arg: &str, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUnty
 }
 
 #[cold]
-fn slow_input<'a>(arg: &str, x: &Bound<'_, PyAny>, cols: Option<usize>, rows_allowed: bool) -> PyResult<Input<'a>> {
+fn slow_input<'a>(
+    arg: &str,
+    x: &Bound<'_, PyAny>,
+    cols: Option<usize>,
+    rows_allowed: bool,
+) -> PyResult<Input<'a>> {
     let array = as_array(arg, x)?;
     let dtype = array.dtype();
     let kind: String = dtype.getattr("kind")?.extract()?;
     if kind != "f" {
-        return Err(DTypeError::new_err(format!("{arg}: got dtype {dtype}, expected float32 (floats are converted, integers are not)")));
+        return Err(DTypeError::new_err(format!(
+            "{arg}: got dtype {dtype}, expected float32 (floats are converted, integers are not)"
+        )));
     }
     if !dtype.getattr("isnative")?.extract::<bool>()? {
-        return Err(LayoutError::new_err(format!("{arg}: got a byte-swapped array ({dtype}), expected native byte order: use x.astype(\"f4\")")));
+        return Err(LayoutError::new_err(format!(
+            "{arg}: got a byte-swapped array ({dtype}), expected native byte order: use x.astype(\"f4\")"
+        )));
     }
     let shape = array.shape().to_vec();
     let fits = match shape[..] {
@@ -218,10 +232,13 @@ fn bad_output(out: &Bound<'_, PyAny>) -> PyErr {
         return DTypeError::new_err(format!("out: got dtype {dtype}, expected float32 of native byte order"));
     }
     if !matches!(array.ndim(), 1 | 2) {
-        return ShapeError::new_err(format!("out: got shape {}, expected one or two dimensions", shape_text(array.shape())));
+        return ShapeError::new_err(format!(
+            "out: got shape {}, expected one or two dimensions",
+            shape_text(array.shape())
+        ));
     }
     // SAFETY: a NumPy array's flags, read under the GIL.
-    let have = unsafe { (*array.as_array_ptr()).flags };
+    let have = unsafe { (*array.as_array_ptr()).fields.flags };
     let what = if have & flags::NPY_ARRAY_WRITEABLE == 0 {
         "is read-only, expected a writable array"
     } else if have & flags::NPY_ARRAY_C_CONTIGUOUS == 0 {

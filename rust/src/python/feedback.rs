@@ -1,5 +1,6 @@
 //! Feedback classes: immutable values, checked when they are made.
 
+use pyo3::PyClass;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -96,8 +97,11 @@ child!(PyReward, "Reward");
 child!(PyPreference, "Preference");
 child!(PyContrastive, "Contrastive");
 
-fn with<T>(child: T, inner: Feedback) -> (T, PyFeedback) {
-    (child, PyFeedback { inner })
+fn with<T>(child: T, inner: Feedback) -> PyClassInitializer<T>
+where
+    T: PyClass<BaseType = PyFeedback>,
+{
+    PyClassInitializer::from(PyFeedback { inner }).add_subclass(child)
 }
 
 /// Getters that read one variant of the base.
@@ -114,7 +118,7 @@ macro_rules! field {
 impl PyTarget {
     #[new]
     #[pyo3(signature = (t, loss = "mse"))]
-    fn new(t: &Bound<'_, PyAny>, loss: &str) -> PyResult<(Self, PyFeedback)> {
+    fn new(t: &Bound<'_, PyAny>, loss: &str) -> PyResult<PyClassInitializer<Self>> {
         let loss: TargetLoss = loss.parse()?;
         Ok(with(PyTarget, Feedback::target(vector("t", t)?, loss)?))
     }
@@ -131,7 +135,7 @@ impl PyTarget {
 #[pymethods]
 impl PyGradient {
     #[new]
-    fn new(g: &Bound<'_, PyAny>) -> PyResult<(Self, PyFeedback)> {
+    fn new(g: &Bound<'_, PyAny>) -> PyResult<PyClassInitializer<Self>> {
         Ok(with(PyGradient, Feedback::gradient(vector("g", g)?)?))
     }
     #[getter]
@@ -144,7 +148,7 @@ impl PyGradient {
 impl PyReward {
     #[new]
     #[pyo3(signature = (r, response = None))]
-    fn new(r: f32, response: Option<&Bound<'_, PyAny>>) -> PyResult<(Self, PyFeedback)> {
+    fn new(r: f32, response: Option<&Bound<'_, PyAny>>) -> PyResult<PyClassInitializer<Self>> {
         let Some(response) = response else {
             return Err(FeedbackError::new_err(
                 "response: missing; a scalar has no direction to move the output in. Pass response=, the embedding \
@@ -172,7 +176,7 @@ impl PyPreference {
         rejected: &Bound<'_, PyAny>,
         p: f32,
         beta: f32,
-    ) -> PyResult<(Self, PyFeedback)> {
+    ) -> PyResult<PyClassInitializer<Self>> {
         let (c, r) = (vector("chosen", chosen)?, vector("rejected", rejected)?);
         Ok(with(PyPreference, Feedback::preference(c, r, p, beta)?))
     }
@@ -198,7 +202,11 @@ impl PyPreference {
 impl PyContrastive {
     #[new]
     #[pyo3(signature = (positive, negatives, tau = 0.05))]
-    fn new(positive: &Bound<'_, PyAny>, negatives: &Bound<'_, PyAny>, tau: f32) -> PyResult<(Self, PyFeedback)> {
+    fn new(
+        positive: &Bound<'_, PyAny>,
+        negatives: &Bound<'_, PyAny>,
+        tau: f32,
+    ) -> PyResult<PyClassInitializer<Self>> {
         let p = vector("positive", positive)?;
         let n = input("negatives", negatives, Some(p.len()), true)?.as_slice().to_vec();
         Ok(with(PyContrastive, Feedback::contrastive(p, n, tau)?))

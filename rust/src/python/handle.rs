@@ -41,7 +41,12 @@ impl ModuleHandle {
     }
 
     #[pyo3(signature = (x, out))]
-    fn forward_add<'py>(&self, py: Python<'py>, x: &Bound<'py, PyAny>, out: &Bound<'py, PyAny>) -> PyResult<()> {
+    fn forward_add<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        out: &Bound<'py, PyAny>,
+    ) -> PyResult<()> {
         calls::forward_add(py, &self.lora, self.module, self.shape, x, Some(out))
     }
 

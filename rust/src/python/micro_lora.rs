@@ -8,11 +8,11 @@ use pyo3::types::{PyDict, PyList};
 
 use super::adapter::{PyAdapter, PySnapshot};
 use super::array::{input, new_rows, new_vector, weight};
+use super::calls;
 use super::error::ConfigError;
 use super::feedback::extract;
 use super::handle::ModuleHandle;
 use super::step::PyStepResult;
-use super::calls;
 use crate::learn::Instant;
 use crate::micro_lora::{MicroLora, ModuleSpec, Settings};
 
@@ -252,8 +252,16 @@ impl PyMicroLora {
         self.add_delta(py, w, module, -1.0)
     }
 
-    fn snapshot(slf: &Bound<'_, Self>) -> PyResult<Py<PySnapshot>> {
-        let inner = slf.get().inner.snapshot();
+    /// Weights and learner state, with these settings attached.
+    #[pyo3(signature = (config_json = None, metadata_json = None))]
+    fn snapshot(
+        slf: &Bound<'_, Self>,
+        config_json: Option<String>,
+        metadata_json: Option<String>,
+    ) -> PyResult<Py<PySnapshot>> {
+        let mut inner = slf.get().inner.snapshot();
+        inner.adapter.config_json = config_json;
+        inner.adapter.metadata_json = metadata_json;
         let adapter = PyAdapter::from(inner.adapter.clone());
         Py::new(slf.py(), PyClassInitializer::from(adapter).add_subclass(PySnapshot { inner }))
     }
@@ -266,7 +274,9 @@ impl PyMicroLora {
             Ok(a) => Ok(self.inner.restore_adapter(&a.get().inner)?),
             Err(_) => {
                 let kind = source.get_type();
-                Err(super::error::DTypeError::new_err(format!("source: got {kind}, expected a Snapshot or an Adapter")))
+                Err(super::error::DTypeError::new_err(format!(
+                    "source: got {kind}, expected a Snapshot or an Adapter"
+                )))
             }
         }
     }
@@ -308,7 +318,9 @@ impl PyMicroLora {
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let c = self.inner.counters();
         let out = PyDict::new(py);
-        for (name, n) in [("instant", c.instant), ("adapt", c.adapt), ("apply", c.apply), ("skipped", c.skipped)] {
+        for (name, n) in
+            [("instant", c.instant), ("adapt", c.adapt), ("apply", c.apply), ("skipped", c.skipped)]
+        {
             out.set_item(name, n)?;
         }
         Ok(out)
@@ -320,7 +332,13 @@ impl PyMicroLora {
 }
 
 impl PyMicroLora {
-    fn add_delta(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>, sign: f32) -> PyResult<()> {
+    fn add_delta(
+        &self,
+        py: Python<'_>,
+        w: &Bound<'_, PyAny>,
+        module: Option<&str>,
+        sign: f32,
+    ) -> PyResult<()> {
         let (m, k) = (self.find(module)?, self.inner.kernels());
         let (layer, (n_in, n_out)) = (self.inner.layer(m).0, self.shapes[m]);
         let mut w = weight(w, n_out, n_in)?;

@@ -1,7 +1,9 @@
 //! The only home of pyo3: extract, call the core, map the error.
 
 #[cfg(Py_GIL_DISABLED)]
-compile_error!("microlora does not support free-threaded CPython yet: build it with a standard CPython 3.11 or newer");
+compile_error!(
+    "microlora does not support free-threaded CPython yet: build it with a standard CPython 3.11 or newer"
+);
 
 mod adapter;
 mod array;
@@ -35,5 +37,6 @@ mod _core {
     use super::step::PyStepResult;
 
     #[pymodule_export]
+    #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 }

@@ -4,8 +4,7 @@ use pyo3::prelude::*;
 
 use crate::learn::StepResult;
 
-#[pyclass(name = "StepResult", module = "microlora", frozen, skip_from_py_object)]
-#[derive(Clone)]
+#[pyclass(name = "StepResult", module = "microlora", frozen)]
 pub(super) struct PyStepResult(pub StepResult);
 
 #[pymethods]

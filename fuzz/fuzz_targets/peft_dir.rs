@@ -1,0 +1,8 @@
+//! Both files of a PEFT directory, from any bytes: `cargo +nightly fuzz run peft_dir`.
+#![no_main]
+
+#[allow(dead_code)] // each target calls one of its functions
+#[path = "../../tests/format/entry.rs"]
+mod entry;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| entry::peft_dir(data));

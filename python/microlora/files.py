@@ -1,0 +1,82 @@
+"""Saving and loading adapters: PEFT directories and single safetensors files, failing closed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import microlora._core as _core
+from microlora.adapter import Adapter
+from microlora.exceptions import ConfigError, UnusedTensorWarning
+
+if TYPE_CHECKING:
+    from microlora.micro_lora import MicroLoRA
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    adapter: Adapter | MicroLoRA,
+    path: PathLike,
+    format: str | None = None,
+    *,
+    layer_paths: Mapping[str, str | Sequence[str]] | None = None,
+) -> None:
+    """Writes an adapter through a temporary sibling and a rename: a crash never leaves a half file.
+
+    Args:
+        adapter: What to save; a learner is saved as it stands now.
+        path: A file name for ``"safetensors"``, a directory for ``"peft"``.
+        format: ``"safetensors"`` (one file with settings and metadata), ``"peft"`` (a directory that Hugging
+            Face PEFT loads), or ``None``: safetensors where the name ends in ``.safetensors``, else peft.
+        layer_paths: With ``"peft"``: the model's module paths of each short name, one or several
+            (``{"q_proj": "model.layers.0.self_attn.q_proj"}``). Without it names are written as they are.
+
+    Raises:
+        ConfigError: An unknown format, or ``layer_paths`` that do not fit.
+        OSError: The system refused; an older file at ``path`` is left whole.
+    """
+    value = adapter if isinstance(adapter, _core.Adapter) else adapter.adapter()
+    if format is None:
+        format = "safetensors" if os.fspath(path).endswith(".safetensors") else "peft"
+    if format == "safetensors":
+        if layer_paths is not None:
+            raise ConfigError(
+                "layer_paths: got names for a single file, expected none (they belong to format='peft')"
+            )
+        _core.save_single(value, os.fspath(path))
+    elif format == "peft":
+        paths = None
+        if layer_paths is not None:
+            paths = {k: [v] if isinstance(v, str) else list(v) for k, v in layer_paths.items()}
+        base = Adapter(value).metadata.base_model or None
+        _core.save_peft(value, os.fspath(path), paths, base)
+    else:
+        raise ConfigError(f"format: got {format!r}, expected 'safetensors' or 'peft'")
+
+
+def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
+    """Loads an adapter; the content decides what it is, not the name.
+
+    Args:
+        path: A PEFT directory, the weights file in one, or our single file.
+        mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
+            then not be written to while the adapter lives. Factors are always copied into the kernels' layout.
+        strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
+            listed in an :class:`~microlora.exceptions.UnusedTensorWarning`. Variants that change the
+            mathematics (DoRA, PiSSA and so on) are refused either way.
+
+    Returns:
+        The adapter, with the file's dtypes.
+
+    Raises:
+        FormatError: The file is broken: it names the file, the tensor or key, and the reason.
+        UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
+        OSError: The file cannot be read.
+    """
+    adapter, unused, _notes = _core.load(os.fspath(path), mmap, strict)
+    if unused:
+        warnings.warn(f"{os.fspath(path)}: unused: {', '.join(unused)}", UnusedTensorWarning, stacklevel=2)
+    return Adapter(adapter)

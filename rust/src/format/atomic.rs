@@ -1,0 +1,121 @@
+//! Files that are whole or not there: a temporary sibling, fsync, rename.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::{Builder, NamedTempFile};
+
+use crate::error::{Error, Result};
+
+/// Writes what `fill` produces to `path`, replacing it in one step. On any error the old file is as it
+/// was and nothing else is left. A symbolic link is replaced, not followed.
+pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    Staged::new(path, fill)?.commit()
+}
+
+/// A file that is complete and on disk, under a temporary name beside its place. Dropped: deleted.
+pub(crate) struct Staged {
+    temp: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Staged {
+    /// Writes and syncs the temporary sibling of `path`.
+    pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
+        let at = |e| Error::io(path, e);
+        if path.is_dir() || path.file_name().is_none() {
+            return Err(at(io::Error::new(io::ErrorKind::IsADirectory, "is a directory, expected a file")));
+        }
+        let mut builder = Builder::new();
+        builder.prefix(".microlora-").suffix(".tmp");
+        #[cfg(unix)]
+        builder.permissions({
+            use std::os::unix::fs::PermissionsExt;
+            fs::Permissions::from_mode(0o666) // less the umask, as any new file
+        });
+        let temp = builder.tempfile_in(parent(path)).map_err(at)?;
+        let mut out = BufWriter::with_capacity(1 << 18, temp.as_file());
+        fill(&mut out).and_then(|()| out.flush()).map_err(at)?;
+        drop(out);
+        if let Ok(old) = fs::metadata(path) {
+            temp.as_file().set_permissions(old.permissions()).map_err(at)?;
+        }
+        temp.as_file().sync_all().map_err(at)?;
+        Ok(Staged { temp, path: path.to_owned() })
+    }
+
+    /// Renames the file to its place and syncs the directory.
+    pub fn commit(self) -> Result<()> {
+        let Staged { temp, path } = self;
+        temp.persist(&path).map_err(|e| Error::io(&path, e.error))?;
+        sync_dir(parent(&path));
+        Ok(())
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes a rename durable where the system can; where it cannot, the file is still whole.
+fn sync_dir(dir: &Path) {
+    if cfg!(unix) {
+        let _ = File::open(dir).and_then(|d| d.sync_all());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut v: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        v.sort();
+        v
+    }
+
+    #[test]
+    fn replaces_whole_files_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.bin");
+        write(&path, |w| w.write_all(b"old")).unwrap();
+        let full = |w: &mut dyn Write| {
+            w.write_all(&[7; 1 << 20])?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        };
+        let err = write(&path, full).unwrap_err();
+        assert!(matches!(&err, Error::Io { path, source } if path.ends_with("a.bin")
+            && source.kind() == io::ErrorKind::StorageFull));
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(dir.path()), ["a.bin"]);
+        write(&path, |w| w.write_all(b"new")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(names(dir.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn refuses_directories_and_missing_parents() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(write(dir.path(), |_| Ok(())), Err(Error::Io { .. })));
+        assert!(matches!(write(&dir.path().join("no/such"), |_| Ok(())), Err(Error::Io { .. })));
+        assert!(matches!(write(Path::new("/"), |_| Ok(())), Err(Error::Io { .. })));
+        assert!(names(dir.path()).is_empty());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn keeps_the_mode_of_a_replaced_file() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.bin");
+        write(&path, |w| w.write_all(b"1")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        write(&path, |w| w.write_all(b"2")).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+}

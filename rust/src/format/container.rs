@@ -1,0 +1,248 @@
+//! The safetensors container: eight bytes of header length, a JSON header, the tensors without a gap.
+//!
+//! Beyond what the `safetensors` crate checks, this reader bounds tensor and dimension counts, refuses
+//! repeated keys and unknown fields, and names the tensor that is wrong; the writer is deterministic.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::io::{self, Write};
+
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize as DeriveDeserialize, Serialize};
+
+use super::json::{StringMap, show};
+use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
+use crate::error::{Error, Result};
+
+/// Longest header that is parsed, in bytes (the limit of the reference implementation).
+pub const MAX_HEADER: usize = 100_000_000;
+/// Most tensors in one file.
+pub const MAX_TENSORS: usize = 1 << 20;
+/// Most dimensions of one tensor.
+pub const MAX_DIMS: usize = 16;
+const LEN: usize = 8;
+
+/// What a file holds.
+#[derive(Debug, Default)]
+pub(crate) struct Container {
+    pub metadata: BTreeMap<String, String>,
+    /// In the order of their bytes.
+    pub tensors: Vec<Tensor>,
+}
+
+#[derive(DeriveDeserialize)]
+#[serde(deny_unknown_fields)]
+struct Info {
+    dtype: TensorDtype,
+    shape: Shape,
+    data_offsets: (usize, usize),
+}
+
+struct Shape(Vec<usize>);
+
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Shape;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a shape of at most {MAX_DIMS} dimensions")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
+                let mut dims = Vec::new();
+                while let Some(dim) = seq.next_element::<usize>()? {
+                    if dims.len() == MAX_DIMS {
+                        return Err(de::Error::invalid_length(dims.len() + 1, &self));
+                    }
+                    dims.push(dim);
+                }
+                Ok(Shape(dims))
+            }
+        }
+        d.deserialize_seq(V)
+    }
+}
+
+#[derive(Default)]
+struct Header {
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<(String, Info)>,
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut header = Header::default();
+                let mut seen = HashSet::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if !seen.insert(name.clone()) {
+                        return Err(de::Error::custom(format_args!("{} appears twice", show(&name))));
+                    }
+                    let at = |e: A::Error| de::Error::custom(format_args!("{}: {e}", show(&name)));
+                    if name == "__metadata__" {
+                        header.metadata =
+                            map.next_value::<Option<StringMap>>().map_err(at)?.unwrap_or_default().0;
+                        continue;
+                    }
+                    if header.tensors.len() == MAX_TENSORS {
+                        return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} tensors")));
+                    }
+                    let info = map.next_value().map_err(at)?;
+                    header.tensors.push((name, info));
+                }
+                Ok(header)
+            }
+        }
+        d.deserialize_map(V)
+    }
+}
+
+/// True when `head` (the first bytes of a file) can be the start of a safetensors file.
+pub(crate) fn looks_like(head: &[u8]) -> bool {
+    matches!(header_len(head), Some(n) if n <= MAX_HEADER as u64) && head.get(LEN) == Some(&b'{')
+}
+
+fn header_len(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(..LEN)?.try_into().ok()?))
+}
+
+/// Parses a whole file; tensors are slices of `bytes`. `file` is the name errors carry.
+pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
+    let wrong = |reason: String| Error::format(file, reason);
+    let Some(n) = header_len(bytes) else {
+        return Err(wrong(format!("{} bytes, a safetensors file has at least {LEN}", bytes.len())));
+    };
+    if n > MAX_HEADER as u64 {
+        return Err(wrong(format!("header of {n} bytes, the limit is {MAX_HEADER}")));
+    }
+    let start = LEN + n as usize;
+    let Some(header) = bytes.get(LEN..start) else {
+        return Err(wrong(format!("truncated: header of {n} bytes in a file of {} bytes", bytes.len())));
+    };
+    let text = std::str::from_utf8(header).map_err(|e| wrong(format!("header is not UTF-8: {e}")))?;
+    if !text.starts_with('{') {
+        return Err(wrong("header does not start with '{'".into()));
+    }
+    let Header { metadata, tensors: mut infos } =
+        serde_json::from_str(text).map_err(|e| wrong(format!("header: {e}")))?;
+    infos.sort_by_key(|(_, info)| info.data_offsets);
+
+    let have = bytes.len() - start;
+    let mut end = 0;
+    let mut tensors = Vec::with_capacity(infos.len());
+    for (name, Info { dtype, shape: Shape(shape), data_offsets: (from, to) }) in infos {
+        let bad = |what: String| wrong(format!("tensor {}: {what}", show(&name)));
+        let size =
+            byte_len(dtype, &shape).ok_or_else(|| bad(format!("shape {shape:?} of {dtype} overflows")))?;
+        if from != end {
+            let what = if from > end { "leaves a hole" } else { "overlaps" };
+            return Err(bad(format!("offsets [{from}, {to}] {what}: the previous tensor ends at {end}")));
+        }
+        if to.checked_sub(from) != Some(size) {
+            return Err(bad(format!("offsets [{from}, {to}], but {dtype} {shape:?} takes {size} bytes")));
+        }
+        let data = (to <= have).then(|| bytes.slice(start + from..start + to)).flatten();
+        let data = data.ok_or_else(|| bad(format!("truncated: ends at byte {to} of {have}")))?;
+        end = to;
+        tensors.push(Tensor { name, dtype, shape, data });
+    }
+    if end != have {
+        return Err(wrong(format!("{have} bytes of data, the tensors cover {end}")));
+    }
+    Ok(Container { metadata, tensors })
+}
+
+#[derive(Serialize)]
+struct InfoOut<'a> {
+    dtype: TensorDtype,
+    shape: &'a [usize],
+    data_offsets: (usize, usize),
+}
+
+/// A laid-out file: the header is ready, the data still lies in its tensors.
+pub(crate) struct Layout<'a> {
+    header: Vec<u8>,
+    data: Vec<&'a [u8]>,
+}
+
+/// Lays tensors out as the reference implementation does: widest dtype first, then by name.
+pub(crate) fn lay_out<'a>(
+    metadata: &BTreeMap<String, String>,
+    mut tensors: Vec<(String, &'a Tensor)>,
+    file: &str,
+) -> Result<Layout<'a>> {
+    tensors.sort_by(|(a, s), (b, t)| t.dtype.cmp(&s.dtype).then_with(|| a.cmp(b)));
+    let mut seen = HashSet::new();
+    let mut end = 0usize;
+    let mut data = Vec::with_capacity(tensors.len());
+    let mut entries = String::new();
+    for (name, tensor) in &tensors {
+        if name == "__metadata__" || !seen.insert(name.as_str()) {
+            return Err(Error::config(
+                "tensors",
+                format!("{} twice", show(name)),
+                "each name once in a file",
+            ));
+        }
+        if tensor.shape.len() > MAX_DIMS {
+            return Err(Error::shape(
+                name,
+                format!("{:?}", tensor.shape),
+                format!("at most {MAX_DIMS} dimensions"),
+            ));
+        }
+        tensor.check_len()?;
+        let from = end;
+        end =
+            end.checked_add(tensor.data.len()).ok_or_else(|| Error::format(file, "too large to address"))?;
+        let info = InfoOut { dtype: tensor.dtype, shape: &tensor.shape, data_offsets: (from, end) };
+        let (name, info) = (to_json(name, file)?, to_json(&info, file)?);
+        entries.push_str(&format!(",{name}:{info}"));
+        data.push(&tensor.data[..]);
+    }
+    let head = if metadata.is_empty() {
+        String::new()
+    } else {
+        format!(",\"__metadata__\":{}", to_json(metadata, file)?)
+    };
+    let body = format!("{head}{entries}");
+    let mut text = format!("{{{}}}", body.strip_prefix(',').unwrap_or(&body));
+    while text.len() % LEN != 0 {
+        text.push(' ');
+    }
+    if text.len() > MAX_HEADER || tensors.len() > MAX_TENSORS {
+        let reason =
+            format!("{} tensors and a header of {} bytes pass the limits", tensors.len(), text.len());
+        return Err(Error::format(file, reason));
+    }
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend_from_slice(text.as_bytes());
+    Ok(Layout { header, data })
+}
+
+fn to_json<T: Serialize + ?Sized>(value: &T, file: &str) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::format(file, format!("header: {e}")))
+}
+
+impl Layout<'_> {
+    /// Bytes of the whole file.
+    pub fn len(&self) -> usize {
+        self.header.len() + self.data.iter().map(|d| d.len()).sum::<usize>()
+    }
+
+    /// Writes header and data.
+    pub fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
+        out.write_all(&self.header)?;
+        self.data.iter().try_for_each(|d| out.write_all(d))
+    }
+}

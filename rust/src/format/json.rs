@@ -1,0 +1,212 @@
+//! JSON as other programs write it, read strictly: a repeated key is an error at any depth.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+/// Longest JSON text that is parsed, in bytes; its values take some twenty times as much memory.
+pub(crate) const MAX_TEXT: usize = 16 << 20;
+/// Most entries of a string map.
+const MAX_STRINGS: usize = 1 << 16;
+
+/// A JSON value whose objects have no repeated key.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        d.deserialize_any(UniqueVisitor).map(Unique)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_bool<E>(self, v: bool) -> Result<Value, E> {
+        Ok(Value::Bool(v))
+    }
+
+    fn visit_i64<E>(self, v: i64) -> Result<Value, E> {
+        Ok(Value::from(v))
+    }
+
+    fn visit_u64<E>(self, v: u64) -> Result<Value, E> {
+        Ok(Value::from(v))
+    }
+
+    fn visit_f64<E: de::Error>(self, v: f64) -> Result<Value, E> {
+        Number::from_f64(v).map(Value::Number).ok_or_else(|| E::custom("a number that is not finite"))
+    }
+
+    fn visit_str<E>(self, v: &str) -> Result<Value, E> {
+        Ok(Value::from(v))
+    }
+
+    fn visit_string<E>(self, v: String) -> Result<Value, E> {
+        Ok(Value::from(v))
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut out = Vec::new();
+        while let Some(Unique(v)) = seq.next_element()? {
+            out.push(v);
+        }
+        Ok(Value::Array(out))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut out = Map::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if out.contains_key(&key) {
+                return Err(de::Error::custom(format_args!("key {} appears twice", show(&key))));
+            }
+            let Unique(value) = map.next_value()?;
+            out.insert(key, value);
+        }
+        Ok(Value::Object(out))
+    }
+}
+
+/// A JSON object of strings without repeated keys (the `__metadata__` of a safetensors header).
+#[derive(Default)]
+pub(crate) struct StringMap(pub BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for StringMap {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = StringMap;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object whose values are strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<StringMap, A::Error> {
+                let mut out = BTreeMap::new();
+                while let Some((key, value)) = map.next_entry::<String, String>()? {
+                    if out.contains_key(&key) {
+                        return Err(de::Error::custom(format_args!("key {} appears twice", show(&key))));
+                    }
+                    if out.len() == MAX_STRINGS {
+                        return Err(de::Error::custom(format_args!("more than {MAX_STRINGS} entries")));
+                    }
+                    out.insert(key, value);
+                }
+                Ok(StringMap(out))
+            }
+        }
+        d.deserialize_map(V)
+    }
+}
+
+/// Parses one JSON object (key order kept); the error is a reason without a file name.
+pub(crate) fn parse_object(text: &str) -> Result<Map<String, Value>, String> {
+    if text.len() > MAX_TEXT {
+        return Err(format!("JSON of {} bytes, the limit is {MAX_TEXT}", text.len()));
+    }
+    match serde_json::from_str::<Unique>(text) {
+        Ok(Unique(Value::Object(map))) => Ok(map),
+        Ok(_) => Err("not a JSON object".into()),
+        Err(e) => Err(format!("invalid JSON: {e}")),
+    }
+}
+
+/// Writes an object as PEFT does: keys sorted at every depth, two spaces of indent, ASCII only.
+pub(crate) fn to_sorted_pretty(map: &Map<String, Value>) -> String {
+    let mut value = Value::Object(map.clone());
+    value.sort_all_objects();
+    to_ascii(&format!("{value:#}"))
+}
+
+/// JSON text with every non-ASCII character escaped, so that its meaning does not hang on a locale.
+fn to_ascii(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii() {
+            out.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                out.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    out
+}
+
+/// What Python's `bool()` says of a value.
+pub(crate) fn truthy(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(b) => *b,
+        Value::Number(n) => n.as_f64() != Some(0.0),
+        Value::String(s) => !s.is_empty(),
+        Value::Array(a) => !a.is_empty(),
+        Value::Object(o) => !o.is_empty(),
+    }
+}
+
+/// A name or value fit for an error message: quoted, escaped, shortened.
+pub(crate) fn show(text: &str) -> String {
+    const MAX: usize = 160;
+    if text.chars().count() <= MAX {
+        return format!("{text:?}");
+    }
+    let head: String = text.chars().take(MAX).collect();
+    format!("{head:?}... ({} characters)", text.chars().count())
+}
+
+/// A list of names fit for an error message: the first ten and how many more.
+pub(crate) fn show_list<S: AsRef<str>>(names: &[S]) -> String {
+    let mut out = names.iter().take(10).map(|n| show(n.as_ref())).collect::<Vec<_>>().join(", ");
+    if names.len() > 10 {
+        out.push_str(&format!(" and {} more", names.len() - 10));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeated_keys_are_errors_at_any_depth() {
+        assert!(parse_object(r#"{"r": 8, "r": 9}"#).unwrap_err().contains("\"r\" appears twice"));
+        assert!(parse_object(r#"{"a": [{"b": 1, "b": 1}]}"#).unwrap_err().contains("\"b\""));
+        assert!(parse_object("[1]").is_err());
+        assert!(parse_object(r#"{"lora_alpha": NaN}"#).is_err());
+        assert!(parse_object(&"[".repeat(100_000)).is_err());
+        assert!(parse_object(&" ".repeat(MAX_TEXT + 1)).unwrap_err().contains("limit"));
+    }
+
+    #[test]
+    fn output_is_sorted_ascii_and_exact() {
+        let map =
+            parse_object(r#"{"b": {"z": 0.1, "a": 16.0}, "a": "é😀", "n": 18446744073709551615}"#).unwrap();
+        let text = to_sorted_pretty(&map);
+        assert!(text.is_ascii());
+        assert!(text.starts_with("{\n  \"a\": \"\\u00e9\\ud83d\\ude00\""), "{text}");
+        assert!(text.find("\"a\": 16.0").unwrap() < text.find("\"z\": 0.1").unwrap());
+        assert_eq!(parse_object(&text).unwrap(), map);
+    }
+
+    #[test]
+    fn truthy_is_pythons() {
+        for falsy in ["null", "false", "0", "0.0", "\"\"", "[]", "{}"] {
+            assert!(!truthy(&serde_json::from_str(falsy).unwrap()), "{falsy}");
+        }
+        for yes in ["true", "1", "-0.5", "\"x\"", "[0]", "{\"a\":null}"] {
+            assert!(truthy(&serde_json::from_str(yes).unwrap()), "{yes}");
+        }
+    }
+}

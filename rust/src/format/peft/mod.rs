@@ -1,0 +1,21 @@
+//! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
+
+pub mod config;
+mod names;
+mod read;
+mod write;
+
+pub use read::from_memory;
+pub(super) use read::{from_dir, from_file};
+pub use write::{PeftOptions, save_peft};
+
+/// The configuration's file name.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The weights' file name.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The prefix that PEFT puts before a module's path.
+pub const PREFIX: &str = "base_model.model.";
+
+/// Header keys under which a PEFT weights file carries what PEFT has no place for.
+const HEADER_CONFIG: &str = "microlora.config";
+const HEADER_METADATA: &str = "microlora.metadata";

@@ -1,0 +1,249 @@
+//! Reading a PEFT adapter: names, ranks, alphas, and every reason not to.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::super::container::{self, Container};
+use super::super::json::{show, show_list};
+use super::super::tensor::{Bytes, Tensor};
+use super::super::{AdapterParts, LoadOptions, Loaded, ModuleParts, check_factors, source};
+use super::config::{self, PeftConfig};
+use super::names::{Key, classify};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
+use crate::error::{Error, Result};
+
+const PICKLED_WEIGHTS: &str = "adapter_model.bin";
+
+/// Reads an adapter directory.
+pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
+    let (config, weights) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
+    if !weights.exists() && dir.join(PICKLED_WEIGHTS).exists() {
+        return Err(source::refuse_pickle(&dir.join(PICKLED_WEIGHTS)));
+    }
+    for (path, name) in [(&config, CONFIG_FILE), (&weights, WEIGHTS_FILE)] {
+        if !path.exists() {
+            return Err(Error::format(dir.display(), format!("no {name} in this directory{}", hint(dir))));
+        }
+    }
+    // The writer replaces the weights between two states of the configuration: a pair is a pair only
+    // when the configuration is the same before and after.
+    for _ in 0..3 {
+        let text = source::read_text(&config)?;
+        let bytes = source::open(&weights, opts.mmap)?;
+        if fs::read(&config).is_ok_and(|now| now == text.as_bytes()) {
+            let names = [config.display().to_string(), weights.display().to_string()];
+            return build(&text, &bytes, [&names[0], &names[1]], opts.strict);
+        }
+    }
+    Err(Error::format(dir.display(), format!("{CONFIG_FILE} changed while the adapter was being read")))
+}
+
+/// Reads a weights file that is not one of ours: its directory must hold the configuration.
+pub(crate) fn from_file(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
+    let dir = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    if path.file_name().is_some_and(|n| n == WEIGHTS_FILE) && dir.join(CONFIG_FILE).is_file() {
+        return from_dir(dir, opts);
+    }
+    let reason = format!(
+        "safetensors, but not written by microlora, and without an {CONFIG_FILE} beside it the scaling is unknown; \
+         of a PEFT adapter pass the directory"
+    );
+    Err(Error::format(path.display(), reason))
+}
+
+/// Reads an adapter from the two files' content.
+pub fn from_memory(config: &str, weights: &[u8], strict: bool) -> Result<Loaded> {
+    build(config, &Bytes::from(weights.to_vec()), [CONFIG_FILE, WEIGHTS_FILE], strict)
+}
+
+/// A named adapter lies one level below: say so.
+fn hint(dir: &Path) -> String {
+    let mut below: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.path().join(CONFIG_FILE).is_file())
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    below.sort();
+    if below.is_empty() { String::new() } else { format!("; it holds the adapters {}", show_list(&below)) }
+}
+
+struct Slot {
+    key: String,
+    prefix: String,
+    tensor: Tensor,
+}
+
+#[derive(Default)]
+struct Pair([Option<Slot>; 2]);
+
+fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool) -> Result<Loaded> {
+    let config = config::parse(text, config_file)?;
+    if strict && !config.unknown.is_empty() {
+        let reason = format!(
+            "unknown settings {} may change the maths; load with strict=False if they do not",
+            show_list(&config.unknown)
+        );
+        return Err(Error::unsupported(config_file, reason));
+    }
+    source::sniff(&bytes[..bytes.len().min(64)], file)?;
+    let Container { metadata, tensors } = container::parse(bytes, file)?;
+    let (pairs, extra) = sort_out(tensors, &config, file)?;
+    if strict && !extra.is_empty() {
+        let names: Vec<&str> = extra.iter().map(|t| t.name.as_str()).collect();
+        let reason =
+            format!("unused tensors {}; load with strict=False to keep them aside", show_list(&names));
+        return Err(Error::format(file, reason));
+    }
+    if pairs.is_empty() {
+        return Err(Error::format(file, "no lora_A and lora_B tensors"));
+    }
+    let paths: Vec<&str> = pairs.keys().map(String::as_str).collect();
+    config.check_work(&paths, config_file)?;
+    let mut notes = config.notes.clone();
+    notes.extend(config.unmatched_notes(&paths));
+
+    let prefix = common_prefix(&pairs);
+    let mut modules = Vec::with_capacity(pairs.len());
+    for (path, pair) in pairs {
+        modules.push(module(path, pair, &config, file)?);
+    }
+    let mut unused: Vec<String> = extra.iter().map(|t| t.name.clone()).collect();
+    unused.extend(config.unknown.iter().map(|k| format!("{CONFIG_FILE}: {k}")));
+    let mut header = metadata;
+    header.remove("format");
+    let mut parts = AdapterParts {
+        modules,
+        config_json: header.remove(HEADER_CONFIG),
+        metadata_json: header.remove(HEADER_METADATA),
+        peft_config: Some(text.to_owned()),
+        extra,
+        prefix,
+        header,
+    };
+    parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
+    parts.check_json(file)?;
+    parts.detach_extra();
+    Ok(Loaded { parts, unused, notes })
+}
+
+/// Factors by module, and what is neither a factor nor refused.
+fn sort_out(
+    tensors: Vec<Tensor>,
+    config: &PeftConfig,
+    file: &str,
+) -> Result<(BTreeMap<String, Pair>, Vec<Tensor>)> {
+    let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
+    let mut extra = Vec::new();
+    for mut tensor in tensors {
+        let key = tensor.name.clone();
+        match classify(&key) {
+            Key::Variant(what) => {
+                let reason =
+                    format!("tensor {}: {what} is not plain LoRA; load and convert it with PEFT", show(&key));
+                return Err(Error::unsupported(file, reason));
+            }
+            Key::Other if config.bias && key.ends_with(".bias") => {
+                let reason = format!(
+                    "tensor {}: a trained bias of the base model; merge the adapter with PEFT",
+                    show(&key)
+                );
+                return Err(Error::unsupported(file, reason));
+            }
+            Key::Other => extra.push(tensor),
+            Key::Factor { prefix, path, factor } => {
+                let which = factor as usize;
+                tensor.name = format!("{path}.{}", ["lora_a", "lora_b"][which]);
+                let slot = &mut pairs.entry(path.clone()).or_default().0[which];
+                if let Some(first) = slot {
+                    let reason = format!(
+                        "tensors {} and {} are both {} of module {}",
+                        show(&first.key),
+                        show(&key),
+                        ["lora_A", "lora_B"][which],
+                        show(&path)
+                    );
+                    return Err(Error::format(file, reason));
+                }
+                *slot = Some(Slot { prefix: prefix.to_owned(), key, tensor });
+            }
+        }
+    }
+    Ok((pairs, extra))
+}
+
+/// The prefix to write keys back with, when it is not the usual one: only a repeated one is kept, since
+/// PEFT would load nothing from keys without any.
+fn common_prefix(pairs: &BTreeMap<String, Pair>) -> Option<String> {
+    let mut all = pairs.values().flat_map(|p| p.0.iter().flatten()).map(|s| s.prefix.as_str());
+    let first = all.next().filter(|p| p.len() > PREFIX.len())?;
+    all.all(|p| p == first).then(|| first.to_owned())
+}
+
+fn module(path: String, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
+    let wrong = |reason: String| Error::format(file, reason);
+    let (a, b) = match pair.0 {
+        [Some(a), Some(b)] => (a, b),
+        [a, b] => {
+            let (have, missing) = if a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
+            let key = a.or(b).map(|s| s.key).unwrap_or_default();
+            return Err(wrong(format!(
+                "module {}: {have} ({}) without its {missing}",
+                show(&path),
+                show(&key)
+            )));
+        }
+    };
+    for slot in [&a, &b] {
+        let dims = slot.tensor.shape.len();
+        if (3..=5).contains(&dims) {
+            let reason = format!(
+                "tensor {}: {dims} dimensions {:?}, a LoRA on a convolution; only linear layers are run here",
+                show(&slot.key),
+                slot.tensor.shape
+            );
+            return Err(Error::unsupported(file, reason));
+        }
+    }
+    let rank = check_factors(&a.tensor, &b.tensor, [&a.key, &b.key], file)?;
+    let (want, source) = config.rank_for(&path);
+    if rank != want {
+        return Err(wrong(format!(
+            "tensor {}: {rank} rows, but {source} of the configuration gives module {} rank {want}",
+            show(&a.key),
+            show(&path)
+        )));
+    }
+    let alpha = config.alpha_for(&path);
+    Ok(ModuleParts { path, alpha, rank, use_rslora: config.use_rslora, a: a.tensor, b: b.tensor })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::tensor::TensorDtype;
+    use super::*;
+
+    fn pair(prefixes: [&str; 2]) -> Pair {
+        Pair(prefixes.map(|p| {
+            let tensor = Tensor::new("t", TensorDtype::F32, vec![1, 1], vec![0; 4]).unwrap();
+            Some(Slot { key: "k".into(), prefix: p.into(), tensor })
+        }))
+    }
+
+    #[test]
+    fn only_a_common_repeated_prefix_is_kept() {
+        let twice = format!("{PREFIX}{PREFIX}");
+        let of = |pairs: Vec<Pair>| {
+            common_prefix(&pairs.into_iter().enumerate().map(|(i, p)| (i.to_string(), p)).collect())
+        };
+        assert_eq!(of(vec![pair([PREFIX, PREFIX])]), None);
+        assert_eq!(of(vec![pair(["", ""])]), None);
+        assert_eq!(of(vec![pair([&twice, &twice])]), Some(twice.clone()));
+        assert_eq!(of(vec![pair([&twice, &twice]), pair([PREFIX, PREFIX])]), None);
+    }
+}

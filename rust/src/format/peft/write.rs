@@ -1,0 +1,295 @@
+//! Writing a PEFT adapter that PEFT itself loads, and that changes nothing of what was read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::{fs, io};
+
+use serde_json::{Map, Value, json};
+
+use super::super::atomic::Staged;
+use super::super::json::{parse_object, show, show_list, to_sorted_pretty};
+use super::super::pattern::anchored;
+use super::super::{AdapterParts, ModuleParts, container};
+use super::names::{Key, classify, pattern_path};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE, config};
+use crate::error::{Error, Result};
+
+/// How to write a PEFT directory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PeftOptions<'a> {
+    /// Module paths of the model for each of the adapter's names: one, or several that get the same
+    /// factors. Without it, names are written as they are.
+    pub layer_paths: Option<&'a BTreeMap<String, Vec<String>>>,
+    /// `base_model_name_or_path`; without it what the file had, else `base_model` of the metadata.
+    pub base_model: Option<&'a str>,
+}
+
+/// Writes `adapter_model.safetensors` and `adapter_config.json` into `dir` (made if missing).
+///
+/// Both are complete and on disk before either takes its place, so a full disk leaves the old pair. Then
+/// an old configuration that differs steps aside, the weights take their place, and the configuration
+/// comes last: a crash in between leaves a directory without a configuration, which no reader accepts,
+/// never weights with the alphas of others.
+pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result<()> {
+    parts.check()?;
+    if parts.modules.is_empty() {
+        return Err(Error::config("adapter", "no modules", "at least one for a PEFT directory"));
+    }
+    let modules = place(parts, opts.layer_paths)?;
+    let config = config_text(parts, &modules, opts)?;
+    let prefix = parts.prefix.as_deref().unwrap_or(PREFIX);
+    let mut tensors = Vec::with_capacity(2 * modules.len() + parts.extra.len());
+    for (path, m) in &modules {
+        let key = format!("{prefix}{path}.lora_A.weight");
+        if !matches!(classify(&key), Key::Factor { path: read, .. } if read == *path) {
+            return Err(Error::config(
+                "module path",
+                show(path),
+                "a path that can be read back from PEFT's keys",
+            ));
+        }
+        tensors.push((key, &m.a));
+        tensors.push((format!("{prefix}{path}.lora_B.weight"), &m.b));
+    }
+    if let Some(t) = parts.extra.iter().find(|t| classify(&t.name) != Key::Other) {
+        return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
+    }
+    tensors.extend(parts.extra.iter().map(|t| (t.name.clone(), t)));
+    let mut header = parts.header.clone();
+    header.insert("format".into(), "pt".into());
+    let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
+    header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
+    let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
+
+    let made = !dir.exists();
+    fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let done = replace_pair(dir, &config, |out| layout.write_to(out));
+    if done.is_err() && made {
+        let _ = fs::remove_dir(dir); // only if nothing came into it
+    }
+    done
+}
+
+fn replace_pair(
+    dir: &Path,
+    config: &str,
+    weights: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+) -> Result<()> {
+    let place = dir.join(CONFIG_FILE);
+    let weights = Staged::new(&dir.join(WEIGHTS_FILE), weights)?;
+    let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
+    let aside = dir.join(format!(".{CONFIG_FILE}.previous"));
+    let at = |e| Error::io(&place, e);
+    let moved = match fs::read(&place) {
+        Ok(old) if old == config.as_bytes() => false,
+        Ok(_) => fs::rename(&place, &aside).map(|()| true).map_err(at)?,
+        Err(e) if e.kind() == ErrorKind::NotFound => false,
+        Err(e) => return Err(at(e)),
+    };
+    if let Err(e) = weights.commit() {
+        if moved {
+            fs::rename(&aside, &place).map_err(at)?;
+        }
+        return Err(e);
+    }
+    staged.commit()?;
+    match fs::remove_file(&aside) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(&aside, e)),
+        _ => Ok(()),
+    }
+}
+
+/// The modules at the paths they are written under.
+fn place<'a>(
+    parts: &'a AdapterParts,
+    layer_paths: Option<&BTreeMap<String, Vec<String>>>,
+) -> Result<Vec<(String, &'a ModuleParts)>> {
+    let Some(map) = layer_paths else {
+        return Ok(parts.modules.iter().map(|m| (m.path.clone(), m)).collect());
+    };
+    let have: Vec<&str> = parts.modules.iter().map(|m| m.path.as_str()).collect();
+    if let Some(got) = map.keys().find(|k| !have.contains(&k.as_str())) {
+        return Err(Error::UnknownModule { got: got.clone(), have: show_list(&have) });
+    }
+    let mut out: Vec<(String, &ModuleParts)> = Vec::new();
+    let mut seen: HashMap<&str, &str> = HashMap::new();
+    for m in &parts.modules {
+        let Some(paths) = map.get(&m.path).filter(|p| !p.is_empty()) else {
+            return Err(Error::config(
+                "layer_paths",
+                format!("no path for {}", show(&m.path)),
+                "one or more for each module",
+            ));
+        };
+        for path in paths {
+            if path.split('.').any(str::is_empty) || path.chars().any(char::is_control) {
+                return Err(Error::config(
+                    "layer_paths",
+                    show(path),
+                    "a module path such as model.layers.0.self_attn.q_proj",
+                ));
+            }
+            if let Some(first) = seen.insert(path, &m.path) {
+                let got = format!("{} for {} and {}", show(path), show(first), show(&m.path));
+                return Err(Error::config("layer_paths", got, "each path once"));
+            }
+            out.push((path.clone(), m));
+        }
+    }
+    Ok(out)
+}
+
+/// The configuration: what was read, where it still describes the modules; else rewritten there.
+fn config_text(
+    parts: &AdapterParts,
+    modules: &[(String, &ModuleParts)],
+    opts: &PeftOptions,
+) -> Result<String> {
+    let file = CONFIG_FILE;
+    let mut object = match &parts.peft_config {
+        Some(text) => parse_object(text).map_err(|e| Error::format(file, format!("peft_config: {e}")))?,
+        None => fresh(parts),
+    };
+    if let Some(base) = opts.base_model {
+        object.insert("base_model_name_or_path".into(), base.into());
+    }
+    if !describes(&object, modules)? {
+        set_scaling(&mut object, modules)?;
+    }
+    if !targets(&object, modules, opts.layer_paths.is_some()) {
+        let paths: BTreeSet<&str> = modules.iter().map(|(p, _)| pattern_path(p)).collect();
+        object.insert("target_modules".into(), json!(paths));
+        for key in ["exclude_modules", "layers_to_transform", "layers_pattern"] {
+            object.insert(key.into(), Value::Null);
+        }
+    }
+    debug_assert!(describes(&object, modules)?);
+    Ok(to_sorted_pretty(&object))
+}
+
+/// The settings that PEFT's defaults do not already say, or that other readers look for.
+fn fresh(parts: &AdapterParts) -> Map<String, Value> {
+    let field = |text: &Option<String>, key: &str| {
+        text.as_ref()
+            .and_then(|t| parse_object(t).ok())
+            .and_then(|o| o.get(key).cloned())
+            .unwrap_or(Value::Null)
+    };
+    let base = match field(&parts.metadata_json, "base_model") {
+        Value::Object(o) => o.get("name").cloned().unwrap_or(Value::Null),
+        other => other,
+    };
+    let dropout = field(&parts.config_json, "dropout").as_f64().unwrap_or(0.0);
+    let object = json!({
+        "base_model_name_or_path": base.as_str(),
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_dropout": dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "revision": null,
+        "task_type": null,
+        "use_dora": false,
+    });
+    match object {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+/// True when the configuration, as it would be written, gives every module its rank, alpha and scaling.
+fn describes(object: &Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<bool> {
+    if !object.contains_key("r") || !object.contains_key("lora_alpha") {
+        return Ok(false);
+    }
+    let config = config::parse(&to_sorted_pretty(object), CONFIG_FILE)?;
+    let paths: Vec<&str> = modules.iter().map(|(p, _)| p.as_str()).collect();
+    config.check_work(&paths, CONFIG_FILE)?;
+    Ok(modules.iter().all(|(path, m)| {
+        let same_alpha = config.alpha_for(path).to_bits() == m.alpha.to_bits();
+        config.rank_for(path).0 == m.rank && same_alpha && config.use_rslora == m.use_rslora
+    }))
+}
+
+/// Sets `r`, `lora_alpha`, `use_rslora` and patterns: the commonest values, and one anchored key for
+/// each module that differs, so that no two keys match one module and their order means nothing.
+fn set_scaling(object: &mut Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<()> {
+    let use_rslora = modules[0].1.use_rslora;
+    if modules.iter().any(|(_, m)| m.use_rslora != use_rslora) {
+        let want = "one value for all modules in a PEFT directory; save as a single file";
+        return Err(Error::config("use_rslora", "both true and false", want));
+    }
+    let rank = commonest(modules.iter().map(|(_, m)| m.rank));
+    let alpha = f64::from_bits(commonest(modules.iter().map(|(_, m)| m.alpha.to_bits())));
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    let mut seen: HashMap<&str, &ModuleParts> = HashMap::new();
+    for (path, m) in modules {
+        let path = pattern_path(path);
+        if let Some(other) = seen.insert(path, m)
+            && (other.rank, other.alpha) != (m.rank, m.alpha)
+        {
+            let got = format!("different ranks or alphas inside {}", show(path));
+            return Err(Error::config(
+                "modules",
+                got,
+                "one rank and alpha for a wrapped layer in a PEFT directory",
+            ));
+        }
+        if m.rank != rank {
+            ranks.insert(anchored(path), json!(m.rank));
+        }
+        if m.alpha.to_bits() != alpha.to_bits() {
+            alphas.insert(anchored(path), number(m.alpha));
+        }
+    }
+    object.insert("r".into(), json!(rank));
+    object.insert("lora_alpha".into(), number(alpha));
+    object.insert("use_rslora".into(), json!(use_rslora));
+    object.insert("rank_pattern".into(), ranks.into());
+    object.insert("alpha_pattern".into(), alphas.into());
+    Ok(())
+}
+
+/// The value that comes most often; of several the first.
+fn commonest<T: Copy + Default + Eq + Hash>(values: impl Iterator<Item = T> + Clone) -> T {
+    let mut counts: HashMap<T, usize> = HashMap::new();
+    values.clone().for_each(|v| *counts.entry(v).or_default() += 1);
+    let most = counts.values().copied().max().unwrap_or(0);
+    values.clone().find(|v| counts[v] == most).unwrap_or_default()
+}
+
+/// Whole numbers without a fraction, as PEFT writes them.
+fn number(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e15 && x.to_bits() != (-0.0f64).to_bits() {
+        json!(x as i64)
+    } else {
+        json!(x)
+    }
+}
+
+/// True when `target_modules` names every module. A pattern that only Python can run is trusted as long
+/// as the modules keep their names.
+fn targets(object: &Map<String, Value>, modules: &[(String, &ModuleParts)], renamed: bool) -> bool {
+    let all = |hit: &dyn Fn(&str) -> bool| modules.iter().all(|(p, _)| hit(pattern_path(p)));
+    match object.get("target_modules") {
+        Some(Value::Array(list)) => {
+            let names: BTreeSet<&str> = list.iter().filter_map(Value::as_str).collect();
+            // A path is named by itself or by what follows one of its dots.
+            let named =
+                |p: &str| names.contains(p) || p.match_indices('.').any(|(i, _)| names.contains(&p[i + 1..]));
+            all(&named)
+        }
+        Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => true,
+        Some(Value::String(s)) => match regex::Regex::new(&format!(r"\A(?:{s})\z")) {
+            Ok(r) => all(&|p| r.is_match(p)),
+            Err(_) => !renamed,
+        },
+        _ => false,
+    }
+}

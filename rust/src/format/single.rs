@@ -1,0 +1,182 @@
+//! Our single file: safetensors with the side-car data in its header.
+//!
+//! Tensors `<module>.lora_a` (rank, in) and `<module>.lora_b` (out, rank), others under `extra.`. Header
+//! entries: `format` = "microlora", `format_version`, `modules` (a JSON list of path, rank, alpha and
+//! use_rslora), and where there is one `config`, `metadata`, `peft_config`, `prefix`, `header`. The same
+//! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::container::{self, Container, Layout};
+use super::json::{StringMap, show, show_list};
+use super::tensor::{Bytes, Tensor};
+use super::{AdapterParts, Loaded, ModuleParts, atomic, check_factors, source};
+use crate::error::{Error, Result};
+
+/// The header's `format`.
+pub const FORMAT: &str = "microlora";
+/// The header's `format_version`; a newer one is refused.
+pub const FORMAT_VERSION: u32 = 1;
+const EXTRA: &str = "extra.";
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModuleEntry {
+    path: String,
+    rank: usize,
+    alpha: f64,
+    use_rslora: bool,
+}
+
+/// Writes an adapter to one file, whole or not at all.
+pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
+    let layout = lay_out(parts, &path.display().to_string())?;
+    atomic::write(path, |out| layout.write_to(out))
+}
+
+/// The single file as bytes.
+pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
+    let layout = lay_out(parts, "bytes")?;
+    let mut out = Vec::with_capacity(layout.len());
+    layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
+    Ok(out)
+}
+
+/// Reads what [`to_bytes`] or [`save_single`] wrote.
+pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
+    let file = "bytes";
+    source::sniff(&bytes[..bytes.len().min(64)], file)?;
+    let container = container::parse(&Bytes::from(bytes.to_vec()), file)?;
+    if !is_ours(&container) {
+        return Err(Error::format(file, "safetensors, but not written by microlora"));
+    }
+    from_container(container, file, strict)
+}
+
+fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
+    parts.check()?;
+    let mut tensors = Vec::with_capacity(2 * parts.modules.len() + parts.extra.len());
+    let mut entries = Vec::with_capacity(parts.modules.len());
+    for m in &parts.modules {
+        tensors.push((format!("{}.lora_a", m.path), &m.a));
+        tensors.push((format!("{}.lora_b", m.path), &m.b));
+        entries.push(ModuleEntry {
+            path: m.path.clone(),
+            rank: m.rank,
+            alpha: m.alpha,
+            use_rslora: m.use_rslora,
+        });
+    }
+    tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
+    let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
+    let mut metadata = BTreeMap::from([
+        ("format".to_owned(), FORMAT.to_owned()),
+        ("format_version".to_owned(), FORMAT_VERSION.to_string()),
+        ("modules".to_owned(), serde_json::to_string(&entries).map_err(to_json)?),
+    ]);
+    let optional = [
+        ("config", parts.config_json.clone()),
+        ("metadata", parts.metadata_json.clone()),
+        ("peft_config", parts.peft_config.clone()),
+        ("prefix", parts.prefix.clone()),
+        ("header", (!parts.header.is_empty()).then(|| serde_json::json!(parts.header).to_string())),
+    ];
+    metadata.extend(optional.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))));
+    container::lay_out(&metadata, tensors, file)
+}
+
+/// True for a file that says it is ours, whatever its version.
+pub(super) fn is_ours(container: &Container) -> bool {
+    container.metadata.get("format").is_some_and(|f| f == FORMAT)
+}
+
+pub(super) fn from_container(container: Container, file: &str, strict: bool) -> Result<Loaded> {
+    let wrong = |reason: String| Error::format(file, reason);
+    let Container { metadata: mut header, tensors } = container;
+    header.remove("format");
+    check_version(header.remove("format_version"), file)?;
+    let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
+    let entries: Vec<ModuleEntry> =
+        serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+    let other = match header.remove("header") {
+        Some(text) => {
+            serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0
+        }
+        None => BTreeMap::new(),
+    };
+    let mut parts = AdapterParts {
+        modules: Vec::new(),
+        config_json: header.remove("config"),
+        metadata_json: header.remove("metadata"),
+        peft_config: header.remove("peft_config"),
+        extra: Vec::new(),
+        prefix: header.remove("prefix"),
+        header: other,
+    };
+    if let Some(key) = header.keys().next() {
+        return Err(wrong(format!("header: unknown entry {} in version {FORMAT_VERSION}", show(key))));
+    }
+    let mut by_name: HashMap<String, Tensor> = HashMap::with_capacity(tensors.len());
+    let order: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+    by_name.extend(tensors.into_iter().map(|t| (t.name.clone(), t)));
+    for entry in entries {
+        parts.modules.push(module(entry, &mut by_name, file)?);
+    }
+    let mut unused = Vec::new();
+    for key in order {
+        let Some(mut tensor) = by_name.remove(&key) else { continue };
+        match key.strip_prefix(EXTRA) {
+            Some(name) => tensor.name = name.to_owned(),
+            None => unused.push(key),
+        }
+        parts.extra.push(tensor);
+    }
+    if strict && !unused.is_empty() {
+        let reason =
+            format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
+        return Err(wrong(reason));
+    }
+    parts.check_json(file)?;
+    parts.check_names().map_err(|e| wrong(e.to_string()))?;
+    parts.detach_extra();
+    Ok(Loaded { parts, unused, notes: Vec::new() })
+}
+
+fn check_version(version: Option<String>, file: &str) -> Result<()> {
+    let Some(text) = version else { return Err(Error::format(file, "header: no `format_version`")) };
+    match text.parse::<u32>() {
+        Ok(FORMAT_VERSION) => Ok(()),
+        Ok(n) if n > FORMAT_VERSION => {
+            let reason =
+                format!("format version {n}, this build reads up to {FORMAT_VERSION}; upgrade microlora");
+            Err(Error::unsupported(file, reason))
+        }
+        _ => Err(Error::format(
+            file,
+            format!("header: format_version {}, expected {FORMAT_VERSION}", show(&text)),
+        )),
+    }
+}
+
+fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str) -> Result<ModuleParts> {
+    let ModuleEntry { path, rank, alpha, use_rslora } = entry;
+    let mut take = |which: &str| {
+        let name = format!("{path}.{which}");
+        let missing = || Error::format(file, format!("module {}: no tensor {}", show(&path), show(&name)));
+        by_name.remove(&name).ok_or_else(missing)
+    };
+    let (a, b) = (take("lora_a")?, take("lora_b")?);
+    let found = check_factors(&a, &b, [&a.name, &b.name], file)?;
+    if found != rank {
+        let reason = format!(
+            "tensor {}: {found} rows, but the header gives module {} rank {rank}",
+            show(&a.name),
+            show(&path)
+        );
+        return Err(Error::format(file, reason));
+    }
+    Ok(ModuleParts { path, alpha, rank, use_rslora, a, b })
+}

@@ -1,0 +1,89 @@
+//! Opening files: what kind it is by its content, then its bytes, private or mapped.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use super::container;
+use super::json::MAX_TEXT;
+use super::tensor::Bytes;
+use crate::error::{Error, Result};
+use crate::mapping::Mapping;
+
+/// Largest file that is copied to memory; a larger one can be mapped.
+const MAX_COPY: u64 = 64 << 30;
+
+const PICKLE: &str = "a pickle: loading one runs whatever code it carries, so it is never opened here; if you trust \
+                      it, read it with torch.load(path, weights_only=True) and save it with safetensors.torch.save_file";
+
+/// Reads or maps a regular file, after a look at its first bytes.
+pub(super) fn open(path: &Path, mmap: bool) -> Result<Bytes> {
+    let at = |e| Error::io(path, e);
+    let meta = fs::metadata(path).map_err(at)?;
+    let name = path.display();
+    if !meta.is_file() {
+        return Err(Error::format(name, "neither a regular file nor a directory"));
+    }
+    let mut file = File::open(path).map_err(at)?;
+    let mut head = Vec::with_capacity(64);
+    (&mut file).take(64).read_to_end(&mut head).map_err(at)?;
+    sniff(&head, &name.to_string())?;
+    if mmap {
+        return Ok(Bytes::from_mapping(Mapping::open(&file).map_err(at)?));
+    }
+    if meta.len() > MAX_COPY {
+        let reason = format!(
+            "{} bytes, more than the {MAX_COPY} that are copied to memory; use mmap=True",
+            meta.len()
+        );
+        return Err(Error::format(name, reason));
+    }
+    let rest = (meta.len() as usize).saturating_sub(head.len());
+    let no_room = |_| Error::format(path.display(), format!("{} bytes do not fit in memory", meta.len()));
+    head.try_reserve_exact(rest).map_err(no_room)?;
+    file.take(rest as u64).read_to_end(&mut head).map_err(at)?;
+    Ok(Bytes::from(head))
+}
+
+/// Reads a JSON text file whole, if it is not too long to be parsed.
+pub(super) fn read_text(path: &Path) -> Result<String> {
+    let at = |e| Error::io(path, e);
+    if !fs::metadata(path).map_err(at)?.is_file() {
+        return Err(Error::format(path.display(), "not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path).map_err(at)?.take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(at)?;
+    if bytes.len() > MAX_TEXT {
+        return Err(Error::format(path.display(), format!("more than {MAX_TEXT} bytes")));
+    }
+    String::from_utf8(bytes)
+        .map_err(|e| Error::format(path.display(), format!("not UTF-8: {}", e.utf8_error())))
+}
+
+/// Refuses, by its first bytes, a file that is known to be something else.
+pub(super) fn sniff(head: &[u8], file: &str) -> Result<()> {
+    if container::looks_like(head) {
+        return Ok(());
+    }
+    let pickle = head.starts_with(b"PK\x03\x04")
+        || (head.first() == Some(&0x80) && matches!(head.get(1), Some(0..=5)));
+    if pickle {
+        return Err(Error::unsupported(file, PICKLE));
+    }
+    let other = [
+        (&b"GGUF"[..], "a GGUF file, expected safetensors"),
+        (b"\x89HDF", "an HDF5 file, expected safetensors"),
+        (b"\x93NUMPY", "a NumPy file, expected safetensors"),
+        (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+        (b"{", "JSON, not safetensors; of a PEFT adapter pass the directory"),
+    ];
+    match other.iter().find(|(magic, _)| head.starts_with(magic)) {
+        Some((_, what)) => Err(Error::format(file, *what)),
+        None => Ok(()),
+    }
+}
+
+/// The refusal of a pickle that is known by its name alone.
+pub(super) fn refuse_pickle(path: &Path) -> Error {
+    Error::unsupported(path.display(), PICKLE)
+}

@@ -1,0 +1,204 @@
+//! Tensors as files hold them: a name, a dtype, a shape and bytes that are cheap to clone.
+
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+pub use ::safetensors::Dtype as TensorDtype;
+
+use crate::error::{Error, Result};
+use crate::mapping::Mapping;
+
+#[derive(Clone)]
+enum Owner {
+    Memory(Arc<Vec<u8>>),
+    Map(Arc<Mapping>),
+}
+
+/// A range of bytes with a shared owner: private memory, or a file map. Equal when the content is.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// The whole of a file map, not copied.
+    pub fn from_mapping(map: Mapping) -> Self {
+        let range = 0..map.len();
+        Bytes { owner: Owner::Map(Arc::new(map)), range }
+    }
+
+    /// A part of these bytes with the same owner; `None` when it does not lie inside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.len() {
+            return None;
+        }
+        let start = self.range.start + range.start;
+        Some(Bytes { owner: self.owner.clone(), range: start..start + range.len() })
+    }
+
+    /// True when the bytes are pages of a mapped file.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.owner, Owner::Map(_))
+    }
+
+    /// The same bytes in memory of their own, so that a large owner can go.
+    pub fn detach(&self) -> Self {
+        Bytes::from(self.to_vec())
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.owner {
+            Owner::Memory(v) => &v[self.range.clone()],
+            Owner::Map(m) => &m[self.range.clone()],
+        }
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(data: Vec<u8>) -> Self {
+        let range = 0..data.len();
+        Bytes { owner: Owner::Memory(Arc::new(data)), range }
+    }
+}
+
+impl PartialEq for Bytes {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for Bytes {}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bytes({}{})", self.len(), if self.is_mapped() { ", mapped" } else { "" })
+    }
+}
+
+/// One named tensor, row-major and little-endian as in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Name: a key of the file, or `<module>.lora_a` / `<module>.lora_b` for factors.
+    pub name: String,
+    /// Element type.
+    pub dtype: TensorDtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Content, exactly `byte_len(dtype, shape)` bytes.
+    pub data: Bytes,
+}
+
+impl Tensor {
+    /// A tensor whose byte count is checked against its dtype and shape.
+    pub fn new(
+        name: impl Into<String>,
+        dtype: TensorDtype,
+        shape: Vec<usize>,
+        data: impl Into<Bytes>,
+    ) -> Result<Self> {
+        let tensor = Tensor { name: name.into(), dtype, shape, data: data.into() };
+        tensor.check_len()?;
+        Ok(tensor)
+    }
+
+    pub(crate) fn check_len(&self) -> Result<()> {
+        match byte_len(self.dtype, &self.shape) {
+            Some(want) if want == self.data.len() => Ok(()),
+            want => Err(Error::shape(
+                &self.name,
+                format!("{} bytes", self.data.len()),
+                match want {
+                    Some(n) => format!("{n} bytes for {} {:?}", self.dtype, self.shape),
+                    None => format!("a size that can be addressed, not {:?}", self.shape),
+                },
+            )),
+        }
+    }
+
+    /// True when the dtype is one a factor may be stored in: f32, f16 or bf16.
+    pub fn is_factor_dtype(&self) -> bool {
+        matches!(self.dtype, TensorDtype::F32 | TensorDtype::F16 | TensorDtype::BF16)
+    }
+
+    /// True when no number is NaN or infinite. Meant for f32, f16 and bf16; others are taken as finite.
+    pub fn is_finite(&self) -> bool {
+        let half = |mask: u16| {
+            let exponent = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]) & mask;
+            !self.data.chunks_exact(2).fold(false, |bad, c| bad | (exponent(c) == mask))
+        };
+        match self.dtype {
+            TensorDtype::F16 => half(0x7c00),
+            TensorDtype::BF16 => half(0x7f80),
+            TensorDtype::F32 => {
+                let exponent = |c: &[u8]| u32::from_le_bytes([c[0], c[1], c[2], c[3]]) & 0x7f80_0000;
+                !self.data.chunks_exact(4).fold(false, |bad, c| bad | (exponent(c) == 0x7f80_0000))
+            }
+            _ => true,
+        }
+    }
+}
+
+/// Bytes of a tensor, `None` on overflow or when sub-byte elements do not fill whole bytes.
+pub fn byte_len(dtype: TensorDtype, shape: &[usize]) -> Option<usize> {
+    let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+    let bits = elements.checked_mul(dtype.bitsize())?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_share_and_compare_by_content() {
+        let all = Bytes::from(vec![1, 2, 3, 1, 2]);
+        assert_eq!(all.slice(0..2), all.slice(3..5));
+        assert_eq!(all.slice(1..4).unwrap().slice(1..2).unwrap().to_vec(), vec![3]);
+        assert!(all.slice(4..6).is_none());
+        assert_eq!(all.slice(1..3).unwrap().detach().len(), 2);
+    }
+
+    #[test]
+    fn byte_len_refuses_overflow() {
+        assert_eq!(byte_len(TensorDtype::F32, &[2, 3]), Some(24));
+        assert_eq!(byte_len(TensorDtype::F32, &[]), Some(4));
+        assert_eq!(byte_len(TensorDtype::F32, &[usize::MAX, 2]), None);
+        assert_eq!(byte_len(TensorDtype::F4, &[3]), None);
+    }
+
+    #[test]
+    fn finite_looks_at_every_number() {
+        for (dtype, one, inf, nan) in [
+            (
+                TensorDtype::F32,
+                1f32.to_le_bytes().to_vec(),
+                f32::INFINITY.to_le_bytes().to_vec(),
+                f32::NAN.to_le_bytes().to_vec(),
+            ),
+            (TensorDtype::F16, vec![0, 0x3c], vec![0, 0x7c], vec![1, 0xfc]),
+            (TensorDtype::BF16, vec![0x80, 0x3f], vec![0x80, 0xff], vec![0xc0, 0x7f]),
+        ] {
+            for bad in [&inf, &nan] {
+                for at in 0..5 {
+                    let mut data = one.repeat(5);
+                    let t = Tensor::new("t", dtype, vec![5], data.clone()).unwrap();
+                    assert!(t.is_finite());
+                    data[at * one.len()..(at + 1) * one.len()].copy_from_slice(bad);
+                    assert!(!Tensor::new("t", dtype, vec![5], data).unwrap().is_finite());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn new_checks_the_byte_count() {
+        let err = Tensor::new("q_proj.lora_a", TensorDtype::F32, vec![2, 2], vec![0; 15]).unwrap_err();
+        assert!(err.to_string().contains("q_proj.lora_a"), "{err}");
+    }
+}

@@ -30,7 +30,7 @@ def instants(draw):
         train="b" if rule == "rls" else draw(st.sampled_from(["b", "both"])),
         kappa=draw(wide),
         baseline_rate=draw(shares),
-        max_grad_norm=draw(wide),
+        max_grad_norm=draw(st.none() | wide),
     )
 
 

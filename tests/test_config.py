@@ -35,7 +35,7 @@ def test_the_defaults_are_those_of_the_documentation():
         train="b",
         kappa=0.3,
         baseline_rate=0.02,
-        max_grad_norm=1.0,
+        max_grad_norm=None,
     )
 
 
@@ -91,7 +91,7 @@ INVALID_INSTANT = [
     *[("train", value) for value in ("a", "", None)],
     *[("kappa", value) for value in (0, -1.0, NAN, None)],
     *[("baseline_rate", value) for value in (0, 2.0, NAN, None)],
-    *[("max_grad_norm", value) for value in (0, -1.0, NAN, INF, None)],
+    *[("max_grad_norm", value) for value in (0, -1.0, NAN, INF, "1")],
 ]
 
 

@@ -177,7 +177,8 @@ class MicroLoRA(_core.MicroLora):
         names = self.modules()
         shown = ", ".join(names[:4]) + (f", ... ({len(names)} modules)" if len(names) > 4 else "")
         name = f"{self._config.name}: " if self._config.name else ""
-        return f"MicroLoRA({name}{shown}; {self.param_count:,} parameters, {self.memory_bytes:,} bytes, version {self.version})"
+        sizes = f"{self.param_count:,} parameters, {self.memory_bytes:,} bytes"
+        return f"MicroLoRA({name}{shown}; {sizes}, version {self.version})"
 
 
 def _unpickle(cls: type[MicroLoRA], snapshot: Snapshot, enabled: bool, device: str) -> MicroLoRA:

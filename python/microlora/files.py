@@ -63,7 +63,7 @@ def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
     Args:
         path: A PEFT directory, the weights file in one, or our single file.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
-            then not be written to while the adapter lives. Factors are always copied into the kernels' layout.
+            then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
             listed in an :class:`~microlora.exceptions.UnusedTensorWarning`. Variants that change the
             mathematics (DoRA, PiSSA and so on) are refused either way.

@@ -9,6 +9,7 @@ pub mod error;
 pub mod factor;
 pub mod kernels;
 pub mod layer;
+pub mod probe;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 mod batch;
 mod elementwise;
 mod generic;
+mod probe;
 mod scalar;
 mod table;
 mod vector;
@@ -92,6 +93,8 @@ pub struct Kernels {
     scale: unsafe fn(f32, &mut [f32]),
     all_finite: unsafe fn(&[f32]) -> bool,
     rls_gain: unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64,
+    probe_read: unsafe fn(&[f32]) -> f32,
+    probe_fma: unsafe fn(usize, f32) -> f64,
 }
 
 macro_rules! stored {
@@ -273,5 +276,17 @@ impl Kernels {
         need("rls_gain k", k.len(), u.len());
         // SAFETY: the table exists only where its ISA does.
         unsafe { (self.rls_gain)(p, u, phi, pu, k) }
+    }
+
+    /// For benches: reads `x` once, front to back; the returned sum keeps the loads alive.
+    pub fn probe_read(&self, x: &[f32]) -> f32 {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.probe_read)(x) }
+    }
+
+    /// For benches: `turns` rounds of register-only FMA chains; returns the floating point operations done.
+    pub fn probe_fma(&self, turns: usize) -> f64 {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.probe_fma)(turns, std::hint::black_box(0.0)) }
     }
 }

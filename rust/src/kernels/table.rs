@@ -31,7 +31,7 @@ macro_rules! isa_table {
         }
     };
     ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
-        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, generic};
+        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, generic, probe};
 
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
@@ -67,6 +67,16 @@ macro_rules! isa_table {
         unsafe fn rls_gain(p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &mut [f32]) -> f64 {
             elementwise::rls_gain(p, u, phi, pu, k)
         }
+        $(#[$attr])*
+        unsafe fn probe_read(x: &[f32]) -> f32 {
+            // SAFETY: the ISA is enabled here.
+            unsafe { probe::read::<$v>(x) }
+        }
+        $(#[$attr])*
+        unsafe fn probe_fma(turns: usize, seed: f32) -> f64 {
+            // SAFETY: the ISA is enabled here.
+            unsafe { probe::fma_chains::<$v>(turns, seed) }
+        }
 
         pub(super) static TABLE: Kernels = Kernels {
             isa: $isa,
@@ -80,6 +90,8 @@ macro_rules! isa_table {
             scale,
             all_finite,
             rls_gain,
+            probe_read,
+            probe_fma,
         };
     };
 }

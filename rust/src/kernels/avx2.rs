@@ -17,24 +17,23 @@ unsafe fn hadd128(s: __m128) -> f32 {
     }
 }
 
-/// Sums of four 128-bit vectors.
-#[inline(always)]
-pub(crate) unsafe fn sum4_128(v: [__m128; 4]) -> [f32; 4] {
-    // SAFETY: SSE is part of x86-64.
-    unsafe {
-        let lo = _mm_add_ps(_mm_unpacklo_ps(v[0], v[1]), _mm_unpackhi_ps(v[0], v[1]));
-        let hi = _mm_add_ps(_mm_unpacklo_ps(v[2], v[3]), _mm_unpackhi_ps(v[2], v[3]));
-        let s = _mm_add_ps(_mm_movelh_ps(lo, hi), _mm_movehl_ps(hi, lo));
-        let mut out = [0.0; 4];
-        _mm_storeu_ps(out.as_mut_ptr(), s);
-        out
-    }
-}
-
 #[inline(always)]
 pub(crate) unsafe fn fold256(v: __m256) -> __m128 {
     // SAFETY: AVX2 is present, by the contract of `Vector`.
     unsafe { _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)) }
+}
+
+/// Per 128-bit lane, the sums of that lane of four vectors, in order.
+#[inline(always)]
+unsafe fn quads(v: [Ymm; 4]) -> __m256 {
+    // SAFETY: AVX2 is present, by the contract of `Vector`.
+    unsafe {
+        let pair = |a: Ymm, b: Ymm| _mm256_add_ps(_mm256_unpacklo_ps(a.0, b.0), _mm256_unpackhi_ps(a.0, b.0));
+        let (lo, hi) = (pair(v[0], v[1]), pair(v[2], v[3]));
+        let (lo, hi) = (_mm256_castps_pd(lo), _mm256_castps_pd(hi));
+        let (even, odd) = (_mm256_unpacklo_pd(lo, hi), _mm256_unpackhi_pd(lo, hi));
+        _mm256_add_ps(_mm256_castpd_ps(even), _mm256_castpd_ps(odd))
+    }
 }
 
 // SAFETY: unaligned loads and stores of 8 elements; the table below is handed out only after detection.
@@ -90,8 +89,37 @@ unsafe impl Vector for Ymm {
     }
     #[inline(always)]
     unsafe fn sum4(v: [Self; 4]) -> [f32; 4] {
+        // SAFETY: by contract; the array is 16 bytes wide.
+        unsafe {
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), fold256(quads(v)));
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum8(v: [Self; 8]) -> [f32; 8] {
+        // SAFETY: by contract; the array is 32 bytes wide.
+        unsafe {
+            let (a, b) = (quads([v[0], v[1], v[2], v[3]]), quads([v[4], v[5], v[6], v[7]]));
+            let s = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            let mut out = [0.0; 8];
+            _mm256_storeu_ps(out.as_mut_ptr(), s);
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum16(v: [Self; 16]) -> [f32; 16] {
         // SAFETY: by contract.
-        unsafe { sum4_128([fold256(v[0].0), fold256(v[1].0), fold256(v[2].0), fold256(v[3].0)]) }
+        unsafe {
+            let halves =
+                [Self::sum8(std::array::from_fn(|i| v[i])), Self::sum8(std::array::from_fn(|i| v[8 + i]))];
+            std::array::from_fn(|i| halves[i / 8][i % 8])
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }
 

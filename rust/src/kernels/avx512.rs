@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{fold256, sum4_128};
+use super::avx2::fold256;
 use super::vector::Vector;
 
 /// Sixteen lanes in a `zmm` register.
@@ -13,6 +13,31 @@ pub(crate) struct Zmm(__m512);
 unsafe fn fold512(v: __m512) -> __m128 {
     // SAFETY: AVX-512F/DQ is present, by the contract of `Vector`.
     unsafe { fold256(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
+}
+
+/// Per 128-bit lane, the sums of that lane of four vectors, in order.
+#[inline(always)]
+unsafe fn quads(v: [Zmm; 4]) -> __m512 {
+    // SAFETY: AVX-512F is present, by the contract of `Vector`.
+    unsafe {
+        let pair = |a: Zmm, b: Zmm| _mm512_add_ps(_mm512_unpacklo_ps(a.0, b.0), _mm512_unpackhi_ps(a.0, b.0));
+        let (lo, hi) = (pair(v[0], v[1]), pair(v[2], v[3]));
+        let (lo, hi) = (_mm512_castps_pd(lo), _mm512_castps_pd(hi));
+        let (even, odd) = (_mm512_unpacklo_pd(lo, hi), _mm512_unpackhi_pd(lo, hi));
+        _mm512_add_ps(_mm512_castpd_ps(even), _mm512_castpd_ps(odd))
+    }
+}
+
+/// Adds neighbouring 128-bit lanes: `[a0 + a1, a2 + a3, b0 + b1, b2 + b3]`.
+#[inline(always)]
+unsafe fn lanes(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: AVX-512F is present, by the contract of `Vector`.
+    unsafe {
+        _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b),
+            _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b),
+        )
+    }
 }
 
 // SAFETY: unaligned loads and stores of 16 elements; the table below is handed out only after detection.
@@ -68,8 +93,37 @@ unsafe impl Vector for Zmm {
     }
     #[inline(always)]
     unsafe fn sum4(v: [Self; 4]) -> [f32; 4] {
-        // SAFETY: by contract.
-        unsafe { sum4_128([fold512(v[0].0), fold512(v[1].0), fold512(v[2].0), fold512(v[3].0)]) }
+        // SAFETY: by contract; the array is 16 bytes wide.
+        unsafe {
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), fold512(quads(v)));
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum8(v: [Self; 8]) -> [f32; 8] {
+        // SAFETY: by contract; the array is 32 bytes wide.
+        unsafe {
+            let s = lanes(quads(std::array::from_fn(|i| v[i])), quads(std::array::from_fn(|i| v[4 + i])));
+            let mut out = [0.0; 8];
+            _mm256_storeu_ps(out.as_mut_ptr(), _mm512_castps512_ps256(lanes(s, s)));
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum16(v: [Self; 16]) -> [f32; 16] {
+        // SAFETY: by contract; the array is 64 bytes wide.
+        unsafe {
+            let q: [__m512; 4] = std::array::from_fn(|i| quads(std::array::from_fn(|j| v[4 * i + j])));
+            let mut out = [0.0; 16];
+            _mm512_storeu_ps(out.as_mut_ptr(), lanes(lanes(q[0], q[1]), lanes(q[2], q[3])));
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }
 

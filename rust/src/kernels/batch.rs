@@ -1,7 +1,7 @@
 //! Register-blocked bodies for several input rows: each weight is loaded once per block of rows.
 
 use super::TILE;
-use super::generic::Geometry;
+use super::geometry::Geometry;
 use super::vector::{Element, Vector};
 
 /// `u[m][r] = s <row r, x_m>` for `M` rows of X and `R` rows of W that start at `w` (rows `TILE` apart,

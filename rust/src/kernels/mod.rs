@@ -1,7 +1,7 @@
 //! All arithmetic that needs `unsafe`: one table of primitives per instruction set, chosen once.
 //!
 //! [`Kernels`] can only be had by detection, so holding one is the proof that its ISA is present. Its safe
-//! methods check lengths; below them bodies are written once ([`generic`], [`batch`]) and instantiated per ISA.
+//! methods check lengths; below them bodies are written once ([`single`], [`batch`], [`update`]) and instantiated per ISA.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -14,9 +14,12 @@ use crate::error::{Error, Result};
 
 mod batch;
 mod elementwise;
-mod generic;
+mod geometry;
+mod probe;
 mod scalar;
+mod single;
 mod table;
+mod update;
 mod vector;
 
 #[cfg(target_arch = "x86_64")]
@@ -24,7 +27,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-pub use generic::Geometry;
+pub use geometry::Geometry;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
 pub const TILE: usize = 16;
@@ -63,6 +66,7 @@ type Dots<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32);
 type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
 type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
 type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
+type RlsGain = unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64;
 
 /// Read-path primitives for one stored element type.
 struct Reads<E> {
@@ -92,7 +96,9 @@ pub struct Kernels {
     scale: unsafe fn(f32, &mut [f32]),
     step_and_clear: unsafe fn(f32, &mut [f32], &mut [f32]),
     all_finite: unsafe fn(&[f32]) -> bool,
-    rls_gain: unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64,
+    rls_gain: RlsGain,
+    probe_read: unsafe fn(&[f32]) -> f32,
+    probe_fma: unsafe fn(usize, f32) -> f64,
 }
 
 macro_rules! stored {
@@ -282,5 +288,17 @@ impl Kernels {
         need("rls_gain k", k.len(), u.len());
         // SAFETY: the table exists only where its ISA does.
         unsafe { (self.rls_gain)(p, u, phi, pu, k) }
+    }
+
+    /// For benches: reads `x` once, front to back; the returned sum keeps the loads alive.
+    pub fn probe_read(&self, x: &[f32]) -> f32 {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.probe_read)(x) }
+    }
+
+    /// For benches: `turns` rounds of register-only FMA chains; returns the floating point operations done.
+    pub fn probe_fma(&self, turns: usize) -> f64 {
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.probe_fma)(turns, std::hint::black_box(0.0)) }
     }
 }

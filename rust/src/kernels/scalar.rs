@@ -58,6 +58,18 @@ unsafe impl Vector for F32x8 {
         // SAFETY: `sum` reads registers only.
         v.map(|v| unsafe { v.sum() })
     }
+    #[inline(always)]
+    unsafe fn sum8(v: [Self; 8]) -> [f32; 8] {
+        // SAFETY: `sum` reads registers only.
+        v.map(|v| unsafe { v.sum() })
+    }
+    #[inline(always)]
+    unsafe fn sum16(v: [Self; 16]) -> [f32; 16] {
+        // SAFETY: `sum` reads registers only.
+        v.map(|v| unsafe { v.sum() })
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
 
 super::isa_table!(F32x8, Isa::Scalar,);

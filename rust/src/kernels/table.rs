@@ -9,12 +9,12 @@ macro_rules! isa_table {
             $(#[$attr])*
             unsafe fn dots(w: *const $e, g: Geometry, x: *const f32, out: *mut f32) {
                 // SAFETY: same contract; the ISA is enabled here.
-                unsafe { generic::dots::<$v, $e>(w, g, x, out) }
+                unsafe { single::dots::<$v, $e>(w, g, x, out) }
             }
             $(#[$attr])*
             unsafe fn combine(w: *const $e, g: Geometry, c: *const f32, y: *mut f32, add: bool) {
                 // SAFETY: same contract; the ISA is enabled here.
-                unsafe { generic::combine::<$v, $e>(w, g, c, y, add) }
+                unsafe { single::combine::<$v, $e>(w, g, c, y, add) }
             }
             $(#[$attr])*
             unsafe fn dots_batch(w: *const $e, g: Geometry, x: *const f32, n: usize, u: *mut f32, s: f32) {
@@ -31,7 +31,7 @@ macro_rules! isa_table {
         }
     };
     ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
-        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, generic};
+        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, probe, single, update};
 
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
@@ -40,12 +40,12 @@ macro_rules! isa_table {
         $(#[$attr])*
         unsafe fn rank1(w: *mut f32, g: Geometry, c: *const f32, v: *const f32) {
             // SAFETY: same contract; the ISA is enabled here.
-            unsafe { generic::rank1::<$v>(w, g, c, v) }
+            unsafe { update::rank1::<$v>(w, g, c, v) }
         }
         $(#[$attr])*
         unsafe fn fit_sweep(w: *mut f32, g: Geometry, u: *const f32, k: *const f32, t: *mut f32) -> f32 {
             // SAFETY: same contract; the ISA is enabled here.
-            unsafe { generic::fit_sweep::<$v>(w, g, u, k, t) }
+            unsafe { update::fit_sweep::<$v>(w, g, u, k, t) }
         }
         $(#[$attr])*
         unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -71,6 +71,16 @@ macro_rules! isa_table {
         unsafe fn rls_gain(p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &mut [f32]) -> f64 {
             elementwise::rls_gain(p, u, phi, pu, k)
         }
+        $(#[$attr])*
+        unsafe fn probe_read(x: &[f32]) -> f32 {
+            // SAFETY: the ISA is enabled here.
+            unsafe { probe::read::<$v>(x) }
+        }
+        $(#[$attr])*
+        unsafe fn probe_fma(turns: usize, seed: f32) -> f64 {
+            // SAFETY: the ISA is enabled here.
+            unsafe { probe::fma_chains::<$v>(turns, seed) }
+        }
 
         pub(super) static TABLE: Kernels = Kernels {
             isa: $isa,
@@ -85,6 +95,8 @@ macro_rules! isa_table {
             step_and_clear,
             all_finite,
             rls_gain,
+            probe_read,
+            probe_fma,
         };
     };
 }

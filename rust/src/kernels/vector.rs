@@ -22,8 +22,40 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn sum(self) -> f32;
-    /// Horizontal sums of four vectors at once (cheaper than four `sum`).
+    /// Horizontal sums of four, eight or sixteen vectors at once, by transposing additions.
     unsafe fn sum4(v: [Self; 4]) -> [f32; 4];
+    unsafe fn sum8(v: [Self; 8]) -> [f32; 8];
+    unsafe fn sum16(v: [Self; 16]) -> [f32; 16];
+    /// Asks for the cache line of `p`; never faults.
+    unsafe fn prefetch(p: *const u8);
+
+    /// `out[i]` = the sum of the lanes of `v[i]`, for any number of vectors.
+    #[inline(always)]
+    unsafe fn sums<const N: usize>(v: &[Self; N], out: *mut f32) {
+        // SAFETY: every read is below N, and the caller gives N writable elements of out.
+        unsafe {
+            let mut i = 0;
+            while i + 16 <= N {
+                let s = Self::sum16(std::array::from_fn(|j| v[i + j]));
+                out.add(i).cast::<[f32; 16]>().write_unaligned(s);
+                i += 16;
+            }
+            while i + 8 <= N {
+                let s = Self::sum8(std::array::from_fn(|j| v[i + j]));
+                out.add(i).cast::<[f32; 8]>().write_unaligned(s);
+                i += 8;
+            }
+            while i + 4 <= N {
+                let s = Self::sum4(std::array::from_fn(|j| v[i + j]));
+                out.add(i).cast::<[f32; 4]>().write_unaligned(s);
+                i += 4;
+            }
+            while i < N {
+                *out.add(i) = v[i].sum();
+                i += 1;
+            }
+        }
+    }
 }
 
 /// A stored number that widens to f32 on load.

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use super::adapter::{factor_array, raw_pair};
 use super::array::read_only;
 use super::calls;
+use crate::kernels::Kernels;
 use crate::layer::Layer;
 use crate::micro_lora::MicroLora;
 
@@ -25,6 +26,11 @@ impl ModuleHandle {
 
     fn layer(&self) -> Arc<Layer> {
         self.lora.layer(self.module).0
+    }
+
+    /// Runs a measurement on the present weights.
+    pub(super) fn probe<R>(&self, f: impl FnOnce(&Kernels, &Layer) -> R) -> R {
+        f(self.lora.kernels(), &self.layer())
     }
 }
 

@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
-    use super::probe::{available_isas, isa};
+    use super::probe::{available_isas, isa, probe_fma_gflops, probe_forward_ns, probe_read_gbps};
     #[pymodule_export]
     use super::step::PyStepResult;
 

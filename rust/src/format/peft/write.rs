@@ -53,7 +53,8 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         tensors.push((key, &m.a));
         tensors.push((format!("{prefix}{path}.lora_B.weight"), &m.b));
     }
-    if let Some(t) = parts.extra.iter().find(|t| classify(&t.name) != Key::Other) {
+    let taken = |name: &str| !matches!(classify(name), Key::Other | Key::Training);
+    if let Some(t) = parts.extra.iter().find(|t| taken(&t.name)) {
         return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
     }
     tensors.extend(parts.extra.iter().map(|t| (t.name.clone(), t)));

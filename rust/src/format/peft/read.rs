@@ -26,14 +26,14 @@ pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
             return Err(Error::format(dir.display(), format!("no {name} in this directory{}", hint(dir))));
         }
     }
-    // The writer replaces the weights between two states of the configuration: a pair is a pair only
-    // when the configuration is the same before and after.
+    // A writer replaces the weights between two configuration files: the pair belongs together when the
+    // configuration is the same file after the weights were opened.
     for _ in 0..3 {
-        let text = source::read_text(&config)?;
+        let text = source::Text::read(&config)?;
         let bytes = source::open(&weights, opts.mmap)?;
-        if fs::read(&config).is_ok_and(|now| now == text.as_bytes()) {
+        if text.is_still(&config) {
             let names = [config.display().to_string(), weights.display().to_string()];
-            return build(&text, &bytes, [&names[0], &names[1]], opts.strict);
+            return build(&text.text, &bytes, [&names[0], &names[1]], opts.strict);
         }
     }
     Err(Error::format(dir.display(), format!("{CONFIG_FILE} changed while the adapter was being read")))

@@ -184,7 +184,7 @@ fn fresh(parts: &AdapterParts) -> Map<String, Value> {
     };
     let dropout = field(&parts.config_json, "dropout").as_f64().unwrap_or(0.0);
     let object = json!({
-        "base_model_name_or_path": base.as_str(),
+        "base_model_name_or_path": base.as_str().filter(|name| !name.is_empty()),
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,

@@ -110,7 +110,8 @@ fn readers_of_a_directory_see_whole_pairs() {
     let seen = std::thread::scope(|s| {
         let reader = s.spawn(|| {
             let mut seen = 0;
-            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            loop {
+                let last = done.load(std::sync::atomic::Ordering::Relaxed);
                 match load(dir.path(), &STRICT) {
                     Ok(loaded) => {
                         let m = &loaded.parts.modules[0];
@@ -127,8 +128,10 @@ fn readers_of_a_directory_see_whole_pairs() {
                     Err(Error::Io { source, .. }) => assert_eq!(source.kind(), std::io::ErrorKind::NotFound),
                     Err(other) => panic!("{other}"),
                 }
+                if last {
+                    return seen;
+                }
             }
-            seen
         });
         for i in 0..60 {
             save_peft(dir.path(), &versions[i % 2], &PeftOptions::default()).unwrap();

@@ -134,6 +134,9 @@ fn fresh_configurations_hold_what_peft_needs() {
     let loaded = load(dir.path(), &STRICT).unwrap();
     assert_eq!(loaded.parts.metadata_json, parts.metadata_json);
     assert_eq!(loaded.parts.config_json, parts.config_json);
+    parts.metadata_json = Some(r#"{"base_model": ""}"#.into());
+    save_peft(dir.path(), &parts, &PeftOptions::default()).unwrap();
+    assert_eq!(read_config(dir.path())["base_model_name_or_path"], Value::Null);
     save_peft(dir.path(), &parts, &PeftOptions { base_model: Some("other"), ..PeftOptions::default() })
         .unwrap();
     assert_eq!(read_config(dir.path())["base_model_name_or_path"], json!("other"));

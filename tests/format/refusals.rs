@@ -109,6 +109,10 @@ fn sound_settings_pass() {
             load_dir(&config(edit.clone()), &pair("q", 2), &STRICT).unwrap_or_else(|e| panic!("{edit}: {e}"));
         assert!(loaded.unused.is_empty());
     }
+    let mut velora = pair("q", 2);
+    velora.push(tensor("base_model.model.q.lora_velora_embed", TensorDtype::F32, &[4], 1));
+    let loaded = load_dir(&config(json!({"velora_config": {"num_groups": 4}})), &velora, &STRICT).unwrap();
+    assert_eq!((loaded.unused.len(), &loaded.parts.extra[..]), (0, &velora[2..]));
     let defaults = load_dir(r#"{"peft_type": "LORA"}"#, &pair("q", 8), &STRICT).unwrap().parts;
     assert_eq!((defaults.modules[0].rank, defaults.modules[0].alpha), (8, 8.0));
 }
@@ -192,7 +196,7 @@ fn wrong_configurations_are_named() {
         (r#"{"peft_type": "LORA", "r": 2, "r": 2}"#, &["\"r\" appears twice"]),
         (r#"{"peft_type": "LORA", "lora_alpha": NaN}"#, &["JSON"]),
         (r#"{"peft_type": "LORA", "lora_alpha": 1e999}"#, &["JSON"]),
-        (r#"{"peft_type": "LORA", "lora_alpha": "4"}"#, &["lora_alpha", "\\\"4\\\""]),
+        (r#"{"peft_type": "LORA", "lora_alpha": "4"}"#, &["lora_alpha: got \"4\", expected a finite number"]),
         (r#"{"peft_type": "LORA", "r": 0}"#, &["r: got", "0"]),
         (r#"{"peft_type": "LORA", "r": -1}"#, &["-1"]),
         (r#"{"peft_type": "LORA", "r": 2.5}"#, &["2.5"]),

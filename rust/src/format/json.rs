@@ -166,6 +166,16 @@ pub(crate) fn show(text: &str) -> String {
     format!("{head:?}... ({} characters)", text.chars().count())
 }
 
+/// A JSON value fit for an error message: as JSON, shortened.
+pub(crate) fn show_value(value: &Value) -> String {
+    const MAX: usize = 160;
+    let text = value.to_string();
+    match text.char_indices().nth(MAX) {
+        Some((at, _)) => format!("{}... ({} bytes)", &text[..at], text.len()),
+        None => text,
+    }
+}
+
 /// A list of names fit for an error message: the first ten and how many more.
 pub(crate) fn show_list<S: AsRef<str>>(names: &[S]) -> String {
     let mut out = names.iter().take(10).map(|n| show(n.as_ref())).collect::<Vec<_>>().join(", ");

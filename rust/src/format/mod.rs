@@ -121,7 +121,7 @@ fn check_factors(a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result
                 format!("tensor {}: shape {:?}, expected no zero", show(name), t.shape),
             ));
         }
-        if !t.is_factor_dtype() {
+        if t.factor_dtype().is_none() {
             let reason = format!(
                 "tensor {}: dtype {}, expected F32, F16 or BF16; convert it first",
                 show(name),
@@ -158,7 +158,7 @@ impl AdapterParts {
                 if t.shape.len() != 2 || t.shape.contains(&0) {
                     return Err(Error::shape(name, format!("{:?}", t.shape), want));
                 }
-                if !t.is_factor_dtype() {
+                if t.factor_dtype().is_none() {
                     let (got, want) = (t.dtype.to_string(), "F32, F16 or BF16".into());
                     return Err(Error::Dtype { arg: name.clone(), got, want });
                 }

@@ -45,19 +45,50 @@ pub(super) fn open(path: &Path, mmap: bool) -> Result<Bytes> {
     Ok(Bytes::from(head))
 }
 
-/// Reads a JSON text file whole, if it is not too long to be parsed.
-pub(super) fn read_text(path: &Path) -> Result<String> {
-    let at = |e| Error::io(path, e);
-    if !fs::metadata(path).map_err(at)?.is_file() {
-        return Err(Error::format(path.display(), "not a regular file"));
+/// A JSON text file that was read whole and is still open.
+pub(super) struct Text {
+    pub text: String,
+    file: File,
+}
+
+impl Text {
+    /// Reads a file, if it is not too long to be parsed.
+    pub fn read(path: &Path) -> Result<Self> {
+        let at = |e| Error::io(path, e);
+        if !fs::metadata(path).map_err(at)?.is_file() {
+            return Err(Error::format(path.display(), "not a regular file"));
+        }
+        let file = File::open(path).map_err(at)?;
+        let mut bytes = Vec::new();
+        (&file).take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(at)?;
+        if bytes.len() > MAX_TEXT {
+            return Err(Error::format(path.display(), format!("more than {MAX_TEXT} bytes")));
+        }
+        let text = String::from_utf8(bytes)
+            .map_err(|e| Error::format(path.display(), format!("not UTF-8: {}", e.utf8_error())))?;
+        Ok(Text { text, file })
     }
-    let mut bytes = Vec::new();
-    File::open(path).map_err(at)?.take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(at)?;
-    if bytes.len() > MAX_TEXT {
-        return Err(Error::format(path.display(), format!("more than {MAX_TEXT} bytes")));
+
+    /// True when `path` still leads to this very file with this very text.
+    pub fn is_still(&self, path: &Path) -> bool {
+        let same_file = match (self.file.metadata(), fs::metadata(path)) {
+            (Ok(then), Ok(now)) => same_file(&then, &now),
+            _ => false,
+        };
+        same_file && fs::read(path).is_ok_and(|now| now == self.text.as_bytes())
     }
-    String::from_utf8(bytes)
-        .map_err(|e| Error::format(path.display(), format!("not UTF-8: {}", e.utf8_error())))
+}
+
+/// An inode is not given to another file while this one is open.
+#[cfg(unix)]
+fn same_file(a: &fs::Metadata, b: &fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+#[cfg(not(unix))]
+fn same_file(a: &fs::Metadata, b: &fs::Metadata) -> bool {
+    matches!((a.modified(), b.modified()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Refuses, by its first bytes, a file that is known to be something else.

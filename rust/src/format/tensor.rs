@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 pub use ::safetensors::Dtype as TensorDtype;
 
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
 
@@ -121,9 +122,14 @@ impl Tensor {
         }
     }
 
-    /// True when the dtype is one a factor may be stored in: f32, f16 or bf16.
-    pub fn is_factor_dtype(&self) -> bool {
-        matches!(self.dtype, TensorDtype::F32 | TensorDtype::F16 | TensorDtype::BF16)
+    /// The dtype as one that a factor may be stored in, `None` for any other.
+    pub fn factor_dtype(&self) -> Option<Dtype> {
+        match self.dtype {
+            TensorDtype::F32 => Some(Dtype::F32),
+            TensorDtype::F16 => Some(Dtype::F16),
+            TensorDtype::BF16 => Some(Dtype::Bf16),
+            _ => None,
+        }
     }
 
     /// True when no number is NaN or infinite. Meant for f32, f16 and bf16; others are taken as finite.
@@ -140,6 +146,16 @@ impl Tensor {
                 !self.data.chunks_exact(4).fold(false, |bad, c| bad | (exponent(c) == 0x7f80_0000))
             }
             _ => true,
+        }
+    }
+}
+
+impl From<Dtype> for TensorDtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => TensorDtype::F32,
+            Dtype::F16 => TensorDtype::F16,
+            Dtype::Bf16 => TensorDtype::BF16,
         }
     }
 }
@@ -162,6 +178,15 @@ mod tests {
         assert_eq!(all.slice(1..4).unwrap().slice(1..2).unwrap().to_vec(), vec![3]);
         assert!(all.slice(4..6).is_none());
         assert_eq!(all.slice(1..3).unwrap().detach().len(), 2);
+    }
+
+    #[test]
+    fn factor_dtypes_go_both_ways() {
+        for dtype in Dtype::ALL {
+            let t = Tensor::new("t", dtype.into(), vec![3], vec![0; 3 * dtype.size()]).unwrap();
+            assert_eq!(t.factor_dtype(), Some(dtype));
+        }
+        assert_eq!(Tensor::new("t", TensorDtype::I32, vec![], vec![0; 4]).unwrap().factor_dtype(), None);
     }
 
     #[test]

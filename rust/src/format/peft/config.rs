@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::super::json::{self, show, show_list, truthy};
+use super::super::json::{self, show, show_list, show_value, truthy};
 use super::super::pattern::Table;
 use super::names::pattern_path;
 use crate::error::{Error, Result};
@@ -89,7 +89,7 @@ pub fn parse(text: &str, file: &str) -> Result<PeftConfig> {
     let flag = |key: &str| match object.get(key) {
         None | Some(Value::Null) => Ok(false),
         Some(Value::Bool(b)) => Ok(*b),
-        Some(v) => Err(wrong(format!("{key}: got {}, expected true or false", show(&v.to_string())))),
+        Some(v) => Err(wrong(format!("{key}: got {}, expected true or false", show_value(v)))),
     };
     let use_rslora = flag("use_rslora")?;
     let mut notes = Vec::new();
@@ -100,7 +100,9 @@ pub fn parse(text: &str, file: &str) -> Result<PeftConfig> {
         None | Some(Value::Null) => false,
         Some(Value::String(s)) if s == "none" => false,
         Some(Value::String(s)) if s == "all" || s == "lora_only" => true,
-        Some(v) => return Err(wrong(format!("bias: got {v}, expected none, all or lora_only"))),
+        Some(v) => {
+            return Err(wrong(format!("bias: got {}, expected none, all or lora_only", show_value(v))));
+        }
     };
     let rank = object.get("r").map_or(Ok(DEFAULT_RANK as usize), |v| rank_of(v, "r")).map_err(wrong)?;
     let alpha =
@@ -119,7 +121,7 @@ fn check_variant(object: &Map<String, Value>, file: &str) -> Result<()> {
         Some(v) => {
             return unsupported(format!(
                 "peft_type {}: only LORA is run here; convert it to LoRA with PEFT",
-                show(&v.to_string())
+                show_value(v)
             ));
         }
         None => return Err(Error::format(file, "no peft_type, so this is not a PEFT configuration")),
@@ -128,7 +130,7 @@ fn check_variant(object: &Map<String, Value>, file: &str) -> Result<()> {
         // An empty list of tokens still switches aLoRA on.
         let on = |v: &Value| if key == "alora_invocation_tokens" { !v.is_null() } else { truthy(v) };
         if let Some(v) = object.get(key).filter(|v| on(v)) {
-            return unsupported(format!("{key} = {}: {why}", show(&v.to_string())));
+            return unsupported(format!("{key} = {}: {why}", show_value(v)));
         }
     }
     match object.get("init_lora_weights") {
@@ -137,7 +139,7 @@ fn check_variant(object: &Map<String, Value>, file: &str) -> Result<()> {
         Some(v) => unsupported(format!(
             "init_lora_weights = {}: such an initialisation changes the base weights, so B·A does not refer to the \
              original model; save it again with PEFT's path_initial_model_for_weight_conversion",
-            show(&v.to_string())
+            show_value(v)
         )),
     }
 }
@@ -145,14 +147,12 @@ fn check_variant(object: &Map<String, Value>, file: &str) -> Result<()> {
 fn rank_of(value: &Value, key: &str) -> Result<usize, String> {
     let rank =
         value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0 && n <= u32::MAX as usize);
-    rank.ok_or_else(|| {
-        format!("{key}: got {}, expected a whole number of at least 1", show(&value.to_string()))
-    })
+    rank.ok_or_else(|| format!("{key}: got {}, expected a whole number of at least 1", show_value(value)))
 }
 
 fn alpha_of(value: &Value, key: &str) -> Result<f64, String> {
     let alpha = value.as_f64().filter(|a| a.is_finite());
-    alpha.ok_or_else(|| format!("{key}: got {}, expected a finite number", show(&value.to_string())))
+    alpha.ok_or_else(|| format!("{key}: got {}, expected a finite number", show_value(value)))
 }
 
 fn table<T>(
@@ -172,7 +172,7 @@ fn table<T>(
             }
         }
         Some(v) => {
-            let reason = format!("{key}: got {}, expected an object", show(&v.to_string()));
+            let reason = format!("{key}: got {}, expected an object", show_value(v));
             return Err(Error::format(file, reason));
         }
     }

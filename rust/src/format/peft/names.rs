@@ -16,6 +16,8 @@ pub(super) enum Key<'a> {
     Factor { prefix: &'a str, path: String, factor: Factor },
     /// A tensor of a variant whose maths differs from plain LoRA.
     Variant(&'static str),
+    /// A tensor that only training uses; kept, and not asked about.
+    Training,
     /// Anything else.
     Other,
 }
@@ -40,6 +42,9 @@ const MARKS: [(&str, &str); 8] = [
     ("modules_to_save", "a replaced module (modules_to_save)"),
 ];
 
+/// VeLoRA's projection of activations kept for the backward pass.
+const VELORA: &str = "lora_velora_embed";
+
 /// Understands a key: prefix and a `.default` adapter name are stripped.
 pub(super) fn classify(key: &str) -> Key<'_> {
     let (prefix, rest) = split_prefix(key);
@@ -48,6 +53,9 @@ pub(super) fn classify(key: &str) -> Key<'_> {
         if segments.contains(&mark) {
             return Key::Variant(variant);
         }
+    }
+    if segments.contains(&VELORA) {
+        return Key::Training;
     }
     let Some(at) = segments.iter().rposition(|s| matches!(*s, "lora_A" | "lora_B")) else {
         return match rest.ends_with(".base_layer.bias") {
@@ -101,6 +109,7 @@ mod tests {
         ] {
             assert_eq!(classify(key), Key::Other, "{key}");
         }
+        assert_eq!(classify("base_model.model.m.q.lora_velora_embed"), Key::Training);
         for key in [
             "m.q.lora_B.bias",
             "m.q.lora_magnitude_vector",

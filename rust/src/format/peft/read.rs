@@ -26,14 +26,14 @@ pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
             return Err(Error::format(dir.display(), format!("no {name} in this directory{}", hint(dir))));
         }
     }
-    // The writer replaces the weights between two states of the configuration: a pair is a pair only
-    // when the configuration is the same before and after.
+    // A writer replaces the weights between two configuration files: the pair belongs together when the
+    // configuration is the same file after the weights were opened.
     for _ in 0..3 {
-        let text = source::read_text(&config)?;
+        let text = source::Text::read(&config)?;
         let bytes = source::open(&weights, opts.mmap)?;
-        if fs::read(&config).is_ok_and(|now| now == text.as_bytes()) {
+        if text.is_still(&config) {
             let names = [config.display().to_string(), weights.display().to_string()];
-            return build(&text, &bytes, [&names[0], &names[1]], opts.strict);
+            return build(&text.text, &bytes, [&names[0], &names[1]], opts.strict);
         }
     }
     Err(Error::format(dir.display(), format!("{CONFIG_FILE} changed while the adapter was being read")))
@@ -93,11 +93,10 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     }
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
     let Container { metadata, tensors } = container::parse(bytes, file)?;
-    let (pairs, extra) = sort_out(tensors, &config, file)?;
-    if strict && !extra.is_empty() {
-        let names: Vec<&str> = extra.iter().map(|t| t.name.as_str()).collect();
+    let Sorted { pairs, extra, mut unused } = sort_out(tensors, &config, file)?;
+    if strict && !unused.is_empty() {
         let reason =
-            format!("unused tensors {}; load with strict=False to keep them aside", show_list(&names));
+            format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
         return Err(Error::format(file, reason));
     }
     if pairs.is_empty() {
@@ -113,7 +112,6 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     for (path, pair) in pairs {
         modules.push(module(path, pair, &config, file)?);
     }
-    let mut unused: Vec<String> = extra.iter().map(|t| t.name.clone()).collect();
     unused.extend(config.unknown.iter().map(|k| format!("{CONFIG_FILE}: {k}")));
     let mut header = metadata;
     header.remove("format");
@@ -132,14 +130,16 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     Ok(Loaded { parts, unused, notes })
 }
 
-/// Factors by module, and what is neither a factor nor refused.
-fn sort_out(
-    tensors: Vec<Tensor>,
-    config: &PeftConfig,
-    file: &str,
-) -> Result<(BTreeMap<String, Pair>, Vec<Tensor>)> {
-    let mut pairs: BTreeMap<String, Pair> = BTreeMap::new();
-    let mut extra = Vec::new();
+/// A file's tensors: factors by module, the others, and which of those nothing uses.
+#[derive(Default)]
+struct Sorted {
+    pairs: BTreeMap<String, Pair>,
+    extra: Vec<Tensor>,
+    unused: Vec<String>,
+}
+
+fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sorted> {
+    let mut out = Sorted::default();
     for mut tensor in tensors {
         let key = tensor.name.clone();
         match classify(&key) {
@@ -155,11 +155,15 @@ fn sort_out(
                 );
                 return Err(Error::unsupported(file, reason));
             }
-            Key::Other => extra.push(tensor),
+            Key::Training => out.extra.push(tensor),
+            Key::Other => {
+                out.unused.push(key);
+                out.extra.push(tensor);
+            }
             Key::Factor { prefix, path, factor } => {
                 let which = factor as usize;
                 tensor.name = format!("{path}.{}", ["lora_a", "lora_b"][which]);
-                let slot = &mut pairs.entry(path.clone()).or_default().0[which];
+                let slot = &mut out.pairs.entry(path.clone()).or_default().0[which];
                 if let Some(first) = slot {
                     let reason = format!(
                         "tensors {} and {} are both {} of module {}",
@@ -174,7 +178,7 @@ fn sort_out(
             }
         }
     }
-    Ok((pairs, extra))
+    Ok(out)
 }
 
 /// The prefix to write keys back with, when it is not the usual one: only a repeated one is kept, since

@@ -53,7 +53,8 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         tensors.push((key, &m.a));
         tensors.push((format!("{prefix}{path}.lora_B.weight"), &m.b));
     }
-    if let Some(t) = parts.extra.iter().find(|t| classify(&t.name) != Key::Other) {
+    let taken = |name: &str| !matches!(classify(name), Key::Other | Key::Training);
+    if let Some(t) = parts.extra.iter().find(|t| taken(&t.name)) {
         return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
     }
     tensors.extend(parts.extra.iter().map(|t| (t.name.clone(), t)));
@@ -183,7 +184,7 @@ fn fresh(parts: &AdapterParts) -> Map<String, Value> {
     };
     let dropout = field(&parts.config_json, "dropout").as_f64().unwrap_or(0.0);
     let object = json!({
-        "base_model_name_or_path": base.as_str(),
+        "base_model_name_or_path": base.as_str().filter(|name| !name.is_empty()),
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factor::Factor;
-use crate::format::{AdapterParts, ModuleParts, Tensor, TensorDtype};
+use crate::format::{AdapterParts, ModuleParts, Tensor};
 use crate::layer::Layer;
 
 /// Immutable weights with their settings; cheap to clone, because layers are shared.
@@ -29,23 +29,11 @@ pub struct Adapter {
 }
 
 fn dtype_of(t: &Tensor) -> Result<Dtype> {
-    match t.dtype {
-        TensorDtype::F32 => Ok(Dtype::F32),
-        TensorDtype::F16 => Ok(Dtype::F16),
-        TensorDtype::BF16 => Ok(Dtype::Bf16),
-        other => {
-            Err(Error::Dtype { arg: t.name.clone(), got: other.to_string(), want: "F32, F16 or BF16".into() })
-        }
-    }
-}
-
-/// The file dtype of a storage dtype.
-pub(crate) fn tensor_dtype(dtype: Dtype) -> TensorDtype {
-    match dtype {
-        Dtype::F32 => TensorDtype::F32,
-        Dtype::F16 => TensorDtype::F16,
-        Dtype::Bf16 => TensorDtype::BF16,
-    }
+    t.factor_dtype().ok_or_else(|| Error::Dtype {
+        arg: t.name.clone(),
+        got: t.dtype.to_string(),
+        want: "F32, F16 or BF16".into(),
+    })
 }
 
 impl Adapter {
@@ -118,7 +106,7 @@ impl Adapter {
 fn module_parts(path: &str, layer: &Layer) -> ModuleParts {
     let tensor = |f: &Factor, suffix: &str, transposed: bool| Tensor {
         name: format!("{path}.{suffix}"),
-        dtype: tensor_dtype(f.dtype()),
+        dtype: f.dtype().into(),
         shape: if transposed { vec![f.len(), f.rank()] } else { vec![f.rank(), f.len()] },
         data: f.to_bits(transposed).into(),
     };

@@ -19,7 +19,7 @@ pub(super) fn available_isas() -> Vec<&'static str> {
 }
 
 /// The best of every instruction set.
-fn best(py: Python<'_>, f: impl Fn(&Kernels) -> f64 + Sync) -> f64 {
+fn best(py: Python<'_>, f: impl Fn(&Kernels) -> f64 + Send + Sync) -> f64 {
     py.detach(|| Kernels::available().map(f).fold(0.0, f64::max))
 }
 

@@ -1,0 +1,6 @@
+"""Encoders of text: the protocol, and one that needs NumPy only."""
+
+from microlora.encoders.lsa import LsaEncoder
+from microlora.encoders.protocol import TextEncoder, encode_checked
+
+__all__ = ["LsaEncoder", "TextEncoder", "encode_checked"]

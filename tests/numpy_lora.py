@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from microlora.demo.experiment import Api
+from microlora.demo.task import Api
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class NumpyLora:
         self.B = np.zeros((rank, dim))
         self.P = np.eye(rank) / rho
         self.pending = []
+
+    @property
+    def param_count(self):
+        return self.A.size + self.B.size
 
     def fit_input_basis(self, X):
         X = np.asarray(X, np.float64)

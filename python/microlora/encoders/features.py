@@ -16,6 +16,7 @@ __all__ = ["check_texts", "count_features", "split_words"]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+")
 _GRAM = 4
+_BLOCK = 512  # texts counted at a time, which bounds the memory of counting
 
 
 def split_words(text: str) -> list[str]:
@@ -75,13 +76,20 @@ def count_features(
     Returns:
         Counts, (n, 2 * buckets).
     """
+    parts = []
+    for lo in range(0, len(texts), _BLOCK):
+        if cancel is not None:
+            cancel.raise_if_cancelled("encoding")
+        parts.append(_count_block(texts[lo : lo + _BLOCK], buckets, title_weight))
+    return Csr.stack(parts, 2 * buckets)
+
+
+def _count_block(texts: Sequence[str], buckets: int, title_weight: float) -> Csr:
     word_ids: dict[str, int] = {}
     ids: list[int] = []
     lengths: list[int] = []
     title_lengths: list[int] = []
-    for i, text in enumerate(texts):
-        if cancel is not None and i % 256 == 0:
-            cancel.raise_if_cancelled("encoding")
+    for text in texts:
         title, rest = _title(text)
         head, tail = split_words(title), split_words(rest)
         ids.extend(word_ids.setdefault(word, len(word_ids)) for word in head)
@@ -89,7 +97,7 @@ def count_features(
         lengths.append(len(head) + len(tail))
         title_lengths.append(len(head))
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    starts = np.cumsum(lengths) - lengths if lengths else np.zeros(0, np.int64)
+    starts = np.cumsum(lengths) - lengths
     in_title = np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(title_lengths, lengths)
     weights = np.where(in_title, title_weight, 1.0)
 
@@ -101,7 +109,6 @@ def count_features(
     repeat = sizes[used]
     first = (np.cumsum(sizes) - sizes)[used]
     within = np.arange(int(repeat.sum())) - np.repeat(np.cumsum(repeat) - repeat, repeat)
-    cols = flat[np.repeat(first, repeat) + within] if len(flat) else flat
-    return Csr.from_triples(
-        np.repeat(rows, repeat), cols, np.repeat(weights, repeat), (len(lengths), 2 * buckets)
-    )
+    cols = flat[np.repeat(first, repeat) + within]
+    shape = (len(lengths), 2 * buckets)
+    return Csr.from_triples(np.repeat(rows, repeat), cols, np.repeat(weights, repeat), shape)

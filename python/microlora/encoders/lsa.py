@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from microlora.encoders import store
 from microlora.encoders.features import check_texts, count_features
+from microlora.encoders.settings import LsaSettings
 from microlora.encoders.sparse import Csr
 from microlora.encoders.svd import right_singular_vectors
 from microlora.exceptions import ConfigError, FormatError
@@ -23,38 +23,6 @@ from microlora.progress import CancelToken, Progress
 __all__ = ["LsaEncoder"]
 
 _ENCODE_BLOCK = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    dim: int
-    buckets: int
-    title_weight: float
-    gram_weight: float
-    min_documents: int
-    power: int
-    oversample: int
-    seed: int
-
-    def check(self) -> None:
-        """Refuse what cannot be meant."""
-        for name, least, most in (
-            ("dim", 1, 65_536),
-            ("buckets", 1, 1 << 24),
-            ("min_documents", 1, 1 << 31),
-            ("power", 0, 16),
-            ("oversample", 0, 1024),
-            ("seed", 0, (1 << 63) - 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise ConfigError(f"{name} is {value!r}; an integer from {least} to {most} is wanted")
-        for name in ("title_weight", "gram_weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{name} is {value!r}; a number is wanted")
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} is {value!r}; a finite number of at least 0 is wanted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +58,7 @@ class LsaEncoder:
         oversample: int = 20,
         seed: int = 0,
     ) -> None:
-        """Choose the settings; `fit`, `load` or `fit_cached` makes the encoder usable.
+        """Choose the settings; `fit` or `load` makes the encoder usable.
 
         Args:
             dim: length of the vectors; with fewer independent texts the last ones are zero.
@@ -105,7 +73,7 @@ class LsaEncoder:
         Raises:
             ConfigError: a setting is out of its range.
         """
-        self._settings = _Settings(
+        self._settings = LsaSettings(
             dim, buckets, title_weight, gram_weight, min_documents, power, oversample, seed
         )
         self._settings.check()
@@ -127,6 +95,11 @@ class LsaEncoder:
         return self._state is not None
 
     @property
+    def fitted_key(self) -> str | None:
+        """`key` of what it was fitted on; None before `fit`."""
+        return None if self._state is None else self._state.key
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings as a plain dict."""
         return asdict(self._settings)
@@ -138,7 +111,7 @@ class LsaEncoder:
     def key(self, texts: Sequence[str]) -> str:
         """Hash (SHA-256, hex) of the settings and of ``texts`` in their order: the name of a cached fit."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for text in texts:
+        for text in check_texts(texts):
             raw = text.encode("utf-8", "surrogatepass")
             digest.update(len(raw).to_bytes(8, "little"))
             digest.update(raw)
@@ -263,32 +236,3 @@ class LsaEncoder:
             raise FormatError(f"{path}: columns are not increasing")
         encoder._state = _State(columns, scale, projection, key)
         return encoder
-
-    def fit_cached(
-        self,
-        texts: Sequence[str],
-        folder: str | Path,
-        *,
-        progress: Progress | None = None,
-        cancel: CancelToken | None = None,
-    ) -> LsaEncoder:
-        """`fit`, or read the same fit from ``folder``; a file there that cannot be used is replaced.
-
-        The file's name carries `key`, so other texts or settings never meet an old fit.
-        """
-        texts = check_texts(texts)
-        key = self.key(texts)
-        path = Path(folder) / f"lsa-{key[:16]}.npz"
-        try:
-            state = type(self).load(path)._state
-        except (FormatError, FileNotFoundError):
-            state = None
-        if state is None or state.key != key:
-            self.fit(texts, progress=progress, cancel=cancel)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.save(path)
-        else:
-            self._state = state
-            if progress is not None:
-                progress(1, 1, "encoder read from the cache")
-        return self

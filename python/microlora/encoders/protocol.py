@@ -45,7 +45,7 @@ def encode_checked(encoder: TextEncoder, texts: Sequence[str]) -> npt.NDArray[np
     """
     given: Any = encoder.encode(texts)
     try:
-        vectors = np.ascontiguousarray(given, np.float32)
+        vectors = np.array(given, np.float32, order="C")
     except (TypeError, ValueError) as err:
         raise ConfigError(
             f"encoder {encoder.name!r} gave {type(given).__name__}; a float32 array is wanted"
@@ -56,4 +56,5 @@ def encode_checked(encoder: TextEncoder, texts: Sequence[str]) -> npt.NDArray[np
     if not np.isfinite(vectors).all():
         raise NonFiniteError(f"encoder {encoder.name!r} gave NaN or infinity")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+    vectors /= np.maximum(lengths, np.finfo(np.float32).tiny)
+    return vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,15 @@ class Csr:
         indptr = np.zeros(shape[0] + 1, np.int64)
         np.cumsum(np.bincount(row_of, minlength=shape[0]), out=indptr[1:])
         return cls(indptr, indices.astype(np.int64), data, shape[1])
+
+    @classmethod
+    def stack(cls, parts: Sequence[Csr], columns: int) -> Csr:
+        """The rows of ``parts``, each of ``columns`` columns, one part below the other."""
+        sizes = [np.diff(part.indptr) for part in parts]
+        indptr = np.concatenate([np.zeros(1, np.int64), *sizes])
+        indices = np.concatenate([np.zeros(0, np.int64), *(part.indices for part in parts)])
+        data = np.concatenate([np.zeros(0, np.float32), *(part.data for part in parts)])
+        return cls(np.cumsum(indptr), indices, data, columns)
 
     @property
     def shape(self) -> tuple[int, int]:

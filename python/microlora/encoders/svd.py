@@ -11,6 +11,8 @@ from microlora.encoders.sparse import Csr
 
 __all__ = ["right_singular_vectors"]
 
+_BLOCK = 4096  # rows turned to float64 at a time
+
 
 def right_singular_vectors(
     matrix: Csr, k: int, power: int, oversample: int, seed: int, step: Callable[[int], None]
@@ -23,7 +25,7 @@ def right_singular_vectors(
     Args:
         matrix: (n, m).
         k: vectors wanted.
-        power: power iterations, each an orthonormalised product with the matrix and with its transpose.
+        power: power iterations, each a product with the transpose and with the matrix, orthonormalised after.
         oversample: extra random directions.
         seed: of the random directions.
         step: called with 0, 1, ... before each of the 2 * power + 2 products; may raise to stop.
@@ -46,10 +48,13 @@ def right_singular_vectors(
 
     basis = product(matrix, rng.standard_normal((m, size), np.float32))
     for _ in range(power):
-        basis = np.linalg.qr(product(flipped, np.linalg.qr(basis).Q)).Q
-        basis = product(matrix, basis)
+        basis = product(matrix, product(flipped, np.linalg.qr(basis).Q))
     small = product(flipped, np.linalg.qr(basis).Q)  # (m, size): matrix^T Q
-    squares, vectors = np.linalg.eigh(small.T.astype(np.float64) @ small)
+    gram = np.zeros((size, size))
+    for lo in range(0, m, _BLOCK):
+        part = small[lo : lo + _BLOCK].astype(np.float64)
+        gram += part.T @ part
+    squares, vectors = np.linalg.eigh(gram)
     squares, vectors = squares[::-1][:k], vectors[:, ::-1][:, :k]
     real = squares > 1e-9 * max(float(squares[0]), np.finfo(np.float64).tiny)
     weights = np.where(real, vectors / np.sqrt(np.where(real, squares, 1.0)), 0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import os
 import time
 from dataclasses import dataclass
@@ -62,10 +64,15 @@ def make_encoder(spec: str) -> TextEncoder:
         factory: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError, ValueError) as err:
+    except (ImportError, AttributeError, TypeError, ValueError) as err:
         raise ConfigError(f"encoder {spec!r} cannot be imported: {err}") from err
     if not callable(factory):
         raise ConfigError(f"encoder {spec!r} is {type(factory).__name__}; a callable is wanted")
+    try:
+        with contextlib.suppress(ValueError):  # some builtins show no signature
+            inspect.signature(factory).bind()
+    except TypeError as err:
+        raise ConfigError(f"encoder {spec!r} is called without arguments: {err}") from err
     encoder = factory()
     if not isinstance(encoder, TextEncoder):
         raise ConfigError(

@@ -49,7 +49,7 @@ def read(path: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, np
         OSError: the file cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             arrays = {name: file[name] for name in names}
     except OSError:

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from microlora import cli
-from microlora.demo import report, session, task
+from microlora.demo import report, session
 from microlora.demo.corpus import Corpus, Pair
-from numpy_lora import numpy_api
 
 SOURCE = Path(cli.__file__).parents[2]
 WORDS = ["open", "close", "read", "write", "parse", "send", "header", "socket", "file", "line"]
@@ -36,7 +35,6 @@ def tiny_corpus():
 def demo(monkeypatch, tmp_path, capsys):
     """Run ``microlora demo`` on a tiny corpus; gives (exit code, standard output, standard error)."""
     monkeypatch.setattr(session, "read_corpus", lambda **_: tiny_corpus())
-    monkeypatch.setattr(task, "default_api", numpy_api)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("COLUMNS", "80")
 

@@ -13,7 +13,7 @@ from microlora.demo.corpus import Corpus, Pair, read_corpus, split_corpus
 from microlora.demo.evaluate import best_hits, mrr, ranks_of
 from microlora.demo.experiment import learn, run_persona, start
 from microlora.demo.session import default_cache_dir, make_encoder, prepare
-from microlora.demo.task import Task
+from microlora.demo.task import Task, default_api
 from microlora.encoders import LsaEncoder
 from microlora.exceptions import CancelledError, ConfigError, NonFiniteError, ShapeError
 from microlora.progress import CancelToken
@@ -170,7 +170,9 @@ def mean_uplift(task, api, rank=16):
 
 def test_the_adapter_learns_and_the_constant_stub_does_not():
     task = synthetic()
-    assert mean_uplift(task, numpy_api()) > 0.1
+    core, twin = mean_uplift(task, default_api()), mean_uplift(task, numpy_api())
+    assert core > 0.1
+    assert core == pytest.approx(twin, abs=0.02)
     assert mean_uplift(task, numpy_api(cls=Constant)) < 0.02
 
 
@@ -262,7 +264,7 @@ def test_session_fits_on_documents_alone_and_caches(session, tmp_path):
 def test_real_code_search_improves(session):
     before = session.task.mrr(None, np.concatenate(list(session.task.split.held_out.values())))
     assert before > 0.2
-    assert mean_uplift(session.task, numpy_api()) > 0.01
+    assert mean_uplift(session.task, default_api()) > 0.01
 
 
 def test_report_saves_adapters_that_rank_the_same(session, tmp_path):
@@ -273,7 +275,7 @@ def test_report_saves_adapters_that_rank_the_same(session, tmp_path):
         8,
         0,
         tmp_path / "a",
-        numpy_api(),
+        default_api(),
         progress=lambda *step: seen.append(step),
     )
     assert got["saved"]["reloaded_ranks_equal"] is True
@@ -295,7 +297,7 @@ def test_report_notices_a_file_that_ranks_differently(session, tmp_path):
 
 
 def test_answer_shows_hits_with_and_without(session):
-    got = report.answer(session, "parse a header", ("email",), 8, 0, numpy_api(), hits=4)
+    got = report.answer(session, "parse a header", ("email",), 8, 0, default_api(), hits=4)
     assert len(got["without"]) == 4
     assert len(got["with"][0]["hits"]) == 4
     assert got["without"] != got["with"][0]["hits"]

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from microlora import __version__
 from microlora.cli import demo
 from microlora.exceptions import MicroLoraError
 
@@ -17,19 +17,12 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def _version() -> str:
-    try:
-        return version("microlora")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="microlora", description="LoRA adapters that learn per request, in microseconds."
     )
-    parser.add_argument("--version", action="version", version=f"microlora {_version()}")
+    parser.add_argument("--version", action="version", version=f"microlora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +23,22 @@ class Learner(Protocol):
     def param_count(self) -> int:
         """Numbers in both factors."""
 
-    def forward(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def forward(self, x: npt.NDArray[np.float32], /) -> npt.NDArray[np.float32]:
         """The change that the adapter makes to the output for ``x``."""
 
-    def fit_input_basis(self, x: npt.NDArray[np.float32]) -> Any:
+    def fit_input_basis(self, x: npt.NDArray[np.float32], /) -> Any:
         """Choose A from unlabelled inputs."""
 
-    def instant(self, x: npt.NDArray[np.float32], feedback: Any, *, base: npt.NDArray[np.float32]) -> Any:
+    def instant(self, x: npt.NDArray[np.float32], feedback: Any, /, *, base: npt.NDArray[np.float32]) -> Any:
         """Learn from one event at once."""
 
-    def adapt(self, x: npt.NDArray[np.float32], feedback: Any, *, base: npt.NDArray[np.float32]) -> Any:
+    def adapt(self, x: npt.NDArray[np.float32], feedback: Any, /, *, base: npt.NDArray[np.float32]) -> Any:
         """Accumulate the gradient of one event."""
 
-    def apply_updates(self, lr: float) -> Any:
+    def apply_updates(self, lr: float, /) -> Any:
         """Take a step along the accumulated gradient."""
 
-    def save(self, path: str | Path) -> Any:
+    def save(self, path: str | Path, /) -> Any:
         """Write the adapter."""
 
 
@@ -60,12 +59,11 @@ class Api:
 
 def default_api() -> Api:
     """The package's own learner, with one module ``embed`` and alpha of twice the rank."""
-    ml: Any = importlib.import_module("microlora")
+    import microlora as ml
 
     def make(rank: int, dim: int, seed: int) -> Learner:
         config = ml.LoraConfig(rank=rank, alpha=2.0 * rank, target_modules=("embed",))
-        learner: Learner = ml.MicroLoRA(config, hidden_dim=dim, seed=seed)
-        return learner
+        return ml.MicroLoRA(config, hidden_dim=dim, seed=seed)
 
     return Api(make, ml.MicroLoRA.load, ml.Target)
 

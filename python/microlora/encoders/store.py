@@ -31,7 +31,7 @@ def write(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, meta=np.array(text), **arrays)
+            np.savez(file, meta=np.array(text), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

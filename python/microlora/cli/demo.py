@@ -71,11 +71,11 @@ def _check(args: argparse.Namespace) -> None:
     if not args.json:
         require("rich", "cli", "microlora demo")
     if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
         if args.plot.suffix.lower() not in _PLOT_FORMATS:
             raise ConfigError(f"plot is {str(args.plot)!r}; a name that ends in .png, .svg or .pdf is wanted")
         if not args.plot.absolute().parent.is_dir():
             raise ConfigError(f"plot is {str(args.plot)!r}, whose folder does not exist")
+        require("matplotlib", "plot", "--plot")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from microlora.progress import CancelToken, Progress
 __all__ = ["Corpus", "Pair", "Split", "read_corpus", "split_corpus"]
 
 _SKIPPED = frozenset(
-    {"site-packages", "test", "tests", "idlelib", "lib2to3", "__phello__", "turtledemo", "tkinter", "_vendor"}
+    "site-packages dist-packages test tests idlelib lib2to3 __phello__ turtledemo tkinter _vendor".split()
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n\s*\n")
 _BODY_CHARACTERS = 700

@@ -28,10 +28,11 @@ def write(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[
         OSError: the folder does not exist, is not writable, or is full.
     """
     text = json.dumps({"format": _FORMAT, "version": _VERSION, **meta}, sort_keys=True)
+    members: dict[str, Any] = {"meta": np.array(text), **arrays}
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, meta=np.array(text), **arrays)
+            np.savez(file, **members)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -19,8 +19,8 @@ from microlora.progress import CancelToken, Progress
 
 __all__ = ["Corpus", "Pair", "Split", "read_corpus", "split_corpus"]
 
-_SKIPPED = frozenset(
-    "site-packages dist-packages test tests idlelib lib2to3 __phello__ turtledemo tkinter _vendor".split()
+_SKIPPED = frozenset({"test", "tests", "_vendor", "site-packages", "dist-packages"}) | frozenset(
+    {"idlelib", "lib2to3", "__phello__", "turtledemo", "tkinter"}
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n\s*\n")
 _BODY_CHARACTERS = 700

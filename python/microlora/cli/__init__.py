@@ -1,0 +1,54 @@
+"""The command line: ``microlora COMMAND``, also as ``python -m microlora``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from microlora import __version__
+from microlora.cli import demo
+from microlora.exceptions import MicroLoraError
+
+__all__ = ["build_parser", "main"]
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="microlora", description="LoRA adapters that learn per request, in microseconds."
+    )
+    parser.add_argument("--version", action="version", version=f"microlora {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    demo.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 on success, 2 on an error, which is told in one sentence, 130 after Ctrl-C.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("microlora: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader left, as `head` does; a second failure at exit would print a trace
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except (MicroLoraError, OSError) as err:
+        print(f"microlora: {err}", file=sys.stderr)
+        return EXIT_ERROR
+    return code

@@ -1,5 +1,7 @@
 """LoRA adapters that learn per request, in microseconds, inside a Python process."""
 
+from typing import TYPE_CHECKING
+
 from microlora import exceptions, presets
 from microlora._core import (
     Contrastive,
@@ -20,6 +22,9 @@ from microlora.metadata import AdapterMetadata, Metric
 from microlora.micro_lora import MicroLoRA, create_lora
 from microlora.progress import CancelToken, Progress
 from microlora.target import TargetModule
+
+if TYPE_CHECKING:
+    from microlora import encoders as encoders
 
 __all__ = [
     "Adapter",
@@ -45,8 +50,18 @@ __all__ = [
     "TargetModule",
     "__version__",
     "create_lora",
+    "encoders",
     "exceptions",
     "load",
     "presets",
     "save",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Rooms that are only loaded when they are used."""
+    if name == "encoders":
+        import importlib
+
+        return importlib.import_module("microlora.encoders")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

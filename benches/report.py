@@ -32,6 +32,8 @@ class Row:
     error: float | None = None
     #: Rows where less is better: the ratio must stay below the target.
     below: bool = False
+    #: Shown on the README's first screen.
+    headline: bool = False
 
     @property
     def verdict(self) -> str:

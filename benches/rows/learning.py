@@ -58,7 +58,7 @@ def instant(report: Report, clock: Clock) -> None:
         f"NumPy RLS {duration(ns['numpy'])}",
         ns["numpy"] / ns["ours"],
         8.0,
-        rls_error(),
+        rls_error(), headline=True,
     )
     made = duration(ns["made"])
     report.add(
@@ -104,6 +104,7 @@ def step(report: Report, clock: Clock) -> None:
             f"torch autograd + SGD {duration(ns['torch'])}",
             ns["torch"] / ns["ours"],
             30.0,
+            headline=True,
         )
         report.add(
             "adapt + apply", ours, f"hand-written torch {duration(ns['hand'])}", ns["hand"] / ns["ours"], 3.5

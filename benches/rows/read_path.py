@@ -140,6 +140,7 @@ def forward(report: Report, clock: Clock) -> None:
             ns["numpy"] / ns["ours"],
             to_numpy,
             error,
+            headline=(hidden, rank) == (768, 16),
         )
         if peers:
             report.add(
@@ -148,9 +149,10 @@ def forward(report: Report, clock: Clock) -> None:
                 f"torch {duration(ns['torch'])}",
                 ns["torch"] / ns["ours"],
                 to_torch,
+                headline=(hidden, rank) == (768, 16),
             )
             text = f"PEFT layer less base {duration(ns['peft'])}"
-            report.add(work, duration(ns["ours"]), text, ns["peft"] / ns["ours"], to_peft)
+            report.add(work, duration(ns["ours"]), text, ns["peft"] / ns["ours"], to_peft, headline=rank == 16 and hidden == 768)
 
 
 class _Nothing:
@@ -177,6 +179,7 @@ def batch(report: Report, clock: Clock, seconds: float) -> None:
         ns["numpy"] / ns["ours"],
         target,
         error,
+        headline=True,
     )
     flops, peak = 2 * 256 * 16 * 2 * 768, core.probe_fma_gflops(seconds)
     rate = flops / ns["ours"]

@@ -374,7 +374,7 @@ impl MicroLora {
     ///
     /// # Errors
     /// See [`basis`]. Nothing changes then.
-    pub fn fit_input_basis(&self, module: usize, x: &[f32]) -> Result<f64> {
+    pub fn fit_input_basis(&self, module: usize, x: &[f32], tick: &mut basis::Tick<'_>) -> Result<f64> {
         let (n_in, _) = self.shape(module);
         if x.is_empty() || x.len() % n_in != 0 {
             return Err(Error::shape("X", format!("{} numbers", x.len()), format!("(n, {n_in})")));
@@ -386,7 +386,7 @@ impl MicroLora {
                 (state.learners[module].clone(), state.rng.clone())
             };
             let before = Arc::clone(learner.master());
-            let held = basis::fit(&mut learner, self.kernels, x, &mut rng)?;
+            let held = basis::fit(&mut learner, self.kernels, x, &mut rng, tick)?;
             let state = &mut *self.write();
             let now = &state.learners[module];
             if !Arc::ptr_eq(now.master(), &before) || now.gradients.as_ref().is_some_and(|g| g.count > 0) {

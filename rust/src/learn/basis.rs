@@ -26,12 +26,24 @@ const RANK_TOLERANCE: f64 = 1e-6;
 /// How well the new rows must span the old ones before a learned B may be carried over.
 const SPAN_TOLERANCE: f64 = 1e-5;
 
+/// Told of progress as (inputs seen, inputs in all); an error stops the work before anything changed.
+pub type Tick<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
+
+/// Inputs between two ticks: a few milliseconds of work.
+const TICK_ROWS: usize = 256;
+
 /// Replaces A by the principal directions of `x` (`n` rows). Returns the share of `|X|^2` they hold.
 ///
 /// # Errors
 /// Fewer inputs than ranks, non-finite or all-zero inputs, pending gradients, or an adapter that has learned
 /// something the new A cannot express.
-pub(crate) fn fit(learner: &mut Learner, k: &Kernels, x: &[f32], rng: &mut Rng) -> Result<f64> {
+pub(crate) fn fit(
+    learner: &mut Learner,
+    k: &Kernels,
+    x: &[f32],
+    rng: &mut Rng,
+    tick: &mut Tick<'_>,
+) -> Result<f64> {
     let layer = Arc::clone(learner.master());
     let (rank, width) = (layer.rank(), layer.in_features());
     let n = x.len() / width;
@@ -50,7 +62,7 @@ pub(crate) fn fit(learner: &mut Learner, k: &Kernels, x: &[f32], rng: &mut Rng) 
         return Err(Error::Feedback("X: every input is zero, so there is no direction to find".into()));
     }
     let (mut rows, kept) =
-        if n <= EXACT { exact(k, x, n, width, rank) } else { iterate(k, x, n, width, rank, rng) };
+        if n <= EXACT { exact(k, x, width, rank, tick)? } else { iterate(k, x, width, rank, rng, tick)? };
     let held: f64 = kept.iter().sum::<f64>() / total;
     complete(k, &mut rows, width, rank, rng);
 
@@ -74,8 +86,13 @@ pub(crate) fn fit(learner: &mut Learner, k: &Kernels, x: &[f32], rng: &mut Rng) 
     Ok(held.min(1.0))
 }
 
+/// Unit rows, and the squared singular value of each.
+type Directions = (Vec<f32>, Vec<f64>);
+
 /// Top right singular vectors through the n x n Gram matrix of the inputs, with their squared singular values.
-fn exact(k: &Kernels, x: &[f32], n: usize, width: usize, rank: usize) -> (Vec<f32>, Vec<f64>) {
+fn exact(k: &Kernels, x: &[f32], width: usize, rank: usize, tick: &mut Tick<'_>) -> Result<Directions> {
+    let n = x.len() / width;
+    tick(0, n)?;
     let row = |i: usize| &x[i * width..(i + 1) * width];
     let mut gram = DMatrix::zeros(n, n);
     for i in 0..n {
@@ -103,18 +120,19 @@ fn exact(k: &Kernels, x: &[f32], n: usize, width: usize, rank: usize) -> (Vec<f3
         rows.extend(v);
         kept.push(value);
     }
-    (rows, kept)
+    Ok((rows, kept))
 }
 
 /// The same by subspace iteration on `X^T X` for many inputs.
 fn iterate(
     k: &Kernels,
     x: &[f32],
-    n: usize,
     width: usize,
     rank: usize,
     rng: &mut Rng,
-) -> (Vec<f32>, Vec<f64>) {
+    tick: &mut Tick<'_>,
+) -> Result<Directions> {
+    let n = x.len() / width;
     let q = (rank + OVERSAMPLE).min(width);
     let mut basis = DMatrix::from_fn(width, q, |_, _| f64::from(rng.symmetric(1.0))).qr().q();
     let mut small = DMatrix::zeros(q, q);
@@ -123,7 +141,10 @@ fn iterate(
             (0..q).map(|j| basis.column(j).iter().map(|&v| v as f32).collect()).collect();
         let mut product = vec![vec![0.0f32; width]; q];
         small.fill(0.0);
-        for x in x.chunks_exact(width).take(n) {
+        for (i, x) in x.chunks_exact(width).enumerate() {
+            if i % TICK_ROWS == 0 {
+                tick(pass * n + i, (PASSES + 1) * n)?;
+            }
             let c: Vec<f32> = rows.iter().map(|r| k.dot(r, x)).collect();
             for (p, &c) in product.iter_mut().zip(&c) {
                 k.axpy(c, x, p);
@@ -152,7 +173,7 @@ fn iterate(
         rows.extend(v.iter().map(|&v| v as f32));
         kept.push(value);
     }
-    (rows, kept)
+    Ok((rows, kept))
 }
 
 /// Fills up to `rank` rows with random directions orthogonal to those there, where the inputs span fewer.

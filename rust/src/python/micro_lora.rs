@@ -221,12 +221,19 @@ impl PyMicroLora {
         Ok(self.inner.apply_updates(lr, max_grad_norm)?)
     }
 
-    #[pyo3(signature = (x, module = None))]
-    fn fit_input_basis(&self, py: Python<'_>, x: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<f64> {
+    #[pyo3(signature = (x, module = None, progress = None, cancel = None))]
+    fn fit_input_basis(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, PyAny>,
+        module: Option<&str>,
+        progress: Option<Py<PyAny>>,
+        cancel: Option<Py<PyAny>>,
+    ) -> PyResult<f64> {
         let m = self.find(module)?;
         let x = input("X", x, Some(self.shapes[m].0), true)?;
         let x = x.as_slice();
-        Ok(py.detach(|| self.inner.fit_input_basis(m, x))?)
+        long_call(py, "fit_input_basis", progress, cancel, |tick| self.inner.fit_input_basis(m, x, tick))
     }
 
     #[pyo3(signature = (module = None))]

@@ -12,6 +12,7 @@ mod error;
 mod feedback;
 mod files;
 mod handle;
+mod long;
 mod micro_lora;
 mod probe;
 mod step;

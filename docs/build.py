@@ -1,0 +1,111 @@
+"""Writes the figures of README.md and docs/performance.md from the files that the commands wrote.
+
+`make docs` runs the bench table and the demo into `docs/data/` and then this script; a test checks that the
+pages still say what those files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "docs" / "data"
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """One sentence on where figures come from."""
+    return (
+        f"{facts['cpu']}, one thread, {facts['isa']}; microlora {facts['microlora']}, Python {facts['python']}, "
+        f"NumPy {facts['numpy']}, torch {facts['torch']}, PEFT {facts['peft']}"
+    )
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Work, ours, peer, ratio, error of a row."""
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.1f}x"
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    return [row["work"], row["ours"], row["peer"], ratio, error]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def bench_block(data: dict[str, Any]) -> str:
+    """The README's table."""
+    rows = [cells(r) for r in data["rows"] if r["headline"]]
+    head = ["work", "microlora", "peer", "ratio", "error to float64"]
+    return f"{table(head, rows)}\n\n{machine(data['machine'])}. All rows: [docs/performance.md](docs/performance.md)."
+
+
+def demo_block(text: str) -> str:
+    """The demo's output, as printed."""
+    return "```text\n" + text.strip("\n") + "\n```"
+
+
+def performance(data: dict[str, Any]) -> str:
+    """The whole page of measurements."""
+    out = [
+        "# Performance",
+        "",
+        "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within that run; "
+        "`error` is the largest difference to float64, relative to the largest number. Rows that miss their target "
+        "say so.",
+        "",
+        f"Machine: {machine(data['machine'])}.",
+    ]
+    section = ""
+    for row in data["rows"]:
+        if row["section"] != section:
+            section = row["section"]
+            out += ["", f"## {section[0].upper()}{section[1:]}", ""]
+            out += ["| work | microlora | compared with | ratio | target | | error |", "|" + "---|" * 7]
+        c = cells(row)
+        target = "" if row["target"] is None else f"{'at most' if row['below'] else 'at least'} {row['target']:g}x"
+        out.append("| " + " | ".join([*c[:4], target, row["verdict"], c[4]]) + " |")
+    return "\n".join(out) + "\n"
+
+
+def inject(page: str, name: str, block: str) -> str:
+    """Puts a block between its two markers."""
+    start, end = f"<!-- {name}:start -->\n", f"\n<!-- {name}:end -->"
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise SystemExit(f"README.md: expected one pair of markers {name}:start and {name}:end")
+    head, rest = page.split(start)
+    return head + start + block + end + rest.split(end)[1]
+
+
+def pages() -> dict[Path, str]:
+    """What every generated page should say."""
+    data = json.loads((DATA / "bench.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = inject(readme, "bench", bench_block(data))
+    readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
+    return {ROOT / "README.md": readme, ROOT / "docs" / "performance.md": performance(data)}
+
+
+def main() -> int:
+    """Writes the pages, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page differs")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in pages().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"{', '.join(stale)}: figures differ from docs/data; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

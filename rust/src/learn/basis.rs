@@ -65,6 +65,7 @@ pub(crate) fn fit(
         if n <= EXACT { exact(k, x, width, rank, tick)? } else { iterate(k, x, width, rank, rng, tick)? };
     let held: f64 = kept.iter().sum::<f64>() / total;
     complete(k, &mut rows, width, rank, rng);
+    tick(n, n)?;
 
     let scale = (f64::from(layer.scaling()).powi(-2) * n as f64 / kept.iter().sum::<f64>()).sqrt() as f32;
     k.scale(scale, &mut rows);

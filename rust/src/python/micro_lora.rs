@@ -12,6 +12,7 @@ use super::calls;
 use super::error::ConfigError;
 use super::feedback::extract;
 use super::handle::ModuleHandle;
+use super::long::long_call;
 use super::step::PyStepResult;
 use crate::learn::Instant;
 use crate::micro_lora::{MicroLora, ModuleSpec, Settings};

@@ -73,9 +73,15 @@ pub struct MicroLora {
     kernels: &'static Kernels,
     settings: Settings,
     names: Vec<String>,
+    /// Only where there are many names; a few are found faster by looking at each.
     index: HashMap<String, usize>,
+    /// `(in_features, out_features)`; these never change.
+    shapes: Vec<(usize, usize)>,
     state: RwLock<State>,
 }
+
+/// Up to this many names a scan beats a hash.
+const SCAN: usize = 16;
 
 /// A stream of its own for each module, so that its A does not depend on its neighbours (FNV-1a).
 fn stream_of(name: &str) -> u64 {
@@ -130,7 +136,11 @@ impl MicroLora {
                 return Err(Error::config("target_modules", format!("{name:?} twice"), "each module once"));
             }
         }
+        if index.len() <= SCAN {
+            index.clear();
+        }
         let (names, layers): (Vec<_>, Vec<_>) = layers.into_iter().unzip();
+        let shapes = layers.iter().map(|l| (l.in_features(), l.out_features())).collect();
         let state = State {
             learners: layers.into_iter().map(Learner::new).collect(),
             version: 0,
@@ -138,7 +148,7 @@ impl MicroLora {
             rng: Rng::new(seed, 0),
             counters: Counters::default(),
         };
-        Ok(MicroLora { kernels: Kernels::detect()?, settings, names, index, state: RwLock::new(state) })
+        Ok(MicroLora { kernels: Kernels::detect()?, settings, names, index, shapes, state: RwLock::new(state) })
     }
 
     // A panic in a writer cannot leave half a version: edits are of copies or single sweeps.
@@ -161,10 +171,12 @@ impl MicroLora {
     /// An unknown name.
     #[inline]
     pub fn find(&self, name: &str) -> Result<usize> {
-        match self.index.get(name) {
-            Some(&i) => Ok(i),
-            None => Err(unknown_module(name, self.names.iter().map(String::as_str))),
-        }
+        let found = if self.names.len() <= SCAN {
+            self.names.iter().position(|n| n == name)
+        } else {
+            self.index.get(name).copied()
+        };
+        found.ok_or_else(|| unknown_module(name, self.names.iter().map(String::as_str)))
     }
 
     /// The kernels this learner was made with.
@@ -206,10 +218,10 @@ impl MicroLora {
         (modules.iter().map(|&m| Arc::clone(state.learners[m].layer())).collect(), state.enabled)
     }
 
-    /// `(in_features, out_features)` of a module; these never change.
+    /// `(in_features, out_features)` of a module.
+    #[inline]
     pub fn shape(&self, module: usize) -> (usize, usize) {
-        let (layer, _) = self.layer(module);
-        (layer.in_features(), layer.out_features())
+        self.shapes[module]
     }
 
     /// Counts every change of the weights.

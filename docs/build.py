@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ DATA = ROOT / "docs" / "data"
 def machine(facts: dict[str, Any]) -> str:
     """One sentence on where figures come from."""
     return (
-        f"{facts['cpu']}, one thread, {facts['isa']}; microlora {facts['microlora']}, Python {facts['python']}, "
-        f"NumPy {facts['numpy']}, torch {facts['torch']}, PEFT {facts['peft']}"
+        f"{facts['cpu']}, one thread, {facts['isa']}; microlora {facts['microlora']}, "
+        f"Python {facts['python']}, NumPy {facts['numpy']}, torch {facts['torch']}, PEFT {facts['peft']}"
     )
 
 
@@ -41,7 +42,8 @@ def bench_block(data: dict[str, Any]) -> str:
     """The README's table."""
     rows = [cells(r) for r in data["rows"] if r["headline"]]
     head = ["work", "microlora", "peer", "ratio", "error to float64"]
-    return f"{table(head, rows)}\n\n{machine(data['machine'])}. All rows: [docs/performance.md](docs/performance.md)."
+    where = f"{machine(data['machine'])}. All rows: [docs/performance.md](docs/performance.md)."
+    return f"{table(head, rows)}\n\n{where}"
 
 
 def demo_block(text: str) -> str:
@@ -49,14 +51,29 @@ def demo_block(text: str) -> str:
     return "```text\n" + text.strip("\n") + "\n```"
 
 
+def feedback_block(lines: list[dict[str, Any]]) -> str:
+    """Gain per kind of feedback: means and deviations over splits."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        kinds.setdefault(line["kind"], []).append(line)
+    best = statistics.mean(r["all"] for r in kinds["target, RLS"])
+    rows = []
+    for kind, runs in kinds.items():
+        early, late = ([r[key] for r in runs] for key in ("early", "all"))
+        mean = statistics.mean(late)
+        spread = f"{mean:+.3f} ± {statistics.pstdev(late):.3f}"
+        rows.append([kind, f"{statistics.mean(early):+.3f}", spread, f"{mean / best:.0%}"])
+    return table(["feedback, rule", "after 10 events", "after all", "share of target, RLS"], rows)
+
+
 def performance(data: dict[str, Any]) -> str:
     """The whole page of measurements."""
     out = [
         "# Performance",
         "",
-        "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within that run; "
-        "`error` is the largest difference to float64, relative to the largest number. Rows that miss their target "
-        "say so.",
+        "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within that "
+        "run; the error is the largest difference to float64, relative to the largest number. Rows that miss "
+        "their target say so.",
         "",
         f"Machine: {machine(data['machine'])}.",
     ]
@@ -67,7 +84,9 @@ def performance(data: dict[str, Any]) -> str:
             out += ["", f"## {section[0].upper()}{section[1:]}", ""]
             out += ["| work | microlora | compared with | ratio | target | | error |", "|" + "---|" * 7]
         c = cells(row)
-        target = "" if row["target"] is None else f"{'at most' if row['below'] else 'at least'} {row['target']:g}x"
+        target = (
+            "" if row["target"] is None else f"{'at most' if row['below'] else 'at least'} {row['target']:g}x"
+        )
         out.append("| " + " | ".join([*c[:4], target, row["verdict"], c[4]]) + " |")
     return "\n".join(out) + "\n"
 
@@ -84,10 +103,19 @@ def inject(page: str, name: str, block: str) -> str:
 def pages() -> dict[Path, str]:
     """What every generated page should say."""
     data = json.loads((DATA / "bench.json").read_text(encoding="utf-8"))
+    feedback = [
+        json.loads(line) for line in (DATA / "feedback.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    learning = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    learning = inject(learning, "feedback", feedback_block(feedback))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
-    return {ROOT / "README.md": readme, ROOT / "docs" / "performance.md": performance(data)}
+    return {
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "learning.md": learning,
+        ROOT / "docs" / "performance.md": performance(data),
+    }
 
 
 def main() -> int:

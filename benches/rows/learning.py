@@ -58,7 +58,8 @@ def instant(report: Report, clock: Clock) -> None:
         f"NumPy RLS {duration(ns['numpy'])}",
         ns["numpy"] / ns["ours"],
         8.0,
-        rls_error(), headline=True,
+        rls_error(),
+        headline=True,
     )
     made = duration(ns["made"])
     report.add(

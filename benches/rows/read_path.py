@@ -152,7 +152,14 @@ def forward(report: Report, clock: Clock) -> None:
                 headline=(hidden, rank) == (768, 16),
             )
             text = f"PEFT layer less base {duration(ns['peft'])}"
-            report.add(work, duration(ns["ours"]), text, ns["peft"] / ns["ours"], to_peft, headline=rank == 16 and hidden == 768)
+            report.add(
+                work,
+                duration(ns["ours"]),
+                text,
+                ns["peft"] / ns["ours"],
+                to_peft,
+                headline=rank == 16 and hidden == 768,
+            )
 
 
 class _Nothing:

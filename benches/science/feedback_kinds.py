@@ -1,8 +1,8 @@
 """How much each kind of feedback teaches: `python benches/science/feedback_kinds.py` (or `make science`).
 
 The demo's task: one adapter per persona, one pass over its clicks, one `instant` per click, MRR@10 of
-held-out queries over the whole corpus. Splits 10-14 are reported; nothing was tuned here, every rule runs on its
-defaults. One JSON line per split and kind; `docs/build.py` makes the table in docs/learning.md of them.
+held-out queries over the whole corpus. Splits 10-14 are reported; nothing was tuned here, every rule runs
+on its defaults. One JSON line per split and kind; `docs/build.py` makes the table in docs/learning.md of them.
 """
 
 from __future__ import annotations

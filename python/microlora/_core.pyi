@@ -31,6 +31,9 @@ __all__ = [
     "from_bytes",
     "isa",
     "load",
+    "probe_fma_gflops",
+    "probe_forward_ns",
+    "probe_read_gbps",
     "save_peft",
     "save_single",
 ]
@@ -625,3 +628,12 @@ def isa() -> str:
 
 def available_isas() -> list[str]:
     """Every instruction set that this machine can run, slowest first."""
+
+def probe_read_gbps(bytes: int, seconds: float) -> float:
+    """Read bandwidth in GB/s over a buffer of ``bytes``, best instruction set, in ``seconds``."""
+
+def probe_fma_gflops(seconds: float) -> float:
+    """Peak of float32 fused multiply-adds in GFLOP/s, best instruction set, in ``seconds``."""
+
+def probe_forward_ns(handle: ModuleHandle, seconds: float) -> float:
+    """Nanoseconds of one forward of a module without Python, in ``seconds``."""

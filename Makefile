@@ -16,8 +16,8 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Exit codes: 3 too old, 4 free-threaded, 5 no venv module.
-PROBE := import sys, sysconfig, importlib.util as u; \
-	sys.exit(3 if sys.version_info < (3, 11) else 4 if sysconfig.get_config_var("Py_GIL_DISABLED") else \
+PROBE := import sys; sys.version_info >= (3, 11) or sys.exit(3); import sysconfig, importlib.util as u; \
+	sys.exit(4 if sysconfig.get_config_var("Py_GIL_DISABLED") else \
 	0 if u.find_spec("ensurepip") and u.find_spec("venv") else 5)
 # The lowest NumPy >= 2.0 that has wheels for this Python.
 PICK_LOWEST := import sys; print("numpy==" + {11: "2.0.*", 12: "2.0.*", 13: "2.1.*"}.get(sys.version_info[1], "2.3.*"))
@@ -40,6 +40,7 @@ help: ## Show this list
 .PHONY: tools
 tools:
 	@cargo --version >/dev/null 2>&1 || { echo "microlora needs Rust 1.89 or newer to build, and no working 'cargo' was found on PATH: install Rust (rustup, or your system's packages), then run make again." >&2; exit 1; }
+	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }' || { echo "microlora needs Rust 1.89 or newer to build, and this is $$(cargo --version): update Rust (rustup update), then run make again." >&2; exit 1; }
 	@$(PYTHON) --version >/dev/null 2>&1 || { echo "microlora needs Python 3.11 or newer, and no working '$(PYTHON)' was found on PATH: install it, or name one with PYTHON=/path/to/python3 make ..." >&2; exit 1; }
 	@$(PYTHON) -c '$(PROBE)' || case $$? in \
 		3) echo "microlora needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): name a newer one with PYTHON=/path/to/python3 make ..." >&2; exit 1;; \
@@ -149,9 +150,11 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 # --- The rest ----------------------------------------------------------------------------------------------
 
 .PHONY: docs clean
-docs: $(BUILT) $(VENV)/.extra-test ## Run every example of README, docs, docstrings and examples/, and check their links
-	@$(PY) -m pytest -q tests/test_readme.py
-	@RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --quiet
+docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
+	@mkdir -p docs/data build
+	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json
+	@COLUMNS=110 NO_COLOR=1 $(PY) -m microlora demo --save-dir build/adapters > build/demo.txt && mv build/demo.txt docs/data/demo.txt
+	@$(PY) docs/build.py
 
 clean: ## Remove everything that was built or installed here
 	rm -rf target build dist .venv .venv-lowest .venv-oracle .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import disjoint_base
 
+from microlora.progress import CancelToken, Progress
+
 __all__ = [
     "Adapter",
     "Contrastive",
@@ -490,7 +492,13 @@ class MicroLora:
             ConfigError: ``lr`` or ``max_grad_norm`` out of range.
             NonFiniteError: The step would leave float32. Nothing changes in either error.
         """
-    def fit_input_basis(self, x: ArrayLike, module: str | None = None) -> float:
+    def fit_input_basis(
+        self,
+        x: ArrayLike,
+        module: str | None = None,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> float:
         """Sets A to the top right singular vectors of unlabelled inputs (the idea of EVA, arXiv 2410.07170).
 
         The inputs are not centred. A is scaled so that the mean of ``|s x A|^2`` over them is 1.
@@ -498,6 +506,8 @@ class MicroLora:
         Args:
             x: float32 (n, in_features), n at least the rank.
             module: Name of the module; None where there is only one.
+            progress: Called with ``(done, total, message)`` between steps.
+            cancel: Looked at between steps; a cancelled call changes nothing.
 
         Returns:
             The share of ``|x|^2`` that the rank holds, 0 to 1.
@@ -506,6 +516,7 @@ class MicroLora:
             ShapeError: Another width, or fewer rows than the rank.
             NonFiniteError: NaN or infinity in ``x``.
             FeedbackError: Every input is zero.
+            CancelledError: ``cancel`` was set.
             ConfigError: Gradients are pending, or the adapter has learned what the new A cannot express.
         """
     def delta_weight(self, module: str | None = None) -> NDArray[np.float32]:

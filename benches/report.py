@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-import microlora._core as core
 import numpy as np
+
+import microlora._core as core
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import microlora._core as core
 import numpy as np
 
+import microlora._core as core
 from peers import NumpyLora, TorchPeers, learned, numbers
 from report import Report, duration
 from timing import Case, Clock

@@ -121,7 +121,7 @@ class MicroLoRA(_core.MicroLora):
         """The present weights as a value; they are shared until the next step, which then copies."""
         return Adapter(super().adapter(*self._json()))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:  # type: ignore[override]
         """Weights and all that the rules remember, for :meth:`restore`; costs no copy until the next step."""
         return Snapshot(super().snapshot(*self._json()))
 

@@ -52,6 +52,8 @@ impl std::fmt::Debug for Factor {
     }
 }
 
+// `typed!` converts to f32 from each of the three types, f32 among them.
+#[allow(clippy::useless_conversion)]
 impl Factor {
     /// All zeros.
     pub fn zeros(rank: usize, len: usize, dtype: Dtype) -> Self {

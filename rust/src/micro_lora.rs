@@ -353,10 +353,10 @@ impl MicroLora {
         if !lr.is_finite() || lr < 0.0 {
             return Err(Error::config("lr", lr, "a finite number, 0 or above"));
         }
-        if let Some(c) = max_grad_norm {
-            if !(c.is_finite() && c > 0.0) {
-                return Err(Error::config("max_grad_norm", c, "a finite number above 0"));
-            }
+        if let Some(c) = max_grad_norm
+            && !(c.is_finite() && c > 0.0)
+        {
+            return Err(Error::config("max_grad_norm", c, "a finite number above 0"));
         }
         let state = &mut *self.write();
         let mut lr = lr;
@@ -388,7 +388,7 @@ impl MicroLora {
     /// See [`basis`]. Nothing changes then.
     pub fn fit_input_basis(&self, module: usize, x: &[f32], tick: &mut basis::Tick<'_>) -> Result<f64> {
         let (n_in, _) = self.shape(module);
-        if x.is_empty() || x.len() % n_in != 0 {
+        if x.is_empty() || !x.len().is_multiple_of(n_in) {
             return Err(Error::shape("X", format!("{} numbers", x.len()), format!("(n, {n_in})")));
         }
         loop {

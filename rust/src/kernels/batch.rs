@@ -39,7 +39,7 @@ unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize>(
                 half += V::W;
             }
         }
-        if len % TILE != 0 {
+        if !len.is_multiple_of(TILE) {
             let wt = w.add(full * stride);
             for m in 0..M {
                 let mut tail = [0.0f32; TILE];

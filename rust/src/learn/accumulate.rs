@@ -45,10 +45,10 @@ pub(crate) fn accumulate(
     event: Event<'_>,
 ) -> Result<StepResult> {
     let mut result = StepResult::new("accumulate");
-    if let Some(base) = event.base {
-        if !k.dot(base, base).is_finite() {
-            return Err(Error::non_finite("base"));
-        }
+    if let Some(base) = event.base
+        && !k.dot(base, base).is_finite()
+    {
+        return Err(Error::non_finite("base"));
     }
     let norm2 = learner.bottleneck(k, event.x)?;
     let layer = std::sync::Arc::clone(learner.master());

@@ -183,7 +183,7 @@ impl Feedback {
     /// No negative, unequal widths, zero vectors, tau not above 0.
     pub fn contrastive(positive_row: Vec<f32>, negatives: Vec<f32>, tau: f32) -> Result<Self> {
         let width = positive_row.len();
-        if width == 0 || negatives.is_empty() || negatives.len() % width != 0 {
+        if width == 0 || negatives.is_empty() || !negatives.len().is_multiple_of(width) {
             let got = format!("{} numbers", negatives.len());
             return Err(Error::shape("negatives", got, format!("(k, {width}) with k at least 1")));
         }

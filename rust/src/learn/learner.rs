@@ -205,10 +205,10 @@ impl Learner {
         settings: &Instant,
         event: Event<'_>,
     ) -> Result<StepResult> {
-        if let Some(base) = event.base {
-            if !k.dot(base, base).is_finite() {
-                return Err(Error::non_finite("base"));
-            }
+        if let Some(base) = event.base
+            && !k.dot(base, base).is_finite()
+        {
+            return Err(Error::non_finite("base"));
         }
         // RLS measures its P with one A; where A moves too, everything is NLMS.
         let rls = settings.rule == Rule::Rls || (settings.rule == Rule::Auto && settings.train == Train::B);

@@ -76,10 +76,12 @@ impl PyAdapter {
         Ok(PyAdapter { inner: Adapter::from_parts(&parts)? })
     }
 
+    /// The adapter as the bytes of a single safetensors file; the same content gives the same bytes.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &crate::format::to_bytes(&self.inner.to_parts())?))
     }
 
+    /// Module names, in order.
     fn modules(&self) -> Vec<String> {
         self.inner.modules.iter().map(|(n, _)| n.clone()).collect()
     }
@@ -94,38 +96,46 @@ impl PyAdapter {
         Ok((l.in_features(), l.out_features(), l.rank(), l.alpha, l.rslora, a, b))
     }
 
+    /// A of a module: float32 (rank, in_features), C-contiguous, a read-only copy.
     fn lora_a<'py>(&self, py: Python<'py>, module: &str) -> PyResult<Bound<'py, PyAny>> {
         factor_array(py, &self.inner.layer(module)?.a, false)
     }
 
+    /// B of a module: float32 (out_features, rank), C-contiguous, a read-only copy.
     fn lora_b<'py>(&self, py: Python<'py>, module: &str) -> PyResult<Bound<'py, PyAny>> {
         factor_array(py, &self.inner.layer(module)?.b, true)
     }
 
+    /// Stored bits of A (rank, in_features) and B (out_features, rank); bf16 comes as uint16.
     fn raw<'py>(&self, py: Python<'py>, module: &str) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
         raw_pair(py, self.inner.layer(module)?)
     }
 
+    /// Numbers in all factors.
     #[getter]
     fn param_count(&self) -> usize {
         self.inner.param_count()
     }
 
+    /// Bytes resident: factors as they lie in memory (rows padded to 16 numbers), and extra tensors.
     #[getter]
     fn memory_bytes(&self) -> usize {
         self.inner.memory_bytes()
     }
 
+    /// Settings as JSON, or None where the file carried none.
     #[getter]
     fn config_json(&self) -> Option<&str> {
         self.inner.config_json.as_deref()
     }
 
+    /// Metadata as JSON, or None where the file carried none.
     #[getter]
     fn metadata_json(&self) -> Option<&str> {
         self.inner.metadata_json.as_deref()
     }
 
+    /// The text of the ``adapter_config.json`` it was read from, or None.
     #[getter]
     fn peft_config(&self) -> Option<&str> {
         self.inner.peft_config.as_deref()
@@ -197,6 +207,7 @@ impl PySnapshot {
         Ok(PyClassInitializer::from(adapter).add_subclass(PySnapshot { inner }))
     }
 
+    /// Weights and learner state as bytes; the constructor takes them back.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &self.inner.to_bytes()?))
     }

@@ -86,16 +86,37 @@ impl PyFeedback {
 }
 
 macro_rules! child {
-    ($name:ident, $public:literal) => {
+    ($name:ident, $public:literal, $doc:literal) => {
+        #[doc = $doc]
         #[pyclass(name = $public, module = "microlora", frozen, extends = PyFeedback)]
         pub(super) struct $name;
     };
 }
-child!(PyTarget, "Target");
-child!(PyGradient, "Gradient");
-child!(PyReward, "Reward");
-child!(PyPreference, "Preference");
-child!(PyContrastive, "Contrastive");
+child!(
+    PyTarget,
+    "Target",
+    "The output that was wanted: ``base + dY``, or ``dY`` itself where no ``base`` is passed with it.\n\nLoss: ``1/2 |y - t|^2`` summed over features (\"mse\"), or ``1 - cos(y, t)`` (\"cosine\")."
+);
+child!(
+    PyGradient,
+    "Gradient",
+    "The gradient of a loss of your own with respect to the layer's output, ``dL/dy``."
+);
+child!(
+    PyReward,
+    "Reward",
+    "A score, with the embedding of the response that earned it.\n\nLoss: ``1/2 (e . dY - kappa (R - b))^2`` with the unit response e and the running mean b of rewards."
+);
+child!(
+    PyPreference,
+    "Preference",
+    "One response was preferred to another (Bradley and Terry 1952), on cosines with the output.\n\nLoss: ``-p log sigmoid(m) - (1 - p) log sigmoid(-m)``, ``m = beta (cos(y, chosen) - cos(y, rejected))``."
+);
+child!(
+    PyContrastive,
+    "Contrastive",
+    "The right answer among wrong ones: InfoNCE (arXiv 1807.03748) on cosines with the output.\n\nLoss: ``-log softmax(cos(y, .) / tau)`` of the positive."
+);
 
 fn with<T>(child: T, inner: Feedback) -> PyClassInitializer<T>
 where
@@ -122,10 +143,12 @@ impl PyTarget {
         let loss: TargetLoss = loss.parse()?;
         Ok(with(PyTarget, Feedback::target(vector("t", t)?, loss)?))
     }
+    /// float32 (out_features,), read-only: the target; of unit length with the cosine loss.
     #[getter]
     fn t<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Target { target } => PyFeedback::array(slf.py(), target))
     }
+    /// How the output is compared with it.
     #[getter]
     fn loss(slf: &Bound<'_, Self>) -> &'static str {
         field!(slf, Target { loss } => loss.as_str())
@@ -138,6 +161,7 @@ impl PyGradient {
     fn new(g: &Bound<'_, PyAny>) -> PyResult<PyClassInitializer<Self>> {
         Ok(with(PyGradient, Feedback::gradient(vector("g", g)?)?))
     }
+    /// float32 (out_features,), read-only: the gradient.
     #[getter]
     fn g<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Gradient { gradient } => PyFeedback::array(slf.py(), gradient))
@@ -157,10 +181,12 @@ impl PyReward {
         };
         Ok(with(PyReward, Feedback::reward(r, vector("response", response)?)?))
     }
+    /// The reward.
     #[getter]
     fn r(slf: &Bound<'_, Self>) -> f32 {
         field!(slf, Reward { reward } => *reward)
     }
+    /// float32 (out_features,), read-only: direction of the response, of unit length.
     #[getter]
     fn response<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Reward { response } => PyFeedback::array(slf.py(), response))
@@ -180,18 +206,22 @@ impl PyPreference {
         let (c, r) = (vector("chosen", chosen)?, vector("rejected", rejected)?);
         Ok(with(PyPreference, Feedback::preference(c, r, p, beta)?))
     }
+    /// float32 (out_features,), read-only, of unit length.
     #[getter]
     fn chosen<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Preference { chosen } => PyFeedback::array(slf.py(), chosen))
     }
+    /// float32 (out_features,), read-only, of unit length.
     #[getter]
     fn rejected<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Preference { rejected } => PyFeedback::array(slf.py(), rejected))
     }
+    /// Probability that ``chosen`` is the better one.
     #[getter]
     fn p(slf: &Bound<'_, Self>) -> f32 {
         field!(slf, Preference { p } => *p)
     }
+    /// Inverse temperature.
     #[getter]
     fn beta(slf: &Bound<'_, Self>) -> f32 {
         field!(slf, Preference { beta } => *beta)
@@ -211,16 +241,19 @@ impl PyContrastive {
         let n = input("negatives", negatives, Some(p.len()), true)?.as_slice().to_vec();
         Ok(with(PyContrastive, Feedback::contrastive(p, n, tau)?))
     }
+    /// float32 (out_features,), read-only, of unit length.
     #[getter]
     fn positive<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Contrastive { rows, width } => PyFeedback::array(slf.py(), &rows[..*width]))
     }
+    /// float32 (k, out_features), read-only, rows of unit length.
     #[getter]
     fn negatives<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         field!(slf, Contrastive { rows, width } => {
             read_only(slf.py(), rows[*width..].to_vec(), &[rows.len() / width - 1, *width])
         })
     }
+    /// Temperature.
     #[getter]
     fn tau(slf: &Bound<'_, Self>) -> f32 {
         field!(slf, Contrastive { tau } => *tau)

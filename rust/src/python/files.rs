@@ -15,22 +15,26 @@ fn wrap(loaded: format::Loaded) -> PyResult<Loaded> {
     Ok((PyAdapter::from(Adapter::from_parts(&loaded.parts)?), loaded.unused, loaded.notes))
 }
 
+/// Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.
 #[pyfunction]
 pub(super) fn load(py: Python<'_>, path: PathBuf, mmap: bool, strict: bool) -> PyResult<Loaded> {
     wrap(py.detach(|| format::load(&path, &LoadOptions { mmap, strict }))?)
 }
 
+/// The same from the bytes of a single file.
 #[pyfunction]
 pub(super) fn from_bytes(py: Python<'_>, data: &[u8], strict: bool) -> PyResult<Loaded> {
     wrap(py.detach(|| format::from_bytes(data, strict))?)
 }
 
+/// Writes a single safetensors file through a temporary sibling and a rename.
 #[pyfunction]
 pub(super) fn save_single(py: Python<'_>, adapter: &PyAdapter, path: PathBuf) -> PyResult<()> {
     let adapter = &adapter.inner;
     Ok(py.detach(|| format::save_single(&path, &adapter.to_parts()))?)
 }
 
+/// Writes a directory that PEFT loads, each file through a temporary sibling and a rename.
 #[pyfunction]
 pub(super) fn save_peft(
     py: Python<'_>,

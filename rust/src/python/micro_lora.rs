@@ -25,6 +25,7 @@ type ModuleTuple = (String, usize, usize, usize, f64);
 /// Modules that read the same input in a transformer block.
 const SHARED_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
 
+/// The compiled part of `microlora.MicroLoRA`.
 #[pyclass(name = "MicroLora", module = "microlora._core", frozen, subclass)]
 pub(super) struct PyMicroLora {
     inner: Arc<MicroLora>,
@@ -114,6 +115,18 @@ impl PyMicroLora {
         Ok(PyMicroLora { inner: Arc::new(inner), shapes })
     }
 
+    /// What the module adds to its layer's output: ``dY = s (x A) B``.
+    ///
+    /// Args:
+    ///     x: float32 (in_features,) or (n, in_features). Float32 C-contiguous arrays are read in place,
+    ///         other floating point is copied; a batch may release the GIL.
+    ///     module: Name of the module; None where there is only one.
+    ///     out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from
+    ///         ``x``.
+    ///
+    /// Returns:
+    ///     ``out``, or a new float32 array of that shape; exact zeros while B is zero or ``enabled`` is
+    ///     False.
     #[pyo3(signature = (x, module = None, out = None))]
     fn forward<'py>(
         &self,
@@ -126,6 +139,13 @@ impl PyMicroLora {
         calls::forward(py, &self.inner, m, self.shapes[m], x, out)
     }
 
+    /// ``out += dY(x)``: adds the module's part to the layer's output in place.
+    ///
+    /// Args:
+    ///     x: float32 (in_features,) or (n, in_features).
+    ///     module: Name of the module; None where there is only one.
+    ///     out: float32 (out_features,) or (n, out_features), needed: C-contiguous, writable, apart from
+    ///         ``x``.
     #[pyo3(signature = (x, module = None, out = None))]
     fn forward_add<'py>(
         &self,
@@ -138,6 +158,15 @@ impl PyMicroLora {
         calls::forward_add(py, &self.inner, m, self.shapes[m], x, out)
     }
 
+    /// ``dY(x)`` of several modules that read the same input, all of one version of the weights.
+    ///
+    /// Args:
+    ///     x: float32 (in_features,) or (n, in_features).
+    ///     modules: Their names; None takes those there are of q_proj, k_proj and v_proj, else of gate_proj
+    ///         and up_proj.
+    ///
+    /// Returns:
+    ///     ``{module: float32 (out_features,) or (n, out_features)}``.
     #[pyo3(signature = (x, modules = None))]
     fn forward_all<'py>(
         &self,
@@ -181,10 +210,22 @@ impl PyMicroLora {
         PyList::new(py, self.inner.names())?.call_method0("__iter__")
     }
 
+    /// Module names, in order.
     fn modules(&self) -> Vec<String> {
         self.inner.names().to_vec()
     }
 
+    /// Learns from one event by a closed form; the next ``forward`` sees it.
+    ///
+    /// Args:
+    ///     x: float32 (in_features,): the layer's input.
+    ///     feedback: A `Target`, `Gradient`, `Reward`, `Preference` or `Contrastive`.
+    ///     module: Name of the module; None where there is only one.
+    ///     base: float32 (out_features,): output of the frozen layer for this x (for embeddings: x itself),
+    ///         so that feedback is about ``base + dY``; without it feedback is about dY alone.
+    ///
+    /// Returns:
+    ///     What was done; an event that teaches nothing is skipped, with the reason.
     #[pyo3(signature = (x, feedback, module = None, base = None))]
     fn instant(
         &self,
@@ -201,6 +242,16 @@ impl PyMicroLora {
         Ok(PyStepResult(self.inner.instant(m, x.as_slice(), &feedback.get().inner, base)?))
     }
 
+    /// Adds one event's gradient to the module's pending sum; the weights wait for `apply_updates`.
+    ///
+    /// Args:
+    ///     x: float32 (in_features,): the layer's input.
+    ///     feedback: As in `instant`.
+    ///     module: Name of the module; None where there is only one.
+    ///     base: float32 (out_features,): output of the frozen layer; see `instant`.
+    ///
+    /// Returns:
+    ///     Loss and gradient norms of the event.
     #[pyo3(signature = (x, feedback, module = None, base = None))]
     fn adapt(
         &self,
@@ -217,11 +268,29 @@ impl PyMicroLora {
         Ok(PyStepResult(self.inner.adapt(m, x.as_slice(), &feedback.get().inner, base)?))
     }
 
+    /// ``W -= lr * mean`` of the pending gradients of every module, then forgets them.
+    ///
+    /// Args:
+    ///     lr: Learning rate, 0 or above.
+    ///     max_grad_norm: Scale the mean gradients of all modules together down to this norm.
+    ///
+    /// Returns:
+    ///     How many events were applied.
     #[pyo3(signature = (lr, max_grad_norm = None))]
     fn apply_updates(&self, lr: f64, max_grad_norm: Option<f64>) -> PyResult<u64> {
         Ok(self.inner.apply_updates(lr, max_grad_norm)?)
     }
 
+    /// Sets A to the top right singular vectors of unlabelled inputs (the idea of EVA, arXiv 2410.07170).
+    ///
+    /// Args:
+    ///     x: float32 (n, in_features), n at least the rank.
+    ///     module: Name of the module; None where there is only one.
+    ///     progress: Called with ``(done, total, message)`` between steps.
+    ///     cancel: A `CancelToken`; once it is set, nothing changes.
+    ///
+    /// Returns:
+    ///     The share of ``|x|^2`` that the rank holds, 0 to 1.
     #[pyo3(signature = (x, module = None, progress = None, cancel = None))]
     fn fit_input_basis(
         &self,
@@ -237,6 +306,7 @@ impl PyMicroLora {
         long_call(py, "fit_input_basis", progress, cancel, |tick| self.inner.fit_input_basis(m, x, tick))
     }
 
+    /// The change of the layer's weight, ``s (A B)^T``, in the orientation of torch and PEFT.
     #[pyo3(signature = (module = None))]
     fn delta_weight<'py>(&self, py: Python<'py>, module: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
         let (m, k) = (self.find(module)?, self.inner.kernels());
@@ -250,11 +320,17 @@ impl PyMicroLora {
         Ok(array)
     }
 
+    /// ``w += delta_weight()`` in place, without the array between.
+    ///
+    /// Args:
+    ///     w: float32 (out_features, in_features), C-contiguous and writable: the base layer's weight.
+    ///     module: Name of the module; None where there is only one.
     #[pyo3(signature = (w, module = None))]
     fn fuse_into(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<()> {
         self.add_delta(py, w, module, 1.0)
     }
 
+    /// ``w -= delta_weight()`` in place: undoes `fuse_into` to 1e-6 of ``max(|w|, |delta|)``.
     #[pyo3(signature = (w, module = None))]
     fn unfuse_from(&self, py: Python<'_>, w: &Bound<'_, PyAny>, module: Option<&str>) -> PyResult<()> {
         self.add_delta(py, w, module, -1.0)
@@ -274,6 +350,10 @@ impl PyMicroLora {
         Py::new(slf.py(), PyClassInitializer::from(adapter).add_subclass(PySnapshot { inner }))
     }
 
+    /// Goes back to a snapshot, or takes an adapter's weights.
+    ///
+    /// Args:
+    ///     source: A value with the same modules, shapes, ranks, alphas and dtypes.
     fn restore(&self, source: &Bound<'_, PyAny>) -> PyResult<()> {
         if let Ok(s) = source.cast::<PySnapshot>() {
             return Ok(self.inner.restore(&s.get().inner)?);
@@ -296,21 +376,25 @@ impl PyMicroLora {
         PyAdapter::from(crate::adapter::Adapter { config_json, metadata_json, ..adapter })
     }
 
+    /// Numbers in all factors.
     #[getter]
     fn param_count(&self) -> usize {
         self.inner.param_count()
     }
 
+    /// Bytes resident now: weights, float32 masters, RLS state and pending gradients.
     #[getter]
     fn memory_bytes(&self) -> usize {
         self.inner.memory_bytes()
     }
 
+    /// Counts every change of the weights.
     #[getter]
     fn version(&self) -> u64 {
         self.inner.version()
     }
 
+    /// Whether ``forward`` gives the adapter's output; while False zeros. Learning goes on.
     #[getter]
     fn get_enabled(&self) -> bool {
         self.inner.enabled()

@@ -4,51 +4,63 @@ use pyo3::prelude::*;
 
 use crate::learn::StepResult;
 
+/// What one call of `instant` or `adapt` did.
 #[pyclass(name = "StepResult", module = "microlora", frozen)]
 pub(super) struct PyStepResult(pub StepResult);
 
 #[pymethods]
 impl PyStepResult {
+    /// Which rule ran.
     #[getter]
     fn rule(&self) -> &'static str {
         self.0.rule
     }
+    /// Loss of this event before the step, in the units of its feedback; None for a bare gradient.
     #[getter]
     fn loss_before(&self) -> Option<f32> {
         self.0.loss_before
     }
+    /// Loss of this event after the step; None for a bare gradient, or where nothing was applied.
     #[getter]
     fn loss_after(&self) -> Option<f32> {
         self.0.loss_after
     }
+    /// Frobenius norm of dL/dA of this event; 0 where A is not trained.
     #[getter]
     fn grad_norm_a(&self) -> f32 {
         self.0.grad_norm_a
     }
+    /// Frobenius norm of dL/dB of this event.
     #[getter]
     fn grad_norm_b(&self) -> f32 {
         self.0.grad_norm_b
     }
+    /// Share of the output error that the step removes: ``u.k`` of RLS, ``eta |u|^2`` of NLMS.
     #[getter]
     fn step(&self) -> f32 {
         self.0.step
     }
+    /// How often NLMS halved its step before the loss fell.
     #[getter]
     fn halvings(&self) -> u32 {
         self.0.halvings
     }
+    /// Mean reward before this event; None for other feedback.
     #[getter]
     fn baseline(&self) -> Option<f32> {
         self.0.baseline
     }
+    /// Whether weights (``instant``) or pending gradients (``adapt``) changed.
     #[getter]
     fn applied(&self) -> bool {
         self.0.applied
     }
+    /// Why nothing was applied; None where something was.
     #[getter]
     fn reason(&self) -> Option<&'static str> {
         self.0.reason
     }
+    /// Version of the learner after the step.
     #[getter]
     fn version(&self) -> u64 {
         self.0.version

@@ -1,0 +1,162 @@
+# The one door for people and for CI. Two commands are all the set-up: `make demo` and `make test`.
+# Settings: PYTHON=python3.12 chooses the interpreter, WHEELS=folder a place with wheels of torch.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+WHEELS ?= ../shared/wheels
+VENV := .venv
+LOWEST := .venv-lowest
+ORACLE := .venv-oracle
+PY := $(VENV)/bin/python
+PIP_INSTALL := -m pip install
+export PIP_QUIET := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Exit codes: 3 too old, 4 free-threaded, 5 no venv module.
+PROBE := import sys; sys.version_info >= (3, 11) or sys.exit(3); import sysconfig, importlib.util as u; \
+	sys.exit(4 if sysconfig.get_config_var("Py_GIL_DISABLED") else \
+	0 if u.find_spec("ensurepip") and u.find_spec("venv") else 5)
+# The lowest NumPy >= 2.0 that has wheels for this Python.
+PICK_LOWEST := import sys; print("numpy==" + {11: "2.0.*", 12: "2.0.*", 13: "2.1.*"}.get(sys.version_info[1], "2.3.*"))
+# One table of extras, in pyproject.toml; this prints the requirements of some of its rows.
+READ_EXTRAS := import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	e = t["optional-dependencies"]; print("\n".join(t["dependencies"] + [d for k in sys.argv[1:] for d in e[k]]))
+
+RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
+BUILT := $(VENV)/.built
+RUN_LOWEST := PYTHONPATH=python $(LOWEST)/bin/python
+RUN_ORACLE := PYTHONPATH=python $(ORACLE)/bin/python
+PYTHON_FILES := python tests benches examples .ci
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- Set-up ------------------------------------------------------------------------------------------------
+
+.PHONY: tools
+tools:
+	@cargo --version >/dev/null 2>&1 || { echo "microlora needs Rust 1.89 or newer to build, and no working 'cargo' was found on PATH: install Rust (rustup, or your system's packages), then run make again." >&2; exit 1; }
+	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }' || { echo "microlora needs Rust 1.89 or newer to build, and this is $$(cargo --version): update Rust (rustup update), then run make again." >&2; exit 1; }
+	@$(PYTHON) --version >/dev/null 2>&1 || { echo "microlora needs Python 3.11 or newer, and no working '$(PYTHON)' was found on PATH: install it, or name one with PYTHON=/path/to/python3 make ..." >&2; exit 1; }
+	@$(PYTHON) -c '$(PROBE)' || case $$? in \
+		3) echo "microlora needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): name a newer one with PYTHON=/path/to/python3 make ..." >&2; exit 1;; \
+		4) echo "microlora does not support free-threaded CPython yet, and '$(PYTHON)' is one: name a standard CPython 3.11 or newer with PYTHON=/path/to/python3 make ..." >&2; exit 1;; \
+		*) echo "microlora makes its own virtual environment, and '$(PYTHON)' lacks the venv module: install it (Debian and Ubuntu call the package python3-venv)." >&2; exit 1;; \
+	esac
+
+$(VENV)/bin/python $(LOWEST)/bin/python $(ORACLE)/bin/python: | tools
+	@echo "== $(@:/bin/python=): a virtual environment, once"
+	@$(PYTHON) -m venv $(@:/bin/python=)
+
+$(VENV)/.maturin: pyproject.toml | $(PY)
+	@$(PY) $(PIP_INSTALL) 'maturin>=1.16,<2'
+	@touch $@
+
+$(VENV)/.extra-%: pyproject.toml | $(PY)
+	@echo "== $(VENV): packages of the extra '$*'"
+	@$(PY) -c '$(READ_EXTRAS)' $* > $(VENV)/requirements-$*.txt
+	@$(PY) $(PIP_INSTALL) --upgrade -r $(VENV)/requirements-$*.txt
+	@touch $@
+
+$(BUILT): $(RUST_SOURCES) pyproject.toml $(VENV)/.maturin | tools
+	@echo "== microlora: release build"
+	@env -u CONDA_PREFIX VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked
+	@touch $@
+
+$(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
+	@echo "== $(LOWEST): the lowest NumPy"
+	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot > $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python $(PIP_INSTALL) "$$($(LOWEST)/bin/python -c '$(PICK_LOWEST)')" -r $(LOWEST)/requirements.txt
+	@touch $@
+
+# A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
+$(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
+	@echo "== $(ORACLE): torch and PEFT"
+	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli > $(ORACLE)/requirements.txt
+	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
+		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
+		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)
+	@touch $@
+
+.PHONY: build
+build: $(BUILT) ## Build the extension in release mode and install the package in .venv
+
+# --- What people run ---------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(BUILT) $(VENV)/.extra-cli $(VENV)/.extra-plot ## Watch adapters learn from clicks on a real search task
+	@$(PY) -m microlora demo
+
+# --- Tests -------------------------------------------------------------------------------------------------
+
+.PHONY: test test-rust test-python test-lowest test-slow test-oracle
+test: test-rust test-python test-lowest ## Every test that needs no torch: Rust, then Python on the newest and lowest NumPy
+
+test-rust: tools ## Tests of the crate alone, without Python
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --all-targets; fi
+	@cargo test --locked --doc
+
+test-python: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot
+	@$(PY) -c 'import numpy, microlora._core as c; print("== pytest, NumPy", numpy.__version__, "with", *c.available_isas())'
+	@$(PY) -m pytest -q
+
+test-lowest: $(BUILT) $(LOWEST)/.ready
+	@$(RUN_LOWEST) -c 'import numpy; print("== pytest, NumPy", numpy.__version__)'
+	@$(RUN_LOWEST) -m pytest -q
+
+test-slow: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## Slow tests too, with 2,000 examples a property
+	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle' --timeout 3600
+
+test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
+	@$(RUN_ORACLE) -m pytest -q -m oracle
+
+# --- Checks of the sources ---------------------------------------------------------------------------------
+
+.PHONY: lint format
+lint: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## rustfmt, clippy, ruff, mypy, stubtest, documented names
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features python -- -D warnings
+	$(PY) -m ruff check $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff format --check $(wildcard $(PYTHON_FILES))
+	$(PY) -m mypy
+	$(PY) -m mypy.stubtest microlora._core
+	$(PY) -m pytest -q tests/test_seam.py
+
+format: tools $(VENV)/.extra-test ## Rewrite the sources in the house format
+	cargo fmt
+	$(PY) -m ruff check --fix-only $(wildcard $(PYTHON_FILES))
+	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))
+
+.PHONY: coverage
+coverage: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## Lines covered, Rust and Python together; fails under 90 %
+	@$(PY) .ci/coverage.py --fail-under 90
+
+# --- Speed -------------------------------------------------------------------------------------------------
+
+.PHONY: bench bench-smoke
+bench: $(BUILT) $(ORACLE)/.ready ## One table of speeds: this project, NumPy, torch, PEFT, and the machine's own limits
+	@$(RUN_ORACLE) benches/table.py
+
+bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measuring
+	@cargo bench --locked --benches -- --test
+	@$(if $(wildcard benches/test_*.py),$(RUN_ORACLE) -m pytest -q benches --benchmark-disable)
+	@$(if $(wildcard benches/table.py),$(RUN_ORACLE) benches/table.py --smoke)
+
+# --- The rest ----------------------------------------------------------------------------------------------
+
+.PHONY: docs clean
+docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
+	@mkdir -p docs/data build
+	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json
+	@COLUMNS=110 NO_COLOR=1 $(PY) -m microlora demo --save-dir build/adapters > build/demo.txt && mv build/demo.txt docs/data/demo.txt
+	@$(PY) docs/build.py
+
+clean: ## Remove everything that was built or installed here
+	rm -rf target build dist .venv .venv-lowest .venv-oracle .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f python/microlora/*.so .coverage
+	find python tests benches examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

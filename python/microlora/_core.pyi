@@ -1,0 +1,650 @@
+"""The compiled core: types, and the documentation of what the public classes inherit.
+
+Arrays that come in may be anything that NumPy can view as floating point: float32, C-contiguous ones are
+read in place, others (float64, float16, lists, CPU torch tensors) are copied to float32 first; integers are
+refused. Nobody may write to an array while a call reads it. In every formula x is a row vector and ``dY = s
+(x A) B``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, NoReturn, Self, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from typing_extensions import disjoint_base
+
+from microlora.progress import CancelToken, Progress
+
+__all__ = [
+    "Adapter",
+    "Contrastive",
+    "FeedbackBase",
+    "Gradient",
+    "MicroLora",
+    "ModuleHandle",
+    "Preference",
+    "Reward",
+    "Snapshot",
+    "StepResult",
+    "Target",
+    "__version__",
+    "available_isas",
+    "from_bytes",
+    "isa",
+    "load",
+    "probe_fma_gflops",
+    "probe_forward_ns",
+    "probe_read_gbps",
+    "save_peft",
+    "save_single",
+]
+
+__version__: str
+
+@disjoint_base
+class FeedbackBase:
+    """Base of all feedback: immutable values, checked when they are made, equal and picklable by content."""
+
+    @property
+    def width(self) -> int:
+        """Number of features of the output that this feedback is about."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]: ...
+
+@final
+class Target(FeedbackBase):
+    """The output that was wanted: ``base + dY``, or ``dY`` itself where no ``base`` is passed with it.
+
+    With ``"mse"`` the loss is ``1/2 |y - t|^2``, summed over features (not their mean), so that its
+    gradient is ``y - t``. With ``"cosine"`` it is ``1 - cos(y, t)``. A target teaches about ten times as
+    much as a scalar.
+
+    Args:
+        t: float32 (out_features,): the wanted output.
+        loss: ``"mse"`` or ``"cosine"``.
+
+    Raises:
+        ConfigError: Another name for ``loss``.
+        ShapeError: ``t`` is empty or not a vector.
+        NonFiniteError: NaN or infinity in ``t``, or numbers whose squares leave float32.
+        FeedbackError: All zeros with the cosine loss.
+    """
+
+    def __new__(cls, t: ArrayLike, loss: str = "mse") -> Self: ...
+    @property
+    def t(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only: the target; of unit length with the cosine loss."""
+    @property
+    def loss(self) -> Literal["mse", "cosine"]:
+        """How the output is compared with it."""
+
+@final
+class Gradient(FeedbackBase):
+    """The gradient of a loss of your own with respect to the layer's output, ``dL/dy``.
+
+    Args:
+        g: float32 (out_features,): the gradient; the step goes against it.
+
+    Raises:
+        ShapeError: ``g`` is empty or not a vector.
+        NonFiniteError: NaN or infinity in ``g``, or numbers whose squares leave float32.
+    """
+
+    def __new__(cls, g: ArrayLike) -> Self: ...
+    @property
+    def g(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only: the gradient."""
+
+@final
+class Reward(FeedbackBase):
+    """A score, with the embedding of the response that earned it.
+
+    The loss is ``1/2 (e . dY - kappa (R - b))^2``: the adapter's own score of the response's direction e is
+    pulled to the advantage over the running mean b of earlier rewards (a contextual bandit with a baseline).
+
+    Args:
+        r: The reward R, any finite number.
+        response: float32 (out_features,): embedding of the response; it is scaled to unit length.
+
+    Raises:
+        FeedbackError: No ``response`` (a scalar has no direction), all zeros in it, or a reward that is not
+            finite.
+        ShapeError: ``response`` is empty or not a vector.
+        NonFiniteError: NaN or infinity in ``response``.
+    """
+
+    def __new__(cls, r: float, response: ArrayLike | None = None) -> Self: ...
+    @property
+    def r(self) -> float:
+        """The reward."""
+    @property
+    def response(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only: direction of the response, of unit length."""
+
+@final
+class Preference(FeedbackBase):
+    """One response was preferred to another (Bradley and Terry 1952), on cosines with the output.
+
+    With ``m = beta (cos(y, chosen) - cos(y, rejected))`` the loss is
+    ``-p log sigmoid(m) - (1 - p) log sigmoid(-m)``.
+
+    Args:
+        chosen: float32 (out_features,): embedding of the preferred response; scaled to unit length.
+        rejected: float32 (out_features,): embedding of the other one; scaled to unit length.
+        p: Probability that ``chosen`` is the better one, 0 to 1.
+        beta: Inverse temperature, above 0.
+
+    Raises:
+        ShapeError: Widths differ, or an array is empty or not a vector.
+        NonFiniteError: NaN or infinity in an array.
+        FeedbackError: ``p`` or ``beta`` out of range, or an array of zeros.
+    """
+
+    def __new__(cls, chosen: ArrayLike, rejected: ArrayLike, p: float = 1.0, beta: float = 20.0) -> Self: ...
+    @property
+    def chosen(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only, of unit length."""
+    @property
+    def rejected(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only, of unit length."""
+    @property
+    def p(self) -> float:
+        """Probability that ``chosen`` is the better one."""
+    @property
+    def beta(self) -> float:
+        """Inverse temperature."""
+
+@final
+class Contrastive(FeedbackBase):
+    """The right answer among wrong ones: InfoNCE (arXiv 1807.03748) on cosines with the output.
+
+    The loss is ``-log softmax(cos(y, .) / tau)`` of the positive among positive and negatives.
+
+    Args:
+        positive: float32 (out_features,): embedding of the right answer; scaled to unit length.
+        negatives: float32 (k, out_features) or (out_features,): the wrong ones, k at least 1; scaled
+            likewise.
+        tau: Temperature, above 0.
+
+    Raises:
+        ShapeError: No negative, other widths, or an empty array.
+        NonFiniteError: NaN or infinity in an array.
+        FeedbackError: ``tau`` out of range, or a row of zeros.
+    """
+
+    def __new__(cls, positive: ArrayLike, negatives: ArrayLike, tau: float = 0.05) -> Self: ...
+    @property
+    def positive(self) -> NDArray[np.float32]:
+        """float32 (out_features,), read-only, of unit length."""
+    @property
+    def negatives(self) -> NDArray[np.float32]:
+        """float32 (k, out_features), read-only, rows of unit length."""
+    @property
+    def tau(self) -> float:
+        """Temperature."""
+
+@final
+class StepResult:
+    """What one call of ``instant`` or ``adapt`` did."""
+
+    @property
+    def rule(self) -> Literal["rls", "nlms", "accumulate"]:
+        """Which rule ran."""
+    @property
+    def loss_before(self) -> float | None:
+        """Loss of this event before the step, in the units of its feedback; None for a bare gradient."""
+    @property
+    def loss_after(self) -> float | None:
+        """Loss of this event after the step; None for a bare gradient, or where nothing was applied."""
+    @property
+    def grad_norm_a(self) -> float:
+        """Frobenius norm of dL/dA of this event; 0 where A is not trained."""
+    @property
+    def grad_norm_b(self) -> float:
+        """Frobenius norm of dL/dB of this event."""
+    @property
+    def step(self) -> float:
+        """Share of the output error that the step removes: ``u.k`` of RLS, ``eta |u|^2`` of NLMS."""
+    @property
+    def halvings(self) -> int:
+        """How often NLMS halved its step before the loss fell."""
+    @property
+    def baseline(self) -> float | None:
+        """Mean reward before this event; None for other feedback."""
+    @property
+    def applied(self) -> bool:
+        """Whether weights (``instant``) or pending gradients (``adapt``) changed."""
+    @property
+    def reason(self) -> str | None:
+        """Why nothing was applied; None where something was."""
+    @property
+    def version(self) -> int:
+        """Version of the learner after the step."""
+
+@disjoint_base
+class Adapter:
+    """The compiled part of :class:`microlora.Adapter`: an immutable set of factors with its settings."""
+
+    def __new__(cls, source: Adapter | bytes) -> Self: ...
+    def to_bytes(self) -> bytes:
+        """The adapter as the bytes of a single safetensors file; the same content gives the same bytes.
+
+        Raises:
+            FormatError: A tensor that the format cannot hold.
+        """
+    def modules(self) -> list[str]:
+        """Module names, in order."""
+    def describe(self, module: str) -> tuple[int, int, int, float, bool, str, str]:
+        """``(in_features, out_features, rank, alpha, use_rslora, dtype of A, dtype of B)`` of a module.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    def lora_a(self, module: str) -> NDArray[np.float32]:
+        """A of a module: float32 (rank, in_features), C-contiguous, a read-only copy.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    def lora_b(self, module: str) -> NDArray[np.float32]:
+        """B of a module: float32 (out_features, rank), C-contiguous, a read-only copy.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    def raw(self, module: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Stored bits of A (rank, in_features) and B (out_features, rank); bf16 comes as uint16.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    @property
+    def param_count(self) -> int:
+        """Numbers in all factors."""
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes resident: factors as they lie in memory (rows padded to 16 numbers), and extra tensors."""
+    @property
+    def config_json(self) -> str | None:
+        """Settings as JSON, or None where the file carried none."""
+    @property
+    def metadata_json(self) -> str | None:
+        """Metadata as JSON, or None where the file carried none."""
+    @property
+    def peft_config(self) -> str | None:
+        """The text of the ``adapter_config.json`` it was read from, or None."""
+    def extra_tensors(self) -> dict[str, tuple[str, list[int]]]:
+        """Name to ``(dtype, shape)`` of every tensor that is kept but is no factor."""
+    def extra_bytes(self, name: str) -> bytes:
+        """Little-endian bytes of one extra tensor.
+
+        Raises:
+            UnknownModuleError: There is no such tensor.
+        """
+    def with_json(self, config_json: str | None, metadata_json: str | None) -> Adapter:
+        """The same weights (shared) with other settings and metadata."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]: ...
+
+@disjoint_base
+class Snapshot(Adapter):
+    """The compiled part of :class:`microlora.Snapshot`: an adapter with what its learner remembered."""
+
+    def __new__(cls, source: Snapshot | bytes) -> Self: ...
+    def to_bytes(self) -> bytes:
+        """Weights and learner state as bytes; the constructor takes them back.
+
+        Raises:
+            FormatError: A tensor that the format cannot hold.
+        """
+    @property
+    def version(self) -> int:
+        """Version of the learner when the snapshot was taken."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]: ...
+
+@final
+class ModuleHandle:
+    """One module of a :class:`microlora.MicroLoRA`, found once: ``lora["q_proj"]``.
+
+    It follows the learner: calls see its present weights.
+    """
+
+    def forward(self, x: ArrayLike, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """``dY(x)``; see :meth:`MicroLora.forward`, without the lookup of a name."""
+    def forward_add(self, x: ArrayLike, out: NDArray[np.float32]) -> None:
+        """``out += dY(x)``; see :meth:`MicroLora.forward_add`."""
+    def delta_weight(self) -> NDArray[np.float32]:
+        """float32 (out_features, in_features): the change of the weight, ``s (A B)^T``, a new array."""
+    def raw(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Stored bits of A (rank, in_features) and B (out_features, rank); bf16 comes as uint16."""
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+    @property
+    def lora_a(self) -> NDArray[np.float32]:
+        """A as float32 (rank, in_features), C-contiguous, a read-only copy."""
+    @property
+    def lora_b(self) -> NDArray[np.float32]:
+        """B as float32 (out_features, rank), C-contiguous, a read-only copy."""
+    @property
+    def rank(self) -> int:
+        """Rank r of the update."""
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scaling."""
+    @property
+    def scaling(self) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (arXiv 2312.03732)."""
+    @property
+    def in_features(self) -> int:
+        """Width of x."""
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+    @property
+    def dtype(self) -> Literal["f32", "f16", "bf16"]:
+        """Storage dtype of A."""
+    @property
+    def pending(self) -> int:
+        """Events of ``adapt`` that wait for ``apply_updates``."""
+    @property
+    def ridge(self) -> float | None:
+        """Ridge constant that this module's RLS started from; None before its first event."""
+
+@disjoint_base
+class MicroLora:
+    """The compiled part of :class:`microlora.MicroLoRA`."""
+
+    def __new__(
+        cls,
+        modules: Sequence[tuple[str, int, int, int, float]] | Adapter,
+        *,
+        use_rslora: bool,
+        dtype: str,
+        seed: int,
+        dropout: float,
+        instant: tuple[str, str, float, float, float | None, float, float, float | None],
+    ) -> Self: ...
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """What the module adds to its layer's output: ``dY = s (x A) B``.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features). Float32 C-contiguous arrays are read in place,
+                other floating point is copied; a batch may release the GIL.
+            module: Name of the module; None where there is only one.
+            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from
+                ``x``.
+
+        Returns:
+            ``out``, or a new float32 array of that shape; exact zeros while B is zero or ``enabled`` is
+            False.
+
+        Raises:
+            UnknownModuleError: No module of that name.
+            ConfigError: ``module`` left out with several modules.
+            ShapeError: ``x`` or ``out`` of another shape, or empty.
+            DTypeError: ``x`` is not floating point, or ``out`` is not float32.
+            LayoutError: ``out`` cannot be written in place or overlaps ``x``; ``x`` is byte-swapped.
+            NonFiniteError: NaN or infinity in ``x``, or a product beyond float32.
+        """
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)``: adds the module's part to the layer's output in place.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features).
+            module: Name of the module; None where there is only one.
+            out: float32 (out_features,) or (n, out_features), needed: C-contiguous, writable, apart from
+                ``x``.
+
+        Raises:
+            ConfigError: ``out`` is missing, or ``module`` with several modules.
+            MicroLoraError: As :meth:`forward`; ``out`` is unchanged then.
+        """
+    def forward_all(
+        self, x: ArrayLike, modules: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """``dY(x)`` of several modules that read the same input, all of one version of the weights.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features).
+            modules: Their names; None takes those there are of q_proj, k_proj and v_proj, else of gate_proj
+                and up_proj.
+
+        Returns:
+            ``{module: float32 (out_features,) or (n, out_features)}``.
+
+        Raises:
+            ConfigError: Nothing to choose by default, or modules of different input widths.
+            MicroLoraError: As :meth:`forward`.
+        """
+    def __getitem__(self, key: str, /) -> ModuleHandle: ...
+    def __contains__(self, key: str, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def modules(self) -> list[str]:
+        """Module names, in order."""
+    def instant(
+        self, x: ArrayLike, feedback: FeedbackBase, module: str | None = None, base: ArrayLike | None = None
+    ) -> StepResult:
+        """Learns from one event by a closed form; the next ``forward`` sees it.
+
+        A squared-error target is learned by recursive least squares on B (Haykin, Adaptive Filter Theory,
+        ch. 13): B is then the exact ridge solution of all such events so far. Other feedback takes a
+        normalised LMS step that is halved until the event's loss falls.
+
+        Args:
+            x: float32 (in_features,): the layer's input.
+            feedback: A `Target`, `Gradient`, `Reward`, `Preference` or `Contrastive`.
+            module: Name of the module; None where there is only one.
+            base: float32 (out_features,): output of the frozen layer for this x (for embeddings: x itself),
+                so that feedback is about ``base + dY``; without it feedback is about dY alone.
+
+        Returns:
+            What was done; an event that teaches nothing is skipped, with the reason.
+
+        Raises:
+            FeedbackError: A bare number, which has no direction, or feedback that the rule in the settings
+                does not take.
+            ShapeError: ``x``, ``base`` or the feedback of another width.
+            DTypeError: ``x`` or ``base`` is not floating point, or ``feedback`` is none.
+            NonFiniteError: NaN or infinity, or a step that would leave float32. Nothing changes in any error.
+            UnknownModuleError: No module of that name.
+        """
+    def adapt(
+        self, x: ArrayLike, feedback: FeedbackBase, module: str | None = None, base: ArrayLike | None = None
+    ) -> StepResult:
+        """Adds one event's gradient to the module's pending sum; the weights wait for :meth:`apply_updates`.
+
+        With ``u = s x A`` and ``g = dL/dy``: ``dL/dB = u^T g`` and ``dL/dA = s x^T (B g)``. Dropout of the
+        settings acts on x here, and only here.
+
+        Args:
+            x: float32 (in_features,): the layer's input.
+            feedback: As in :meth:`instant`.
+            module: Name of the module; None where there is only one.
+            base: float32 (out_features,): output of the frozen layer; see :meth:`instant`.
+
+        Returns:
+            Loss and gradient norms of the event.
+
+        Raises:
+            MicroLoraError: As :meth:`instant`; nothing changes then.
+        """
+    def apply_updates(self, lr: float, max_grad_norm: float | None = None) -> int:
+        """``W -= lr * mean`` of the pending gradients of every module, then forgets them.
+
+        Args:
+            lr: Learning rate, 0 or above.
+            max_grad_norm: Scale the mean gradients of all modules together down to this norm.
+
+        Returns:
+            How many events were applied.
+
+        Raises:
+            ConfigError: ``lr`` or ``max_grad_norm`` out of range.
+            NonFiniteError: The step would leave float32. Nothing changes in either error.
+        """
+    def fit_input_basis(
+        self,
+        x: ArrayLike,
+        module: str | None = None,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> float:
+        """Sets A to the top right singular vectors of unlabelled inputs (the idea of EVA, arXiv 2410.07170).
+
+        The inputs are not centred. A is scaled so that the mean of ``|s x A|^2`` over them is 1.
+
+        Args:
+            x: float32 (n, in_features), n at least the rank.
+            module: Name of the module; None where there is only one.
+            progress: Called with ``(done, total, message)`` between steps.
+            cancel: Looked at between steps; a cancelled call changes nothing.
+
+        Returns:
+            The share of ``|x|^2`` that the rank holds, 0 to 1.
+
+        Raises:
+            ShapeError: Another width, or fewer rows than the rank.
+            NonFiniteError: NaN or infinity in ``x``.
+            FeedbackError: Every input is zero.
+            CancelledError: ``cancel`` was set.
+            ConfigError: Gradients are pending, or the adapter has learned what the new A cannot express.
+        """
+    def delta_weight(self, module: str | None = None) -> NDArray[np.float32]:
+        """The change of the layer's weight, ``s (A B)^T``, in the orientation of torch and PEFT.
+
+        Args:
+            module: Name of the module; None where there is only one.
+
+        Returns:
+            float32 (out_features, in_features), new: ``forward(x) == x @ delta_weight().T``.
+
+        Raises:
+            UnknownModuleError: No module of that name.
+        """
+    def fuse_into(self, w: NDArray[np.float32], module: str | None = None) -> None:
+        """``w += delta_weight()`` in place, without the array between.
+
+        Args:
+            w: float32 (out_features, in_features), C-contiguous and writable: the base layer's weight.
+            module: Name of the module; None where there is only one.
+
+        Raises:
+            ShapeError: Another shape.
+            DTypeError: Not float32.
+            LayoutError: Read-only or not C-contiguous.
+            NonFiniteError: NaN or infinity in ``w``. It is unchanged in every error.
+            UnknownModuleError: No module of that name.
+        """
+    def unfuse_from(self, w: NDArray[np.float32], module: str | None = None) -> None:
+        """``w -= delta_weight()`` in place: undoes :meth:`fuse_into` to 1e-6 of ``max(|w|, |delta|)``.
+
+        Args:
+            w: float32 (out_features, in_features), C-contiguous and writable.
+            module: Name of the module; None where there is only one.
+
+        Raises:
+            MicroLoraError: As :meth:`fuse_into`.
+        """
+    def snapshot(self, config_json: str | None = None, metadata_json: str | None = None) -> Snapshot:
+        """Weights and learner state, with these settings attached."""
+    def restore(self, source: Adapter) -> None:
+        """Goes back to a snapshot, or takes an adapter's weights.
+
+        After a :class:`microlora.Snapshot` outputs and later learning are bit-identical to what they were;
+        after a plain :class:`microlora.Adapter` the rules start afresh. ``version`` goes up either way.
+
+        Args:
+            source: A value with the same modules, shapes, ranks, alphas and dtypes.
+
+        Raises:
+            ConfigError: Other modules.
+            ShapeError: Other shapes, ranks, alphas or dtypes.
+            DTypeError: Neither of the two. Nothing changes in any error.
+        """
+    def adapter(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
+        """The present weights, with these settings attached."""
+    @property
+    def param_count(self) -> int:
+        """Numbers in all factors."""
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes resident now: weights, float32 masters, RLS state and pending gradients."""
+    @property
+    def version(self) -> int:
+        """Counts every change of the weights."""
+    @property
+    def enabled(self) -> bool:
+        """Whether ``forward`` gives the adapter's output; while False zeros. Learning goes on."""
+    @enabled.setter
+    def enabled(self, value: bool) -> None: ...
+    @property
+    def counters(self) -> dict[str, int]:
+        """Events so far: ``instant``, ``adapt``, ``apply`` and ``skipped``."""
+    def __hash__(self) -> NoReturn: ...
+
+def load(path: str | PathLike[str], mmap: bool, strict: bool) -> tuple[Adapter, list[str], list[str]]:
+    """Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.
+
+    Raises:
+        FormatError: The file is broken.
+        UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
+        OSError: The file cannot be read.
+    """
+
+def from_bytes(data: bytes, strict: bool) -> tuple[Adapter, list[str], list[str]]:
+    """The same from the bytes of a single file.
+
+    Raises:
+        FormatError: The bytes are broken.
+        UnsupportedVariantError: They are of a kind that must not be applied as plain LoRA.
+    """
+
+def save_single(adapter: Adapter, path: str | PathLike[str]) -> None:
+    """Writes a single safetensors file through a temporary sibling and a rename.
+
+    Raises:
+        FormatError: A tensor that the format cannot hold.
+        OSError: The system refused; an older file is left whole.
+    """
+
+def save_peft(
+    adapter: Adapter,
+    path: str | PathLike[str],
+    layer_paths: Mapping[str, Sequence[str]] | None,
+    base_model: str | None,
+) -> None:
+    """Writes a directory that PEFT loads, each file through a temporary sibling and a rename.
+
+    Raises:
+        ConfigError: ``layer_paths`` that do not fit the modules.
+        OSError: The system refused.
+    """
+
+def isa() -> str:
+    """The instruction set that adapters made now use: ``scalar``, ``avx2`` or ``avx512``.
+
+    Raises:
+        ConfigError: ``MICROLORA_ISA`` names one that is unknown or that this machine lacks.
+    """
+
+def available_isas() -> list[str]:
+    """Every instruction set that this machine can run, slowest first."""
+
+def probe_read_gbps(bytes: int, seconds: float) -> float:
+    """Read bandwidth in GB/s over a buffer of ``bytes``, best instruction set, in ``seconds``."""
+
+def probe_fma_gflops(seconds: float) -> float:
+    """Peak of float32 fused multiply-adds in GFLOP/s, best instruction set, in ``seconds``."""
+
+def probe_forward_ns(handle: ModuleHandle, seconds: float) -> float:
+    """Nanoseconds of one forward of a module without Python, in ``seconds``."""

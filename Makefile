@@ -29,7 +29,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs
 BUILT := $(VENV)/.built
 RUN_LOWEST := PYTHONPATH=python $(LOWEST)/bin/python
 RUN_ORACLE := PYTHONPATH=python $(ORACLE)/bin/python
-PYTHON_FILES := python tests benches examples .ci
+PYTHON_FILES := python tests benches docs examples .ci
 
 .PHONY: help
 help: ## Show this list
@@ -149,7 +149,12 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: docs clean
+.PHONY: science docs clean
+science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
+	@mkdir -p docs/data
+	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
+	@$(PY) docs/build.py
+
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build
 	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json

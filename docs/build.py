@@ -71,9 +71,9 @@ def performance(data: dict[str, Any]) -> str:
     out = [
         "# Performance",
         "",
-        "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within "
-        "that run; the error is the largest difference to float64, relative to the largest number. Rows that miss "
-        "their target say so.",
+        "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within",
+        "that run; the error is the largest difference to float64, relative to the largest number. Rows that",
+        "miss their target say so.",
         "",
         f"Machine: {machine(data['machine'])}.",
     ]

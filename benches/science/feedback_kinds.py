@@ -2,7 +2,7 @@
 
 The demo's task: one adapter per persona, one pass over its clicks, one `instant` per click, MRR@10 of
 held-out queries over the whole corpus. Splits 10-14 are reported; nothing was tuned here, every rule runs
-on its defaults. One JSON line per split and kind; `docs/build.py` makes the table in docs/learning.md of them.
+on its defaults. One JSON line per split and kind; `docs/build.py` makes the table in docs/learning.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microlora._core as _core
 from microlora.config import LoraConfig
+from microlora.exceptions import FormatError
 from microlora.metadata import AdapterMetadata
 
 if TYPE_CHECKING:
@@ -43,9 +44,29 @@ class Adapter(_core.Adapter):
     """
 
     @property
-    def config(self) -> LoraConfig | None:
-        """The settings it was made with, or ``None`` for a file that carries none of ours."""
-        return LoraConfig.from_json(self.config_json) if self.config_json else None
+    def config(self) -> LoraConfig:
+        """The settings it was made with; what the weights say where the file carries none of ours.
+
+        Raises:
+            FormatError: Its settings contradict its weights, or were written by a newer version.
+        """
+        shapes = config_of(self)
+        if not self.config_json:
+            return shapes
+        config = LoraConfig.from_json(self.config_json)
+        if set(config.target_modules) != set(self.modules()):
+            # Saved under a model's paths: the weights know the names, the settings the rest.
+            kept = ("dropout", "name", "description", "tags", "instant")
+            return shapes.replace(**{key: getattr(config, key) for key in kept})
+        for module in self.modules():
+            info = self.info(module)
+            said = (config.rank_of(module), config.alpha_of(module), config.use_rslora)
+            if said != (info.rank, info.alpha, info.use_rslora):
+                got = (info.rank, info.alpha, info.use_rslora)
+                raise FormatError(
+                    f"config: {module} has (rank, alpha, use_rslora) {said}, but its weights have {got}"
+                )
+        return config
 
     @property
     def metadata(self) -> AdapterMetadata:
@@ -95,3 +116,23 @@ class Snapshot(_core.Snapshot, Adapter):
     """
 
     __hash__ = _core.Snapshot.__hash__
+
+
+def config_of(adapter: Adapter) -> LoraConfig:
+    """Settings that describe an adapter whose file carries none of ours.
+
+    The commonest rank and alpha become the global ones; the others are listed per module.
+    """
+    infos = {name: adapter.info(name) for name in adapter.modules()}
+    ranks, alphas = [i.rank for i in infos.values()], [i.alpha for i in infos.values()]
+    rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
+    first = next(iter(infos.values()))
+    return LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(infos),
+        use_rslora=first.use_rslora,
+        dtype=first.dtype_a,
+        module_ranks={m: i.rank for m, i in infos.items() if i.rank != rank},
+        module_alphas={m: i.alpha for m, i in infos.items() if i.alpha != alpha},
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import microlora._core as _core
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, UnusedTensorWarning
+from microlora.exceptions import ConfigError, FormatError, UnusedTensorWarning
 
 if TYPE_CHECKING:
     from microlora.micro_lora import MicroLoRA
@@ -79,4 +79,10 @@ def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
     adapter, unused, _notes = _core.load(os.fspath(path), mmap, strict)
     if unused:
         warnings.warn(f"{os.fspath(path)}: unused: {', '.join(unused)}", UnusedTensorWarning, stacklevel=2)
-    return Adapter(adapter)
+    value = Adapter(adapter)
+    # Settings and metadata are read now, so that a file that lies about itself is refused here.
+    try:
+        _ = value.config, value.metadata
+    except ConfigError as e:
+        raise FormatError(f"{os.fspath(path)}: {e}") from e
+    return value

@@ -65,7 +65,7 @@ class MicroLoRA(_core.MicroLora):
                 )
             adapter = Adapter(config)
             modules, metadata = adapter, adapter.metadata
-            config = adapter.config or config_of(adapter)
+            config = adapter.config
         elif isinstance(config, LoraConfig):
             resolved = config.resolve_dims(hidden_dim=hidden_dim, dims=dims)
             modules = [(m, i, o, config.rank_of(m), config.alpha_of(m)) for m, (i, o) in resolved.items()]
@@ -186,26 +186,6 @@ def _unpickle(cls: type[MicroLoRA], snapshot: Snapshot, enabled: bool, device: s
     lora.restore(snapshot)
     lora.enabled = enabled
     return lora
-
-
-def config_of(adapter: Adapter) -> LoraConfig:
-    """Settings that describe an adapter whose file carries none of ours.
-
-    The commonest rank and alpha become the global ones; the others are listed per module.
-    """
-    infos = {name: adapter.info(name) for name in adapter.modules()}
-    ranks, alphas = [i.rank for i in infos.values()], [i.alpha for i in infos.values()]
-    rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
-    first = next(iter(infos.values()))
-    return LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        target_modules=tuple(infos),
-        use_rslora=first.use_rslora,
-        dtype=first.dtype_a,
-        module_ranks={m: i.rank for m, i in infos.items() if i.rank != rank},
-        module_alphas={m: i.alpha for m, i in infos.items() if i.alpha != alpha},
-    )
 
 
 def create_lora(

@@ -93,11 +93,11 @@ def performance(data: dict[str, Any]) -> str:
 
 def inject(page: str, name: str, block: str) -> str:
     """Puts a block between its two markers."""
-    start, end = f"<!-- {name}:start -->\n", f"\n<!-- {name}:end -->"
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     if page.count(start) != 1 or page.count(end) != 1:
-        raise SystemExit(f"README.md: expected one pair of markers {name}:start and {name}:end")
+        raise SystemExit(f"expected one pair of markers {name}:start and {name}:end")
     head, rest = page.split(start)
-    return head + start + block + end + rest.split(end)[1]
+    return f"{head}{start}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:

@@ -59,7 +59,10 @@ impl Factor {
     pub fn zeros(rank: usize, len: usize, dtype: Dtype) -> Self {
         let geometry = Geometry { rank, len };
         let bytes = geometry.stored() * dtype.size();
-        Factor { geometry, dtype, lines: vec![Line([0; 8]); bytes.div_ceil(64)] }
+        // Written now: zeroed pages of the system would be faulted in by the first event instead.
+        let mut lines = vec![Line([0; 8]); bytes.div_ceil(64)];
+        std::hint::black_box(&mut lines).fill(Line([0; 8]));
+        Factor { geometry, dtype, lines }
     }
 
     /// From f32 rows, `rows[r * len + c]`, rounded to nearest even where the dtype is narrower.

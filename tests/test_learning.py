@@ -4,13 +4,26 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import microlora as ml
 import reference as ref
 from microlora.exceptions import ConfigError, FeedbackError, NonFiniteError, ShapeError
-from support import KINDS, close, feedback_kinds, make, normal, rng, set_weights, state_of, twin
+from support import (
+    KINDS,
+    bf16_bits,
+    close,
+    feedback_kinds,
+    from_bf16,
+    make,
+    normal,
+    read_tensors,
+    rng,
+    set_weights,
+    state_of,
+    twin,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 24)
@@ -185,7 +198,7 @@ def test_rls_with_forgetting_weighs_events_by_their_age():
 
 
 def test_rls_forgets_an_old_map_only_when_told_to():
-    x, old, new, r = normal(rng(3), 400, 16), normal(rng(4), 8, 4), normal(rng(5), 8, 4), rng(6)
+    x, old, new = normal(rng(3), 400, 16), normal(rng(4), 8, 4), normal(rng(5), 8, 4)
     error = {}
     for phi in (1.0, 0.95):
         lora = make(16, 8, 4, learned=False, instant=ml.InstantConfig(forgetting=phi))
@@ -194,7 +207,6 @@ def test_rls_forgets_an_old_map_only_when_told_to():
             lora.instant(x[i], ml.Target(u[i] @ (old if i < 200 else new).T), "m")
         error[phi] = np.abs(lora["m"].lora_b - new).max()
     assert error[0.95] < 0.01 * error[1.0]
-    del r
 
 
 def constant_events(count, phi):
@@ -207,8 +219,6 @@ def constant_events(count, phi):
 
 
 def trace_of(lora):
-    from support import read_tensors
-
     _, tensors = read_tensors(lora.snapshot().to_bytes())
     p = np.frombuffer(next(v for k, v in tensors.items() if k.endswith("/p")), np.float64)
     p = p.reshape(lora["m"].rank, -1)
@@ -264,7 +274,7 @@ def test_a_reward_that_was_expected_teaches_nothing(seed, kappa):
     score = float(ref.unit(e) @ ref.f64(lora.forward(x, "m")))
     assume(abs(score) > 1e-3)
     result = lora.adapt(x, ml.Reward(score / kappa, response=e), "m")
-    other = lora.adapt(x, ml.Gradient(ref.unit(e) * abs(score)), "m")
+    other = lora.adapt(x, ml.Gradient(ref.unit(e) * np.linalg.norm(lora.forward(x, "m"))), "m")
     assert result.grad_norm_b <= 2e-5 * other.grad_norm_b
     assert result.grad_norm_a <= 2e-5 * max(other.grad_norm_a, other.grad_norm_b)
 
@@ -351,7 +361,7 @@ def check_learns_instantly(learner, a, s, n_out, seed=0, events=500):
     assert loss() * 100 < before
 
 
-def check_learns_by_gradient(learner, n_in, n_out, seed=0, rounds=400, lr=0.4):
+def check_learns_by_gradient(learner, n_in, n_out, seed=0, rounds=400, lr=0.05):
     """Any map of low rank by adapt + apply_updates: loss on unseen inputs falls 100 times."""
     r = rng(seed)
     w = (normal(r, n_out, 2) @ normal(r, 2, n_in)) / np.sqrt(n_in)
@@ -401,8 +411,8 @@ def test_repeated_feedback_of_every_direction_is_followed(kind):
     first = lora.instant(x, fb, "m", base=base).loss_before
     for _ in range(400):
         last = lora.instant(x, fb, "m", base=base)
-        assert last.applied, last
-    assert last.loss_after < first - 0.3 * abs(first)
+        assert last.applied or last.loss_before < 1e-5, last
+    assert last.loss_before < 0.7 * first
 
 
 # -- adapt and apply --
@@ -477,8 +487,11 @@ def test_apply_clips_by_the_global_norm_of_all_modules():
     for n, t in twins.items():
         close(lora[n].lora_a, t.a, 1e-5)
         close(lora[n].lora_b, t.b, 1e-5)
-    moved = sum(((ref.f64(v) - w) ** 2).sum() for n in "ab" for v, w in
-                zip((lora[n].lora_a, lora[n].lora_b), start[n], strict=True))
+    moved = sum(
+        ((ref.f64(v) - w) ** 2).sum()
+        for n in "ab"
+        for v, w in zip((lora[n].lora_a, lora[n].lora_b), start[n], strict=True)
+    )
     assert np.sqrt(moved) == pytest.approx(1.0, rel=1e-4)
 
 
@@ -536,40 +549,31 @@ def test_dropout_drops_and_scales_what_it_keeps():
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_narrow_storage_learns_through_its_f32_master(dtype):
-    """1,000 small steps: they vanish in the narrow dtype alone, and add up in the master."""
-    r, lr = rng(3), 1e-4
-    narrow, full = make(24, 16, 4, dtype=dtype), make(24, 16, 4)
+    """1,000 steps, each below half of the storage's resolution: lost in it alone, added up in the master."""
+    r = rng(3)
+    a, b = (np.copysign(r.uniform(0.5, 1, shape), normal(r, *shape)) for shape in ((4, 24), (16, 4)))
+    narrow, full, stuck = make(24, 16, 4, dtype=dtype), make(24, 16, 4), make(24, 16, 4)
+    set_weights(narrow, {"m": (a, b)})
     start = narrow["m"].lora_a, narrow["m"].lora_b
-    set_weights(full, {"m": start})
-    x, w = normal(r, 32, 24), normal(r, 16, 24)
-    t = x @ w.T
-    loss = lambda lora: ((lora.forward(x, "m") - t) ** 2).sum() / 64  # noqa: E731
-    first = loss(full)
-    stalled = [v.astype(np.float16) if dtype == "f16" else v for v in start]
-    for _ in range(1000):
-        for i in range(0, 32, 8):
-            for lora in (narrow, full):
-                lora.adapt(x[i], ml.Target(t[i]), "m")
-        for lora in (narrow, full):
-            lora.apply_updates(lr)
-    gain = first - loss(full)
-    assert gain > 0.1 * first
-    assert loss(narrow) == pytest.approx(loss(full), rel=0.01)
-    # The same rule without a master: rounded to the storage after every step.
-    stuck = make(24, 16, 4)
-    from support import bf16_bits, from_bf16
+    for lora in (full, stuck):
+        set_weights(lora, {"m": start})
+    x, t = normal(r, 24), normal(r, 16)
+    want = twin(full)
+    first = want.adapt(x, ml.Target(t))
+    lr = 1e-4 / max(np.abs(g).max() for g in want.pending[0])
 
     def rounded(v):
         return v.astype(np.float16).astype(np.float32) if dtype == "f16" else from_bf16(bf16_bits(v))
 
-    set_weights(stuck, {"m": start})
     for _ in range(1000):
-        for i in range(0, 32, 8):
-            stuck.adapt(x[i], ml.Target(t[i]), "m")
-        stuck.apply_updates(lr)
+        for lora in (narrow, full, stuck):
+            lora.adapt(x, ml.Target(t), "m")
+            lora.apply_updates(lr)
         set_weights(stuck, {"m": (rounded(stuck["m"].lora_a), rounded(stuck["m"].lora_b))})
-    assert first - loss(stuck) < 0.9 * gain
-    del stalled
+    loss = [ref.mse(lora.forward(x, "m"), t)[0] for lora in (narrow, full, stuck)]
+    assert loss[1] < 0.8 * first
+    assert loss[0] == pytest.approx(loss[1], rel=0.01)
+    assert loss[2] == pytest.approx(first, rel=1e-6)
 
 
 # -- skipping and refusing --
@@ -633,7 +637,7 @@ exponents = st.floats(-44, 37)
     dtype=st.sampled_from(["f32", "f16", "bf16"]),
     learned=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=25, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_extreme_but_finite_events_never_leave_a_bad_number(rule, kind, seed, steps, dtype, learned):
     """Whatever the sizes, weights stay finite; an event is applied, skipped, or refused with the state kept."""
     r = rng(seed)

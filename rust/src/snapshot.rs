@@ -46,7 +46,6 @@ struct ModuleJson {
     basis_unit: Option<f64>,
     baseline_count: u64,
     baseline_value: f64,
-    bounds: [f64; 2],
     pending: u64,
     pending_bounds: [f64; 2],
 }
@@ -93,7 +92,6 @@ impl Snapshot {
                 basis_unit: l.basis_unit,
                 baseline_count: l.baseline.count,
                 baseline_value: l.baseline.value,
-                bounds: l.bounds,
                 pending: pending.map_or(0, |g| g.count),
                 pending_bounds: pending.map_or([0.0; 2], |g| g.bounds),
             });
@@ -163,7 +161,6 @@ impl Snapshot {
             }
             l.basis_unit = m.basis_unit;
             l.baseline = Baseline { count: m.baseline_count, value: m.baseline_value };
-            l.bounds = m.bounds;
             learners.push(l);
         }
         Ok(Snapshot { adapter, learners, version: json.version, rng: json.rng, counters: json.counters })

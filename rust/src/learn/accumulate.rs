@@ -152,7 +152,11 @@ pub(crate) fn check_apply(learner: &mut Learner, lr: f64) -> Result<()> {
         return Ok(());
     }
     let grow = g.bounds.map(|b| lr.abs() * b / g.count as f64);
-    learner.guard(|[a, b]| (a + grow[0]).max(b + grow[1]), "lr")
+    if !((lr / g.count as f64) as f32).is_finite() {
+        let detail = format!(": {lr:e} overflows float32");
+        return Err(Error::NonFinite { arg: "lr".into(), detail });
+    }
+    learner.guard_weights(grow, "lr")
 }
 
 /// Applies `w -= lr * mean gradient` and clears the sums. Returns whether anything was pending.

@@ -26,6 +26,10 @@ const RANK_TOLERANCE: f64 = 1e-6;
 /// How well the new rows must span the old ones before a learned B may be carried over.
 const SPAN_TOLERANCE: f64 = 1e-5;
 
+/// Inputs within these are squared without overflow or underflow in f32.
+const MAX_NORM2: f64 = 1e36;
+const MIN_NORM: f64 = 1e-12;
+
 /// Told of progress as (inputs seen, inputs in all); an error stops the work before anything changed.
 pub type Tick<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
 
@@ -61,6 +65,11 @@ pub(crate) fn fit(
     if total == 0.0 {
         return Err(Error::Feedback("X: every input is zero, so there is no direction to find".into()));
     }
+    let norm = (total / n as f64).sqrt();
+    if total > MAX_NORM2 || norm < MIN_NORM {
+        let got = format!("rows of norm {norm:.1e}");
+        return Err(Error::config("X", got, "rows whose squares float32 holds: norms from 1e-12 to 1e15"));
+    }
     let (mut rows, kept) =
         if n <= EXACT { exact(k, x, width, rank, tick)? } else { iterate(k, x, width, rank, rng, tick)? };
     let held: f64 = kept.iter().sum::<f64>() / total;
@@ -73,6 +82,12 @@ pub(crate) fn fit(
         return Err(Error::config("alpha", layer.alpha, "a scaling that is not zero"));
     }
     let b = if layer.b.is_zero() { None } else { Some(carry_over(k, &layer, &rows)?) };
+    let [most_a, most_b] = learner.limits();
+    let fits = |v: &[f32], most: f64| v.iter().all(|v| f64::from(v.abs()) < most);
+    if !(fits(&rows, most_a) && b.as_ref().is_none_or(|b| fits(b.stream(), most_b))) {
+        let want = format!("larger inputs: the basis of these overflows {} weights", learner.layer().a.dtype());
+        return Err(Error::config("X", format!("rows of norm {norm:.1e}"), want));
+    }
     drop(layer);
     learner.edit(Touched { a: true, b: b.is_some() }, |layer| {
         layer.a = Factor::from_rows(&rows, rank, width, Dtype::F32).into();

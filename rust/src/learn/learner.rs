@@ -16,6 +16,10 @@ use super::{nlms, rls};
 
 /// Weights and sums beyond this are refused before they can overflow f32.
 pub(crate) const LIMIT: f64 = 1e18;
+/// Squared bottlenecks below this underflow in f32: nothing can be learned from them.
+pub(crate) const TINY: f64 = f32::MIN_POSITIVE as f64;
+/// Largest number that f16 holds.
+const F16_LIMIT: f64 = 65_504.0;
 
 /// One module's weights and everything its learning rules remember.
 #[derive(Debug)]
@@ -148,7 +152,7 @@ impl Learner {
         self.bounds = [f64::from(top(m.a.stream())), f64::from(top(m.b.stream()))];
     }
 
-    /// Refuses a step whose numbers could pass [`LIMIT`]; `grow` maps the bounds to the worst result.
+    /// Refuses an event whose numbers could pass [`LIMIT`]; `worst` maps the bounds to the largest of them.
     pub(crate) fn guard(&mut self, worst: impl Fn([f64; 2]) -> f64, arg: &str) -> Result<()> {
         if worst(self.bounds) < LIMIT {
             return Ok(());
@@ -158,6 +162,30 @@ impl Learner {
             return Ok(());
         }
         Err(Error::NonFinite { arg: arg.into(), detail: ": the step would overflow float32".into() })
+    }
+
+    /// Largest numbers that A and B may hold in their storage dtypes.
+    pub(crate) fn limits(&self) -> [f64; 2] {
+        [&self.read.a, &self.read.b].map(|f| match f.dtype() {
+            Dtype::F16 => F16_LIMIT,
+            Dtype::F32 | Dtype::Bf16 => LIMIT,
+        })
+    }
+
+    /// Refuses a step that moves A and B by up to `grow` where a weight could pass what its storage holds.
+    pub(crate) fn guard_weights(&mut self, grow: [f64; 2], arg: &str) -> Result<()> {
+        let limits = self.limits();
+        let fits = |at: [f64; 2]| (0..2).all(|i| grow[i] == 0.0 || at[i] + grow[i] < limits[i]);
+        if fits(self.bounds) {
+            return Ok(());
+        }
+        self.refresh_bounds();
+        if fits(self.bounds) {
+            return Ok(());
+        }
+        let dtypes = [self.read.a.dtype(), self.read.b.dtype()];
+        let kind = dtypes[usize::from(grow[1] != 0.0)];
+        Err(Error::NonFinite { arg: arg.into(), detail: format!(": the step would overflow {kind} weights") })
     }
 
     /// Changes the f32 weights and brings the readers' version up to date. Readers that still hold the old

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 
 use super::feedback::{Feedback, Output};
-use super::learner::{Event, Learner, Touched};
+use super::learner::{Event, Learner, TINY, Touched};
 use super::settings::{Instant, Train};
 use super::step::StepResult;
 
@@ -26,7 +26,7 @@ pub(crate) fn step(
     let mut result = StepResult::new("nlms");
     let (layer, both) = (std::sync::Arc::clone(learner.master()), settings.train == Train::Both);
     let norm2 = learner.bottleneck(k, event.x)?;
-    if norm2 == 0.0 {
+    if norm2 < TINY {
         return Ok(result.skipped("x gives a zero bottleneck (x A = 0): nothing to learn from"));
     }
     let reach = (norm2 * layer.rank() as f64).sqrt();
@@ -70,9 +70,6 @@ pub(crate) fn step(
             g2 = max * max;
         }
     }
-    if let Feedback::Reward { reward, .. } = event.feedback {
-        learner.baseline.update(*reward, settings.baseline_rate);
-    }
     if !loss.is_nan() {
         result.loss_before = Some(loss);
     }
@@ -86,13 +83,8 @@ pub(crate) fn step(
     if both {
         p = scratch.g.clone();
         k.scale(u2, &mut p);
-        for w in &mut w {
-            *w *= s2 * x2;
-        }
-        layer.b.combine(k, &w, &mut p, true);
-        for w in &mut w {
-            *w /= s2 * x2;
-        }
+        let scaled: Vec<f32> = w.iter().map(|w| w * s2 * x2).collect();
+        layer.b.combine(k, &scaled, &mut p, true);
         q = s2 * x2 * k.dot(&scratch.g, &delta);
         let b = layer.b.stream();
         curvature += s2 * x2 * k.dot(b, b);
@@ -143,21 +135,27 @@ pub(crate) fn step(
     }
 
     let worst = f64::from(eta) * (norm2 * f64::from(g2)).sqrt();
-    let worst_a = f64::from(eta) * f64::from(result.grad_norm_a);
-    if let Err(e) = learner.guard(|[a, b]| (a + worst_a).max(b + worst), event.feedback.argument()) {
+    let worst_a = if both { f64::from(eta) * f64::from(result.grad_norm_a) } else { 0.0 };
+    k.scale(-eta * layer.scaling(), &mut w);
+    k.scale(-eta, &mut scratch.u);
+    let arg = event.feedback.argument();
+    let checked = if k.all_finite(&scratch.u) && (!both || k.all_finite(&w)) {
+        learner.guard_weights([worst_a, worst], arg)
+    } else {
+        Err(Error::NonFinite { arg: arg.into(), detail: ": the step would overflow float32".into() })
+    };
+    if let Err(e) = checked {
         learner.scratch = scratch;
         return Err(e);
     }
+    if let Feedback::Reward { reward, .. } = event.feedback {
+        learner.baseline.update(*reward, settings.baseline_rate);
+    }
     drop(layer);
     learner.edit(Touched { a: both, b: true }, |layer| {
-        let s = layer.scaling();
         if both {
-            for w in &mut w {
-                *w *= -eta * s;
-            }
             std::sync::Arc::make_mut(&mut layer.a).rank1(k, &w, event.x);
         }
-        k.scale(-eta, &mut scratch.u);
         std::sync::Arc::make_mut(&mut layer.b).rank1(k, &scratch.u, &scratch.g);
     });
     if both {

@@ -4,10 +4,10 @@
 //! `P = I / ridge` (Haykin, Adaptive Filter Theory, ch. 13). For squared loss this recursion is also EWC with
 //! the full Fisher of B, so it does not forget while `phi = 1`.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 
-use super::learner::{Event, Learner, Touched};
+use super::learner::{Event, Learner, Scratch, TINY, Touched};
 use super::settings::Instant;
 use super::step::StepResult;
 
@@ -29,6 +29,11 @@ impl Rls {
         Rls { p, ridge }
     }
 
+    /// Upper bound of `|k|` over all u: `sqrt(largest eigenvalue of P / phi) / 2`, P being capped at its prior.
+    fn gain_bound(&self, rank: usize, phi: f64) -> f64 {
+        0.5 * (rank as f64 / self.ridge / phi).sqrt()
+    }
+
     /// With forgetting, directions that are no longer seen would grow without end; P never gets less certain
     /// than the prior.
     fn cap_trace(&mut self, rank: usize) {
@@ -43,6 +48,21 @@ impl Rls {
     }
 }
 
+/// Whether the step fits the weights' storage, worked out on copies of P and of the error.
+fn check(learner: &mut Learner, k: &Kernels, settings: &Instant, s: &mut Scratch, arg: &str) -> Result<()> {
+    let Some(rls) = &learner.rls else { return Ok(()) };
+    k.rls_gain(&mut rls.p.clone(), &s.u, settings.forgetting, &mut s.pu, &mut s.gain);
+    let mut output = vec![0.0; s.y.len()];
+    learner.master().b.combine(k, &s.u, &mut output, false);
+    k.axpy(-1.0, &s.y, &mut output);
+    let top = |v: &[f32]| v.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
+    let (error2, gain) = (k.dot(&output, &output), top(&s.gain));
+    if !(error2.is_finite() && gain.is_finite()) {
+        return Err(Error::NonFinite { arg: arg.into(), detail: ": its squared error overflows float32".into() });
+    }
+    learner.guard_weights([0.0, gain * f64::from(error2).sqrt()], arg)
+}
+
 pub(crate) fn step(
     learner: &mut Learner,
     k: &Kernels,
@@ -52,7 +72,7 @@ pub(crate) fn step(
 ) -> Result<StepResult> {
     let result = StepResult::new("rls");
     let norm2 = learner.bottleneck(k, event.x)?;
-    if norm2 == 0.0 {
+    if norm2 < TINY {
         return Ok(result.skipped("x gives a zero bottleneck (x A = 0): nothing to learn from"));
     }
     let rank = learner.scratch.u.len();
@@ -66,9 +86,23 @@ pub(crate) fn step(
         k.axpy(-1.0, base, &mut scratch.y);
     }
     let unit = learner.basis_unit.unwrap_or(norm2);
+    let fresh = learner.rls.is_none();
     let rls = learner.rls.get_or_insert_with(|| Rls::new(rank, settings.rho * unit));
+    let farthest = rls.gain_bound(rank, settings.forgetting);
     scratch.gain.resize(rank, 0.0);
     scratch.pu.resize(rank, 0.0);
+    let wanted = f64::from(k.dot(&scratch.y, &scratch.y)).sqrt();
+    let worst = (wanted + reach * (scratch.y.len() as f64).sqrt() * learner.bounds[1]) * farthest;
+    if !(learner.bounds[1] + worst < learner.limits()[1]) {
+        if let Err(e) = check(learner, k, settings, &mut scratch, event.feedback.argument()) {
+            if fresh {
+                learner.rls = None;
+            }
+            learner.scratch = scratch;
+            return Err(e);
+        }
+    }
+    let Some(rls) = &mut learner.rls else { unreachable!("made above") };
     let step =
         k.rls_gain(&mut rls.p, &scratch.u, settings.forgetting, &mut scratch.pu, &mut scratch.gain) as f32;
     if settings.forgetting < 1.0 {

@@ -148,7 +148,14 @@ impl MicroLora {
             rng: Rng::new(seed, 0),
             counters: Counters::default(),
         };
-        Ok(MicroLora { kernels: Kernels::detect()?, settings, names, index, shapes, state: RwLock::new(state) })
+        Ok(MicroLora {
+            kernels: Kernels::detect()?,
+            settings,
+            names,
+            index,
+            shapes,
+            state: RwLock::new(state),
+        })
     }
 
     // A panic in a writer cannot leave half a version: edits are of copies or single sweeps.

@@ -7,7 +7,7 @@ use crate::kernels::Kernels;
 use crate::layer::Layer;
 
 use super::feedback::{Feedback, Output};
-use super::learner::{Event, Learner, Touched};
+use super::learner::{Buffers, Event, Learner, Touched};
 use super::settings::Instant;
 use super::step::StepResult;
 
@@ -50,11 +50,12 @@ pub(crate) fn accumulate(
     {
         return Err(Error::non_finite("base"));
     }
-    let norm2 = learner.bottleneck(k, event.x)?;
+    let mut buffers = Buffers::take();
+    let scratch = &mut buffers.0;
+    let norm2 = learner.bottleneck(k, event.x, &mut scratch.u)?;
     let layer = std::sync::Arc::clone(learner.master());
     let reach = (norm2 * layer.rank() as f64).sqrt();
     learner.guard(|[_, b]| reach.max(1.0) * b, "x")?;
-    let mut scratch = std::mem::take(&mut learner.scratch);
     let n = layer.out_features();
     scratch.g.resize(n, 0.0);
 
@@ -80,8 +81,7 @@ pub(crate) fn accumulate(
         let at = Output { y: &scratch.y, delta: &scratch.y };
         event.feedback.evaluate(k, at, advantage, Some(&mut scratch.g))
     };
-    let outcome = add(learner, k, &layer, &mut scratch, event, norm2, loss, result);
-    learner.scratch = scratch;
+    let outcome = add(learner, k, &layer, scratch, event, norm2, loss, result);
     let result = outcome?;
     if let (Feedback::Reward { reward, .. }, true) = (event.feedback, result.applied) {
         learner.baseline.update(*reward, settings.baseline_rate);

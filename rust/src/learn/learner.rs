@@ -1,5 +1,6 @@
 //! The learning side of one module: f32 master weights, the readers' version of them, and rule state.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use crate::dtype::Dtype;
@@ -35,10 +36,9 @@ pub struct Learner {
     pub(crate) baseline: Baseline,
     /// Upper bounds of the largest |number| in A and B, kept without passes over them.
     pub(crate) bounds: [f64; 2],
-    pub(crate) scratch: Scratch,
 }
 
-/// Buffers of one event, so that the hot path does not allocate.
+/// Buffers of one event, so that the hot path does not allocate; each thread has its own.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     pub u: Vec<f32>,
@@ -46,6 +46,25 @@ pub(crate) struct Scratch {
     pub pu: Vec<f64>,
     pub y: Vec<f32>,
     pub g: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// This thread's buffers, given back when dropped.
+pub(crate) struct Buffers(pub Scratch);
+
+impl Buffers {
+    pub fn take() -> Self {
+        Buffers(SCRATCH.take())
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        SCRATCH.set(std::mem::take(&mut self.0));
+    }
 }
 
 /// Running mean of rewards that becomes a moving average of rate `rate`.
@@ -92,7 +111,6 @@ impl Learner {
             gradients: None,
             baseline: Baseline::default(),
             bounds: [0.0; 2],
-            scratch: Scratch::default(),
         };
         learner.refresh_bounds();
         learner
@@ -118,7 +136,6 @@ impl Learner {
             gradients: self.gradients.as_ref().filter(|g| g.count > 0).cloned(),
             baseline: self.baseline,
             bounds: self.bounds,
-            scratch: Scratch::default(),
         }
     }
 
@@ -212,10 +229,9 @@ impl Learner {
         *self = Learner::new(layer);
     }
 
-    /// `u = s x A` into the scratch.
-    pub(crate) fn bottleneck(&mut self, k: &Kernels, x: &[f32]) -> Result<f64> {
-        let layer = Arc::clone(self.master());
-        let u = &mut self.scratch.u;
+    /// `u = s x A`; returns `|u|^2`.
+    pub(crate) fn bottleneck(&self, k: &Kernels, x: &[f32], u: &mut Vec<f32>) -> Result<f64> {
+        let layer = self.master();
         u.resize(layer.rank(), 0.0);
         layer.a.dots(k, x, u);
         k.scale(layer.scaling(), u);

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 
 use super::feedback::{Feedback, Output};
-use super::learner::{Event, Learner, TINY, Touched};
+use super::learner::{Buffers, Event, Learner, TINY, Touched};
 use super::settings::{Instant, Train};
 use super::step::StepResult;
 
@@ -25,7 +25,9 @@ pub(crate) fn step(
 ) -> Result<StepResult> {
     let mut result = StepResult::new("nlms");
     let (layer, both) = (std::sync::Arc::clone(learner.master()), settings.train == Train::Both);
-    let norm2 = learner.bottleneck(k, event.x)?;
+    let mut buffers = Buffers::take();
+    let scratch = &mut buffers.0;
+    let norm2 = learner.bottleneck(k, event.x, &mut scratch.u)?;
     if norm2 < TINY {
         return Ok(result.skipped("x gives a zero bottleneck (x A = 0): nothing to learn from"));
     }
@@ -33,7 +35,6 @@ pub(crate) fn step(
     learner.guard(|[_, b]| reach.max(1.0) * b, "x")?;
 
     let n = layer.out_features();
-    let mut scratch = std::mem::take(&mut learner.scratch);
     let (u2, s2) = (norm2 as f32, layer.scaling() * layer.scaling());
     let mut delta = vec![0.0; n];
     layer.b.combine(k, &scratch.u, &mut delta, false);
@@ -52,12 +53,10 @@ pub(crate) fn step(
     };
     let here = Output { y: &scratch.y, delta: &delta };
     let Some(loss) = event.feedback.evaluate(k, here, advantage, Some(&mut scratch.g)) else {
-        learner.scratch = scratch;
         return Ok(result.skipped("the output is all zeros, so it has no direction yet: pass base="));
     };
     let mut g2 = k.dot(&scratch.g, &scratch.g);
     if !g2.is_finite() || loss.is_infinite() {
-        learner.scratch = scratch;
         return Err(Error::NonFinite {
             arg: event.feedback.argument().into(),
             detail: " in its gradient".into(),
@@ -95,7 +94,6 @@ pub(crate) fn step(
     result.grad_norm_a = (s2 * x2 * w2).sqrt();
     result.grad_norm_b = (u2 * g2).sqrt();
     if !result.grad_norm_a.is_finite() || !eta.is_finite() {
-        learner.scratch = scratch;
         return Err(Error::NonFinite { arg: "x".into(), detail: " once squared in float32".into() });
     }
 
@@ -121,7 +119,6 @@ pub(crate) fn step(
                     break;
                 }
                 _ if result.halvings == MAX_HALVINGS => {
-                    learner.scratch = scratch;
                     return Ok(result.skipped("no step decreases this event's loss"));
                 }
                 _ => {
@@ -145,7 +142,6 @@ pub(crate) fn step(
         Err(Error::NonFinite { arg: arg.into(), detail: ": the step would overflow float32".into() })
     };
     if let Err(e) = checked {
-        learner.scratch = scratch;
         return Err(e);
     }
     if let Feedback::Reward { reward, .. } = event.feedback {
@@ -164,7 +160,6 @@ pub(crate) fn step(
         learner.bounds[0] += worst_a;
     }
     learner.bounds[1] += worst;
-    learner.scratch = scratch;
     result.step = eta * u2;
     result.applied = true;
     Ok(result)

@@ -7,7 +7,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 
-use super::learner::{Event, Learner, Scratch, TINY, Touched};
+use super::learner::{Buffers, Event, Learner, Scratch, TINY, Touched};
 use super::settings::Instant;
 use super::step::StepResult;
 
@@ -58,7 +58,10 @@ fn check(learner: &mut Learner, k: &Kernels, settings: &Instant, s: &mut Scratch
     let top = |v: &[f32]| v.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
     let (error2, gain) = (k.dot(&output, &output), top(&s.gain));
     if !(error2.is_finite() && gain.is_finite()) {
-        return Err(Error::NonFinite { arg: arg.into(), detail: ": its squared error overflows float32".into() });
+        return Err(Error::NonFinite {
+            arg: arg.into(),
+            detail: ": its squared error overflows float32".into(),
+        });
     }
     learner.guard_weights([0.0, gain * f64::from(error2).sqrt()], arg)
 }
@@ -71,15 +74,16 @@ pub(crate) fn step(
     target: &[f32],
 ) -> Result<StepResult> {
     let result = StepResult::new("rls");
-    let norm2 = learner.bottleneck(k, event.x)?;
+    let mut buffers = Buffers::take();
+    let scratch = &mut buffers.0;
+    let norm2 = learner.bottleneck(k, event.x, &mut scratch.u)?;
     if norm2 < TINY {
         return Ok(result.skipped("x gives a zero bottleneck (x A = 0): nothing to learn from"));
     }
-    let rank = learner.scratch.u.len();
+    let rank = scratch.u.len();
     let reach = (norm2 * rank as f64).sqrt();
     learner.guard(|[_, b]| reach.max(1.0) * b, "x")?;
 
-    let mut scratch = std::mem::take(&mut learner.scratch);
     scratch.y.clear();
     scratch.y.extend_from_slice(target);
     if let Some(base) = event.base {
@@ -94,11 +98,10 @@ pub(crate) fn step(
     let wanted = f64::from(k.dot(&scratch.y, &scratch.y)).sqrt();
     let worst = (wanted + reach * (scratch.y.len() as f64).sqrt() * learner.bounds[1]) * farthest;
     if !(learner.bounds[1] + worst < learner.limits()[1]) {
-        if let Err(e) = check(learner, k, settings, &mut scratch, event.feedback.argument()) {
+        if let Err(e) = check(learner, k, settings, scratch, event.feedback.argument()) {
             if fresh {
                 learner.rls = None;
             }
-            learner.scratch = scratch;
             return Err(e);
         }
     }
@@ -114,7 +117,6 @@ pub(crate) fn step(
     });
     let gain = scratch.gain.iter().fold(0.0f32, |m, g| m.max(g.abs()));
     learner.bounds[1] += f64::from(gain) * f64::from(error2).sqrt();
-    learner.scratch = scratch;
 
     let left = 1.0 - step;
     Ok(StepResult {

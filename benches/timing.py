@@ -28,8 +28,8 @@ class Clock:
         seconds: Length of one repeat.
     """
 
-    repeats: int = 25
-    seconds: float = 0.004
+    repeats: int = 300
+    seconds: float = 0.0003
     _empty: float | None = field(default=None, repr=False)
 
     def empty_loop(self) -> float:

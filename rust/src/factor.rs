@@ -10,7 +10,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Geometry, Kernels, TILE};
+use crate::kernels::{Geometry, Kernels, TILE, prefetch_pages};
 
 /// One cache line; a `Vec` of them is aligned without any `unsafe`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq)]
@@ -210,6 +210,12 @@ impl Factor {
             return self.clone();
         }
         Factor::from_rows(&self.to_f32(false), self.rank(), self.len(), dtype)
+    }
+
+    /// Starts fetching a factor that is needed soon.
+    #[inline]
+    pub fn prefetch(&self) {
+        typed!(self, w => prefetch_pages(w));
     }
 
     /// `out[r] = <row r, x>`.

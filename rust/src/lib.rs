@@ -9,6 +9,7 @@ pub mod error;
 pub mod factor;
 pub mod kernels;
 pub mod layer;
+pub mod parallel;
 pub mod probe;
 
 pub use dtype::Dtype;

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Geometry, Kernels, TILE};
+use crate::kernels::{Geometry, Kernels, TILE, prefetch_pages};
 
 /// One cache line; a `Vec` of them is aligned without any `unsafe`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq)]
@@ -119,6 +119,7 @@ impl Factor {
     }
 
     /// f32 values, `(rank, len)` row-major, or `(len, rank)` when `transposed`.
+    #[allow(clippy::useless_conversion)]
     pub fn to_f32(&self, transposed: bool) -> Vec<f32> {
         let (rank, len) = (self.rank(), self.len());
         let mut out = vec![0f32; rank * len];
@@ -201,11 +202,13 @@ impl Factor {
     }
 
     /// Whether every stored number is zero (of either sign).
+    #[allow(clippy::useless_conversion)]
     pub fn is_zero(&self) -> bool {
         typed!(self, w => w.iter().all(|&v| f32::from(v) == 0.0))
     }
 
     /// Whether every stored number is finite.
+    #[allow(clippy::useless_conversion)]
     pub fn is_finite(&self) -> bool {
         typed!(self, w => w.iter().all(|&v| f32::from(v).is_finite()))
     }
@@ -237,6 +240,12 @@ impl Factor {
                 to.convert_from_f32_slice(from);
             }
         }
+    }
+
+    /// Starts fetching a factor that is needed soon.
+    #[inline]
+    pub fn prefetch(&self) {
+        typed!(self, w => prefetch_pages(w));
     }
 
     /// `out[r] = <row r, x>`.

@@ -6,6 +6,7 @@ use super::{GROUP, TILE};
 
 /// `acc[set][row] += tile . x` for `T` tiles; sets break the FMA latency chain.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // plain indices keep the accumulators in registers
 unsafe fn dots_tiles<
     V: Vector,
     E: Element,
@@ -74,7 +75,7 @@ unsafe fn dots_sets<
                 sums[r] = sums[r].add(set[r]);
             }
         }
-        V::sums(&sums, out);
+        V::sums(sums.as_ptr(), H, out);
     }
 }
 

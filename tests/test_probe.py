@@ -1,5 +1,9 @@
 """Probes of the machine that the benches use: they run and give plausible numbers."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -14,10 +18,28 @@ def test_isa_is_one_that_the_machine_has():
     assert _core.isa() in available
 
 
-def test_unknown_isa_is_refused(monkeypatch):
-    monkeypatch.setenv("MICROLORA_ISA", "sse9")
-    with pytest.raises(ml.exceptions.ConfigError, match="sse9"):
-        ml.MicroLoRA(ml.LoraConfig(rank=2, target_modules=["q_proj"]), hidden_dim=8)
+def in_new_process(isa, code):
+    """The choice is made once per process."""
+    return subprocess.run(
+        [sys.executable, "-c", "import microlora as ml\n" + code],
+        env=os.environ | {"MICROLORA_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_environment_forces_an_isa(isa):
+    done = in_new_process(isa, "print(ml._core.isa())")
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_unknown_isa_is_refused():
+    done = in_new_process("sse9", "ml.MicroLoRA(ml.LoraConfig(rank=2), hidden_dim=8)")
+    assert done.returncode != 0
+    assert "ConfigError: MICROLORA_ISA" in done.stderr
+    assert "sse9" in done.stderr
 
 
 def test_probes_measure_something():

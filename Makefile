@@ -29,7 +29,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs
 BUILT := $(VENV)/.built
 RUN_LOWEST := PYTHONPATH=python $(LOWEST)/bin/python
 RUN_ORACLE := PYTHONPATH=python $(ORACLE)/bin/python
-PYTHON_FILES := python tests benches docs examples .ci
+PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
 help: ## Show this list

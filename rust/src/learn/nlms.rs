@@ -141,9 +141,7 @@ pub(crate) fn step(
     } else {
         Err(Error::NonFinite { arg: arg.into(), detail: ": the step would overflow float32".into() })
     };
-    if let Err(e) = checked {
-        return Err(e);
-    }
+    checked?;
     if let Feedback::Reward { reward, .. } = event.feedback {
         learner.baseline.update(*reward, settings.baseline_rate);
     }

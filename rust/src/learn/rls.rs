@@ -97,13 +97,13 @@ pub(crate) fn step(
     scratch.pu.resize(rank, 0.0);
     let wanted = f64::from(k.dot(&scratch.y, &scratch.y)).sqrt();
     let worst = (wanted + reach * (scratch.y.len() as f64).sqrt() * learner.bounds[1]) * farthest;
-    if !(learner.bounds[1] + worst < learner.limits()[1]) {
-        if let Err(e) = check(learner, k, settings, scratch, event.feedback.argument()) {
-            if fresh {
-                learner.rls = None;
-            }
-            return Err(e);
+    if !(learner.bounds[1] + worst < learner.limits()[1])
+        && let Err(e) = check(learner, k, settings, scratch, event.feedback.argument())
+    {
+        if fresh {
+            learner.rls = None;
         }
+        return Err(e);
     }
     let Some(rls) = &mut learner.rls else { unreachable!("made above") };
     let step =

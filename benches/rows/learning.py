@@ -110,4 +110,4 @@ def step(report: Report, clock: Clock) -> None:
         report.add(
             "adapt + apply", ours, f"hand-written torch {duration(ns['hand'])}", ns["hand"] / ns["ours"], 3.5
         )
-    report.add("forward + adapt + apply", duration(ns["cycle"]), "claim < 1 ms", 1e6 / ns["cycle"], 1.0)
+    report.add("forward + adapt + apply", duration(ns["cycle"]), "limit 1 ms", 1e6 / ns["cycle"], 1.0)

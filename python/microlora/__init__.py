@@ -12,6 +12,8 @@ from microlora._core import (
     StepResult,
     Target,
     __version__,
+    num_threads,
+    set_num_threads,
 )
 from microlora.adapter import Adapter, ModuleInfo, Snapshot
 from microlora.config import InstantConfig, LoraConfig, LoraConfigBuilder
@@ -53,8 +55,10 @@ __all__ = [
     "encoders",
     "exceptions",
     "load",
+    "num_threads",
     "presets",
     "save",
+    "set_num_threads",
 ]
 
 

@@ -33,11 +33,13 @@ __all__ = [
     "from_bytes",
     "isa",
     "load",
+    "num_threads",
     "probe_fma_gflops",
     "probe_forward_ns",
     "probe_read_gbps",
     "save_peft",
     "save_single",
+    "set_num_threads",
 ]
 
 __version__: str
@@ -639,6 +641,21 @@ def isa() -> str:
 
 def available_isas() -> list[str]:
     """Every instruction set that this machine can run, slowest first."""
+
+def set_num_threads(n: int) -> None:
+    """Lets batches above about 100 us of work use up to ``n`` threads; calls of one row never do.
+
+    Off by default: waking threads costs tens of microseconds. A process forked later makes its own threads.
+
+    Args:
+        n: 1 (off) to 64.
+
+    Raises:
+        ConfigError: Another number.
+    """
+
+def num_threads() -> int:
+    """How many threads a large batch may use; 1 means that the caller does it alone."""
 
 def probe_read_gbps(bytes: int, seconds: float) -> float:
     """Read bandwidth in GB/s over a buffer of ``bytes``, best instruction set, in ``seconds``."""

@@ -13,8 +13,8 @@ mod feedback;
 mod files;
 mod handle;
 mod long;
+mod machine;
 mod micro_lora;
-mod probe;
 mod step;
 
 use pyo3::prelude::*;
@@ -31,9 +31,12 @@ mod _core {
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]
-    use super::micro_lora::PyMicroLora;
+    use super::machine::{
+        available_isas, isa, num_threads, probe_fma_gflops, probe_forward_ns, probe_read_gbps,
+        set_num_threads,
+    };
     #[pymodule_export]
-    use super::probe::{available_isas, isa, probe_fma_gflops, probe_forward_ns, probe_read_gbps};
+    use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
 

@@ -1,4 +1,4 @@
-//! What the machine can do, for tests and benches.
+//! Instruction sets, threads, and what the machine can do at most.
 
 use pyo3::prelude::*;
 
@@ -39,4 +39,16 @@ pub(super) fn probe_fma_gflops(py: Python<'_>, seconds: f64) -> f64 {
 #[pyfunction]
 pub(super) fn probe_forward_ns(py: Python<'_>, handle: &ModuleHandle, seconds: f64) -> f64 {
     handle.probe(|k, layer| py.detach(|| probe::forward_ns(k, layer, seconds)))
+}
+
+/// Lets large batches use up to `n` threads; 1, the default, is off.
+#[pyfunction]
+pub(super) fn set_num_threads(n: usize) -> PyResult<()> {
+    Ok(crate::parallel::set_num_threads(n)?)
+}
+
+/// How many threads a large batch may use.
+#[pyfunction]
+pub(super) fn num_threads() -> usize {
+    crate::parallel::num_threads()
 }

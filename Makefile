@@ -141,6 +141,7 @@ coverage: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ##
 .PHONY: bench bench-smoke
 bench: $(BUILT) $(ORACLE)/.ready ## One table of speeds: this project, NumPy, torch, PEFT, and the machine's own limits
 	@$(RUN_ORACLE) benches/table.py
+	@cargo bench --locked --bench roofline
 
 bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measuring
 	@cargo bench --locked --benches -- --test

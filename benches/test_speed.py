@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from peers import learned, numbers
 
 import microlora as ml
+from peers import learned, numbers
 
 pytest.importorskip("pytest_benchmark")
 

@@ -92,4 +92,48 @@ fn main() {
             }
         }
     }
+    cold(k, if smoke { 4 << 20 } else { 393_216_000 }, if smoke { 1 } else { 40 });
+}
+
+/// A plain list of adapters larger than L3, visited in random order; slices take turns with a read of DRAM.
+fn cold(k: &Kernels, bytes: usize, turns: usize) {
+    let lists = Dtype::ALL.map(|dtype| {
+        let first = layer(768, 16, dtype);
+        let copy =
+            || Layer::new((*first.a).clone(), (*first.b).clone(), first.alpha, false).expect("a valid layer");
+        (0..bytes / first.memory_bytes()).map(|_| copy()).collect::<Vec<_>>()
+    });
+    let stream = probe::AlignedBuffer::new(bytes);
+    let (x, mut y) = (probe::AlignedBuffer::new(4 * 768), probe::AlignedBuffer::new(4 * 768));
+    let slice = bytes / 32;
+    let (mut read, mut best, mut z) = (0.0f64, [f64::INFINITY; 3], 1u64);
+    for turn in 0..turns {
+        let part = &stream.floats()[turn % 8 * slice / 4..][..slice / 4];
+        let start = std::time::Instant::now();
+        std::hint::black_box(k.probe_read(part));
+        read = read.max(slice as f64 / start.elapsed().as_nanos() as f64);
+        for (list, best) in lists.iter().zip(&mut best) {
+            let visits = list.len() / 8;
+            let start = std::time::Instant::now();
+            for _ in 0..visits {
+                z = z.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let at = (z >> 33) as usize % list.len();
+                list[at].forward(k, x.floats(), y.floats_mut(), false).expect("finite");
+            }
+            *best = best.min(start.elapsed().as_nanos() as f64 / visits as f64);
+        }
+    }
+    println!(
+        "\ncold list, 768 r16, {} MB per dtype, DRAM read {read:.1} GB/s, 4 KiB pages",
+        bytes / 1_000_000
+    );
+    for ((list, ns), dtype) in lists.iter().zip(best).zip(Dtype::ALL) {
+        let rate = list[0].memory_bytes() as f64 / ns;
+        let (share, gain) = (100.0 * rate / read, best[0] / ns);
+        println!(
+            "{:>5} {} adapters {ns:>8.0} ns {rate:>6.1} GB/s {share:>4.0}% of DRAM, {gain:.2}x f32",
+            dtype.as_str(),
+            list.len()
+        );
+    }
 }

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Geometry, Kernels, TILE};
+use crate::kernels::{Geometry, Kernels, TILE, prefetch_pages};
 
 /// One cache line; a `Vec` of them is aligned without any `unsafe`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq)]
@@ -237,6 +237,12 @@ impl Factor {
                 to.convert_from_f32_slice(from);
             }
         }
+    }
+
+    /// Starts fetching a factor that is needed soon.
+    #[inline]
+    pub fn prefetch(&self) {
+        typed!(self, w => prefetch_pages(w));
     }
 
     /// `out[r] = <row r, x>`.

@@ -93,9 +93,10 @@ impl Layer {
     pub fn forward(&self, k: &Kernels, x: &[f32], y: &mut [f32], add: bool) -> Result<()> {
         self.check("x", x.len(), self.in_features())?;
         self.check("out", y.len(), self.out_features())?;
+        self.b.prefetch();
+        let s = self.scaling();
         with_scratch(self.rank(), |u| {
             self.a.dots(k, x, u);
-            let s = self.scaling();
             let mut bad = false;
             for u in u.iter_mut() {
                 *u *= s;

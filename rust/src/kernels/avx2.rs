@@ -111,9 +111,12 @@ unsafe impl Vector for Ymm {
     unsafe fn sum16(v: [Self; 16]) -> [f32; 16] {
         // SAFETY: by contract.
         unsafe {
-            let halves =
-                [Self::sum8(std::array::from_fn(|i| v[i])), Self::sum8(std::array::from_fn(|i| v[8 + i]))];
-            std::array::from_fn(|i| halves[i / 8][i % 8])
+            let low = Self::sum8([v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]]);
+            let high = Self::sum8([v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]]);
+            let mut out = [0.0; 16];
+            out[..8].copy_from_slice(&low);
+            out[8..].copy_from_slice(&high);
+            out
         }
     }
     #[inline(always)]

@@ -104,7 +104,7 @@ unsafe impl Vector for Zmm {
     unsafe fn sum8(v: [Self; 8]) -> [f32; 8] {
         // SAFETY: by contract; the array is 32 bytes wide.
         unsafe {
-            let s = lanes(quads(std::array::from_fn(|i| v[i])), quads(std::array::from_fn(|i| v[4 + i])));
+            let s = lanes(quads([v[0], v[1], v[2], v[3]]), quads([v[4], v[5], v[6], v[7]]));
             let mut out = [0.0; 8];
             _mm256_storeu_ps(out.as_mut_ptr(), _mm512_castps512_ps256(lanes(s, s)));
             out
@@ -114,9 +114,10 @@ unsafe impl Vector for Zmm {
     unsafe fn sum16(v: [Self; 16]) -> [f32; 16] {
         // SAFETY: by contract; the array is 64 bytes wide.
         unsafe {
-            let q: [__m512; 4] = std::array::from_fn(|i| quads(std::array::from_fn(|j| v[4 * i + j])));
+            let a = lanes(quads([v[0], v[1], v[2], v[3]]), quads([v[4], v[5], v[6], v[7]]));
+            let b = lanes(quads([v[8], v[9], v[10], v[11]]), quads([v[12], v[13], v[14], v[15]]));
             let mut out = [0.0; 16];
-            _mm512_storeu_ps(out.as_mut_ptr(), lanes(lanes(q[0], q[1]), lanes(q[2], q[3])));
+            _mm512_storeu_ps(out.as_mut_ptr(), lanes(a, b));
             out
         }
     }

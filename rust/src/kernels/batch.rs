@@ -1,34 +1,59 @@
 //! Register-blocked bodies for several input rows: each weight is loaded once per block of rows.
 
-use super::TILE;
-use super::geometry::Geometry;
-use super::vector::{Element, Vector};
+use std::mem::MaybeUninit;
 
-/// `u[m][r] = s <row r, x_m>` for `M` rows of X and `R` rows of W that start at `w` (rows `TILE` apart,
-/// tiles `stride` apart).
+use super::geometry::{Geometry, padded, unpad};
+use super::vector::{Element, Vector};
+use super::{GROUP, TILE, single};
+
+/// Tiles of X that stay in L1 while the rows of W pass by (6 rows of 48 tiles are 18 KiB).
+const CHUNK: usize = 48;
+/// Rows of W whose partial sums wait in memory for one common reduction.
+const WAITING: usize = 2 * GROUP;
+
+/// Partial sums of `M` rows of X against up to [`WAITING`] rows of W.
+type Partial<V, const M: usize> = [[MaybeUninit<V>; WAITING]; M];
+
+/// A stretch of X: `tiles` full tiles of rows that lie `ldx` apart.
+#[derive(Clone, Copy)]
+struct Stretch {
+    x: *const f32,
+    ldx: usize,
+    tiles: usize,
+}
+
+/// `acc[m][at + r] (+)= <row r, x_m>` for `M` rows of X and `R` rows of W that start at `w` (rows `TILE`
+/// apart, tiles `stride` apart); starts from zero when `fresh`. With `P` it asks for the next `M` rows of X.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize>(
+unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize, const P: bool>(
     w: *const E,
     stride: usize,
-    len: usize,
-    x: *const f32,
-    u: *mut f32,
-    ldu: usize,
-    s: f32,
+    xs: Stretch,
+    sums: &mut Partial<V, M>,
+    at: usize,
+    fresh: bool,
 ) {
-    // SAFETY: the caller gives M rows of len elements of x (contiguous), all tiles of R rows of w, and
-    // M rows of at least R writable elements of u, ldu apart.
+    // SAFETY: the caller gives M rows of the stretch, its tiles in R rows of w, at + R <= WAITING, and sums
+    // that were written before unless `fresh`.
     unsafe {
         let mut acc = [[V::splat(0.0); R]; M];
-        let full = len / TILE;
-        for t in 0..full {
+        if !fresh {
+            for (acc, sums) in acc.iter_mut().zip(sums.iter()) {
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    *acc = sums[at + r].assume_init();
+                }
+            }
+        }
+        for t in 0..xs.tiles {
             let wt = w.add(t * stride);
             let mut half = 0;
             while half < TILE {
                 let mut xv = [V::splat(0.0); M];
                 for (m, xv) in xv.iter_mut().enumerate() {
-                    *xv = V::load(x.add(m * len + t * TILE + half));
+                    if P {
+                        V::prefetch(xs.x.add(m * xs.ldx + t * TILE + half).wrapping_add(M * xs.ldx).cast());
+                    }
+                    *xv = V::load(xs.x.add(m * xs.ldx + t * TILE + half));
                 }
                 for r in 0..R {
                     let wv: V = E::load(wt.add(r * TILE + half));
@@ -39,42 +64,57 @@ unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize>(
                 half += V::W;
             }
         }
-        if !len.is_multiple_of(TILE) {
-            let wt = w.add(full * stride);
-            for m in 0..M {
-                let mut tail = [0.0f32; TILE];
-                for i in 0..len - full * TILE {
-                    tail[i] = *x.add(m * len + full * TILE + i);
-                }
-                let mut half = 0;
-                while half < TILE {
-                    let xv = V::load(tail.as_ptr().add(half));
-                    for r in 0..R {
-                        let wv: V = E::load(wt.add(r * TILE + half));
-                        acc[m][r] = wv.fma(xv, acc[m][r]);
-                    }
-                    half += V::W;
-                }
-            }
-        }
-        for (m, acc) in acc.iter().enumerate() {
-            let mut r = 0;
-            while r + 4 <= R {
-                let four = V::sum4([acc[r], acc[r + 1], acc[r + 2], acc[r + 3]]);
-                for (i, v) in four.into_iter().enumerate() {
-                    *u.add(m * ldu + r + i) = s * v;
-                }
-                r += 4;
-            }
-            while r < R {
-                *u.add(m * ldu + r) = s * acc[r].sum();
-                r += 1;
+        for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
+            for (r, acc) in acc.iter().enumerate() {
+                sums[at + r].write(*acc);
             }
         }
     }
 }
 
-/// `u = s x W^T` for `M` rows; registers decide how many rows of W go together.
+/// The stretch against `n` rows of W from `first` on.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn dots_stretch<V: Vector, E: Element, const M: usize>(
+    w: *const E,
+    g: Geometry,
+    first: usize,
+    n: usize,
+    tile: usize,
+    xs: Stretch,
+    sums: &mut Partial<V, M>,
+) {
+    let mut row = first;
+    while row < first + n {
+        let height = (g.rank - row).min(GROUP);
+        // SAFETY: at(row, tile) is a tile of a group; its rows are TILE apart, its tiles height * TILE.
+        unsafe {
+            let base = w.add(g.at(row, tile));
+            let (stride, at) = (height * TILE, row - first);
+            let mut r = 0;
+            let by_eight = V::W == TILE && M <= 3 && height == GROUP;
+            if by_eight {
+                dots_block::<V, E, M, 8, false>(base, stride, xs, sums, at, tile == 0);
+                r = GROUP;
+            }
+            if !by_eight && height >= 4 && row == 0 {
+                dots_block::<V, E, M, 4, true>(base, stride, xs, sums, 0, tile == 0);
+                r = 4;
+            }
+            while r + 4 <= height {
+                dots_block::<V, E, M, 4, false>(base.add(r * TILE), stride, xs, sums, at + r, tile == 0);
+                r += 4;
+            }
+            while r < height {
+                dots_block::<V, E, M, 1, false>(base.add(r * TILE), stride, xs, sums, at + r, tile == 0);
+                r += 1;
+            }
+        }
+        row += height;
+    }
+}
+
+/// `u[m] = s x_m W^T` for `M` rows.
 #[inline(always)]
 unsafe fn dots_rows<V: Vector, E: Element, const M: usize>(
     w: *const E,
@@ -83,24 +123,35 @@ unsafe fn dots_rows<V: Vector, E: Element, const M: usize>(
     u: *mut f32,
     s: f32,
 ) {
-    let mut row = 0;
-    while row < g.rank {
-        let height = (g.rank - row).min(super::GROUP);
-        // SAFETY: at(row, 0) starts a group; sub-blocks of its rows are TILE apart, tiles height * TILE.
+    let full = g.len / TILE;
+    let mut first = 0;
+    while first < g.rank {
+        let n = (g.rank - first).min(WAITING);
+        let mut sums: Partial<V, M> = [[MaybeUninit::uninit(); WAITING]; M];
+        // SAFETY: the stretches cover every tile once, so all n sums of each row are written before use.
         unsafe {
-            let base = w.add(g.at(row, 0));
-            let stride = height * TILE;
-            let mut r = 0;
-            while r + 4 <= height {
-                dots_block::<V, E, M, 4>(base.add(r * TILE), stride, g.len, x, u.add(row + r), g.rank, s);
-                r += 4;
+            let mut t = 0;
+            while t < full {
+                let tiles = (full - t).min(CHUNK);
+                let xs = Stretch { x: x.add(t * TILE), ldx: g.len, tiles };
+                dots_stretch::<V, E, M>(w, g, first, n, t, xs, &mut sums);
+                t += tiles;
             }
-            while r < height {
-                dots_block::<V, E, M, 1>(base.add(r * TILE), stride, g.len, x, u.add(row + r), g.rank, s);
-                r += 1;
+            if g.rest() > 0 {
+                let tails: [[f32; TILE]; M] =
+                    std::array::from_fn(|m| padded(x.add(m * g.len + full * TILE), g.rest()));
+                let xs = Stretch { x: tails.as_ptr().cast(), ldx: TILE, tiles: 1 };
+                dots_stretch::<V, E, M>(w, g, first, n, full, xs, &mut sums);
+            }
+            for (m, sums) in sums.iter().enumerate() {
+                let mut out = [0.0; WAITING];
+                V::sums(sums.as_ptr().cast(), n, out.as_mut_ptr());
+                for (r, v) in out.iter().enumerate().take(n) {
+                    *u.add(m * g.rank + first + r) = s * v;
+                }
             }
         }
-        row += height;
+        first += n;
     }
 }
 
@@ -117,23 +168,28 @@ pub(crate) unsafe fn dots_batch<V: Vector, E: Element>(
     u: *mut f32,
     s: f32,
 ) {
+    let block = if V::W == TILE { 6 } else { 3 };
     let mut m = 0;
-    // SAFETY: m + block <= rows in each branch.
-    unsafe {
-        if V::W == 16 {
-            while m + 6 <= rows {
-                dots_rows::<V, E, 6>(w, g, x.add(m * g.len), u.add(m * g.rank), s);
-                m += 6;
+    while m < rows {
+        let n = (rows - m).min(block);
+        // SAFETY: m + n <= rows.
+        unsafe {
+            let (x, u) = (x.add(m * g.len), u.add(m * g.rank));
+            match n {
+                6 => dots_rows::<V, E, 6>(w, g, x, u, s),
+                5 => dots_rows::<V, E, 5>(w, g, x, u, s),
+                4 => dots_rows::<V, E, 4>(w, g, x, u, s),
+                3 => dots_rows::<V, E, 3>(w, g, x, u, s),
+                2 => dots_rows::<V, E, 2>(w, g, x, u, s),
+                _ => {
+                    single::dots::<V, E>(w, g, x, u);
+                    for r in 0..g.rank {
+                        *u.add(r) *= s;
+                    }
+                }
             }
         }
-        while m + 3 <= rows {
-            dots_rows::<V, E, 3>(w, g, x.add(m * g.len), u.add(m * g.rank), s);
-            m += 3;
-        }
-        while m < rows {
-            dots_rows::<V, E, 1>(w, g, x.add(m * g.len), u.add(m * g.rank), s);
-            m += 1;
-        }
+        m += n;
     }
 }
 
@@ -197,40 +253,45 @@ unsafe fn combine_rows<V: Vector, E: Element, const M: usize, const C: usize>(
     let tiles = C * V::W / TILE;
     let full = g.len / TILE;
     let mut t = 0;
-    // SAFETY: t + tiles <= full, so the columns lie in w and y; the tail goes through a stack tile.
+    // SAFETY: t + tiles <= full, so the columns lie in w and y; the tail goes through stack tiles.
     unsafe {
         while t + tiles <= full {
             combine_block::<V, E, M, C>(w, g, t, u, y.add(t * TILE), g.len, add);
             t += tiles;
         }
         while t < full {
-            if V::W == TILE {
-                combine_block::<V, E, M, 1>(w, g, t, u, y.add(t * TILE), g.len, add);
-            } else {
-                combine_block::<V, E, M, 2>(w, g, t, u, y.add(t * TILE), g.len, add);
-            }
+            combine_one_tile::<V, E, M>(w, g, t, u, y.add(t * TILE), g.len, add);
             t += 1;
         }
-        let rest = g.len - full * TILE;
-        if rest > 0 {
-            for m in 0..M {
-                let ym = y.add(m * g.len + full * TILE);
-                let mut tail = [0.0f32; TILE];
-                if add {
-                    for (i, t) in tail.iter_mut().enumerate().take(rest) {
-                        *t = *ym.add(i);
-                    }
-                }
-                let um = u.add(m * g.rank);
-                if V::W == TILE {
-                    combine_block::<V, E, 1, 1>(w, g, full, um, tail.as_mut_ptr(), TILE, add);
-                } else {
-                    combine_block::<V, E, 1, 2>(w, g, full, um, tail.as_mut_ptr(), TILE, add);
-                }
-                for (i, t) in tail.iter().enumerate().take(rest) {
-                    *ym.add(i) = *t;
-                }
+        if g.rest() > 0 {
+            let mut tails = [[0.0f32; TILE]; M];
+            for (m, tail) in tails.iter_mut().enumerate().take(if add { M } else { 0 }) {
+                *tail = padded(y.add(m * g.len + full * TILE), g.rest());
             }
+            combine_one_tile::<V, E, M>(w, g, full, u, tails.as_mut_ptr().cast(), TILE, add);
+            for (m, tail) in tails.iter().enumerate() {
+                unpad(tail, y.add(m * g.len + full * TILE), g.rest());
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn combine_one_tile<V: Vector, E: Element, const M: usize>(
+    w: *const E,
+    g: Geometry,
+    tile: usize,
+    u: *const f32,
+    y: *mut f32,
+    ldy: usize,
+    add: bool,
+) {
+    // SAFETY: forwarded from the caller; a tile is one vector of 16 lanes or two of 8.
+    unsafe {
+        if V::W == TILE {
+            combine_block::<V, E, M, 1>(w, g, tile, u, y, ldy, add);
+        } else {
+            combine_block::<V, E, M, 2>(w, g, tile, u, y, ldy, add);
         }
     }
 }
@@ -248,30 +309,22 @@ pub(crate) unsafe fn combine_batch<V: Vector, E: Element>(
     y: *mut f32,
     add: bool,
 ) {
+    let block = if V::W == TILE { 6 } else { 3 };
     let mut m = 0;
-    // SAFETY: m + block <= rows in each branch.
-    unsafe {
-        while m + 6 <= rows {
+    while m < rows {
+        let n = (rows - m).min(block);
+        // SAFETY: m + n <= rows.
+        unsafe {
             let (u, y) = (u.add(m * g.rank), y.add(m * g.len));
-            if V::W == TILE {
-                combine_rows::<V, E, 6, 4>(w, g, u, y, add);
-            } else {
-                combine_rows::<V, E, 6, 2>(w, g, u, y, add);
+            match n {
+                6 => combine_rows::<V, E, 6, 4>(w, g, u, y, add),
+                5 => combine_rows::<V, E, 5, 4>(w, g, u, y, add),
+                4 => combine_rows::<V, E, 4, 4>(w, g, u, y, add),
+                3 => combine_rows::<V, E, 3, 4>(w, g, u, y, add),
+                2 => combine_rows::<V, E, 2, 4>(w, g, u, y, add),
+                _ => single::combine::<V, E>(w, g, u, y, add),
             }
-            m += 6;
         }
-        while m + 3 <= rows {
-            let (u, y) = (u.add(m * g.rank), y.add(m * g.len));
-            if V::W == TILE {
-                combine_rows::<V, E, 3, 4>(w, g, u, y, add);
-            } else {
-                combine_rows::<V, E, 3, 2>(w, g, u, y, add);
-            }
-            m += 3;
-        }
-        while m < rows {
-            combine_rows::<V, E, 1, 4>(w, g, u.add(m * g.rank), y.add(m * g.len), add);
-            m += 1;
-        }
+        m += n;
     }
 }

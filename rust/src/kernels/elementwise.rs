@@ -53,29 +53,55 @@ pub(crate) fn all_finite(x: &[f32]) -> bool {
     bad == 0
 }
 
+/// Columns of P whose sums stay in registers.
+const BLOCK: usize = 8;
+
+/// `BLOCK` columns of `p^T u` from column `from` on, with four sets of sums to hide the latency.
+#[inline(always)]
+fn columns(p: &[f64], r: usize, u: &[f32], from: usize) -> [f64; BLOCK] {
+    let mut acc = [[0.0f64; BLOCK]; 4];
+    let (rows, us) = (p.chunks_exact(4 * r), u.chunks_exact(4));
+    let (last_rows, last_us) = (rows.remainder().chunks_exact(r), us.remainder());
+    for (rows, us) in rows.zip(us) {
+        for (q, acc) in acc.iter_mut().enumerate() {
+            let (row, u) = (&rows[q * r + from..q * r + from + BLOCK], f64::from(us[q]));
+            for (acc, p) in acc.iter_mut().zip(row) {
+                *acc = p.mul_add(u, *acc);
+            }
+        }
+    }
+    for (row, &u) in last_rows.zip(last_us) {
+        for (acc, p) in acc[0].iter_mut().zip(&row[from..from + BLOCK]) {
+            *acc = p.mul_add(f64::from(u), *acc);
+        }
+    }
+    std::array::from_fn(|i| (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]))
+}
+
 /// One step of recursive least squares on the inverse correlation P (row-major, r x r, f64):
 /// `Pu = P u`, `k = Pu / (phi + u.Pu)`, `P = (P - Pu Pu^T / (phi + u.Pu)) / phi`. Returns `u.k`.
 /// P stays exactly symmetric, because `pu[i] * pu[j]` commutes.
 #[inline(always)]
 pub(crate) fn rls_gain(p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &mut [f32]) -> f64 {
     let r = u.len();
-    pu.fill(0.0);
-    for (row, &u) in p.chunks_exact(r).zip(u) {
-        let u = f64::from(u);
-        for (pu, p) in pu.iter_mut().zip(row) {
-            *pu = p.mul_add(u, *pu);
-        }
+    let mut blocks = pu.chunks_exact_mut(BLOCK);
+    for (i, block) in (&mut blocks).enumerate() {
+        block.copy_from_slice(&columns(p, r, u, i * BLOCK));
+    }
+    for (i, pu) in blocks.into_remainder().iter_mut().enumerate() {
+        let column = r - r % BLOCK + i;
+        *pu = p.chunks_exact(r).zip(u).map(|(row, &u)| row[column] * f64::from(u)).sum();
     }
     let upu: f64 = pu.iter().zip(u).map(|(p, &u)| p * f64::from(u)).sum();
     let inv = 1.0 / (phi + upu);
     for (k, pu) in k.iter_mut().zip(pu.iter()) {
         *k = (pu * inv) as f32;
     }
-    let forget = 1.0 / phi;
-    for (i, row) in p.chunks_exact_mut(r).enumerate() {
-        let pi = pu[i];
+    let (forget, shrink) = (1.0 / phi, -inv / phi);
+    let pu: &[f64] = pu;
+    for (row, &pi) in p.chunks_exact_mut(r).zip(pu) {
         for (p, pj) in row.iter_mut().zip(pu.iter()) {
-            *p = (*p - pi * pj * inv) * forget;
+            *p = (pi * pj).mul_add(shrink, *p * forget);
         }
     }
     upu * inv

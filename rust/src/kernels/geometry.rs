@@ -54,7 +54,7 @@ impl Geometry {
 const AHEAD: usize = 6144;
 
 /// Factors from this size on are read with prefetches; smaller ones live in L1 when they are warm.
-const PREFETCH_FROM: usize = 24 << 10;
+pub(super) const PREFETCH_FROM: usize = 24 << 10;
 
 /// Whether a factor is long enough for prefetches to pay.
 #[inline(always)]

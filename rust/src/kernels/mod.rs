@@ -34,6 +34,9 @@ pub const TILE: usize = 16;
 /// Rows of a group: as many accumulators as hide the FMA latency.
 pub const GROUP: usize = 8;
 
+/// Pages that [`prefetch_pages`] asks for at most.
+const PAGES: usize = 12;
+
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
@@ -120,6 +123,21 @@ use table::isa_table;
 #[inline(always)]
 fn need(what: &'static str, got: usize, want: usize) {
     assert!(got == want, "kernel {what}: got {got} elements, expected {want}");
+}
+
+/// Asks for one line of each of the first pages of `w`, so that a factor that comes next starts on its way
+/// (address translation most of all). Does nothing for factors that fit in L1.
+#[inline(always)]
+pub fn prefetch_pages<E: Stored>(w: &[E]) {
+    #[cfg(target_arch = "x86_64")]
+    if size_of_val(w) >= geometry::PREFETCH_FROM {
+        let from = w.as_ptr().cast::<i8>();
+        for page in 0..PAGES.min(size_of_val(w) >> 12) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: SSE is part of x86-64; a prefetch never faults, and the address lies in `w`.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.add(page << 12)) };
+        }
+    }
 }
 
 impl Kernels {

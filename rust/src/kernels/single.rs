@@ -74,7 +74,7 @@ unsafe fn dots_sets<
                 sums[r] = sums[r].add(set[r]);
             }
         }
-        V::sums(&sums, out);
+        V::sums(sums.as_ptr(), H, out);
     }
 }
 

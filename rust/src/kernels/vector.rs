@@ -29,29 +29,32 @@ pub(crate) unsafe trait Vector: Copy {
     /// Asks for the cache line of `p`; never faults.
     unsafe fn prefetch(p: *const u8);
 
-    /// `out[i]` = the sum of the lanes of `v[i]`, for any number of vectors.
+    /// `out[i]` = the sum of the lanes of `v[i]`, for `n` vectors.
     #[inline(always)]
-    unsafe fn sums<const N: usize>(v: &[Self; N], out: *mut f32) {
-        // SAFETY: every read is below N, and the caller gives N writable elements of out.
+    unsafe fn sums(v: *const Self, n: usize, out: *mut f32) {
+        // SAFETY: the caller gives n vectors and n writable elements of out.
         unsafe {
             let mut i = 0;
-            while i + 16 <= N {
-                let s = Self::sum16(std::array::from_fn(|j| v[i + j]));
-                out.add(i).cast::<[f32; 16]>().write_unaligned(s);
+            while i + 16 <= n {
+                out.add(i)
+                    .cast::<[f32; 16]>()
+                    .write_unaligned(Self::sum16(v.add(i).cast::<[Self; 16]>().read()));
                 i += 16;
             }
-            while i + 8 <= N {
-                let s = Self::sum8(std::array::from_fn(|j| v[i + j]));
-                out.add(i).cast::<[f32; 8]>().write_unaligned(s);
+            while i + 8 <= n {
+                out.add(i)
+                    .cast::<[f32; 8]>()
+                    .write_unaligned(Self::sum8(v.add(i).cast::<[Self; 8]>().read()));
                 i += 8;
             }
-            while i + 4 <= N {
-                let s = Self::sum4(std::array::from_fn(|j| v[i + j]));
-                out.add(i).cast::<[f32; 4]>().write_unaligned(s);
+            while i + 4 <= n {
+                out.add(i)
+                    .cast::<[f32; 4]>()
+                    .write_unaligned(Self::sum4(v.add(i).cast::<[Self; 4]>().read()));
                 i += 4;
             }
-            while i < N {
-                *out.add(i) = v[i].sum();
+            while i < n {
+                *out.add(i) = (*v.add(i)).sum();
                 i += 1;
             }
         }

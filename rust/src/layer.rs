@@ -1,9 +1,12 @@
 //! One LoRA layer: two factors and a scaling. Immutable for readers; the learner edits a copy of its own.
 
+use rayon::prelude::*;
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factor::{Factor, SharedFactor};
 use crate::kernels::Kernels;
+use crate::parallel;
 
 /// Ranks up to this need no heap for the bottleneck `u`.
 const STACK_RANK: usize = 64;
@@ -119,12 +122,30 @@ impl Layer {
         self.check("x", x.len(), rows * self.in_features())?;
         self.check("out", y.len(), rows * self.out_features())?;
         let mut u = vec![0.0; rows * self.rank()];
-        self.a.dots_batch(k, x, &mut u, self.scaling());
+        let s = self.scaling();
+        let (n_in, n_out, rank) = (self.in_features(), self.out_features(), self.rank());
+        let pool = parallel::pool_for(rows * self.param_count());
+        // Whole blocks of the batch kernels (6 rows) for each thread.
+        let block =
+            pool.as_ref().map_or(rows, |p| rows.div_ceil(p.current_num_threads()).next_multiple_of(6));
+        match &pool {
+            None => self.a.dots_batch(k, x, &mut u, s),
+            Some(pool) => pool.install(|| {
+                let parts = u.par_chunks_mut(block * rank).zip(x.par_chunks(block * n_in));
+                parts.for_each(|(u, x)| self.a.dots_batch(k, x, u, s));
+            }),
+        }
         if !k.all_finite(&u) {
-            let row = u.iter().position(|v| !v.is_finite()).unwrap_or(0) / self.rank();
+            let row = u.iter().position(|v| !v.is_finite()).unwrap_or(0) / rank;
             return Err(Error::NonFinite { arg: "x".into(), detail: format!(" in row {row}") });
         }
-        self.b.combine_batch(k, &u, y, add);
+        match &pool {
+            None => self.b.combine_batch(k, &u, y, add),
+            Some(pool) => pool.install(|| {
+                let parts = y.par_chunks_mut(block * n_out).zip(u.par_chunks(block * rank));
+                parts.for_each(|(y, u)| self.b.combine_batch(k, u, y, add));
+            }),
+        }
         Ok(())
     }
 

@@ -14,6 +14,7 @@ pub mod layer;
 pub mod learn;
 pub mod mapping;
 pub mod micro_lora;
+pub mod parallel;
 pub mod probe;
 pub mod rng;
 pub mod snapshot;

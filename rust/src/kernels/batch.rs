@@ -25,7 +25,6 @@ struct Stretch {
 /// `acc[m][at + r] (+)= <row r, x_m>` for `M` rows of X and `R` rows of W that start at `w` (rows `TILE`
 /// apart, tiles `stride` apart); starts from zero when `fresh`. With `P` it asks for the next `M` rows of X.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // plain indices keep the accumulators in registers
 unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize, const P: bool>(
     w: *const E,
     stride: usize,
@@ -196,7 +195,7 @@ pub(crate) unsafe fn dots_batch<V: Vector, E: Element>(
 
 /// `y_m (+)= sum_r u[m][r] row r` for `M` rows and the columns of `C` vectors.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn combine_block<V: Vector, E: Element, const M: usize, const C: usize>(
     w: *const E,
     g: Geometry,

@@ -97,7 +97,7 @@ demo: $(BUILT) $(VENV)/.extra-cli $(VENV)/.extra-plot ## Watch adapters learn fr
 test: test-rust test-python test-lowest ## Every test that needs no torch: Rust, then Python on the newest and lowest NumPy
 
 test-rust: tools ## Tests of the crate alone, without Python
-	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --all-targets; fi
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --lib --tests; fi
 	@cargo test --locked --doc
 
 test-python: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot

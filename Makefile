@@ -27,8 +27,8 @@ READ_EXTRAS := import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb"
 
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
 BUILT := $(VENV)/.built
-RUN_LOWEST := PYTHONPATH=python $(LOWEST)/bin/python
-RUN_ORACLE := PYTHONPATH=python $(ORACLE)/bin/python
+RUN_LOWEST := PYTHONPATH="$(CURDIR)/python" $(LOWEST)/bin/python
+RUN_ORACLE := PYTHONPATH="$(CURDIR)/python" $(ORACLE)/bin/python
 PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
@@ -64,7 +64,7 @@ $(VENV)/.extra-%: pyproject.toml | $(PY)
 
 $(BUILT): $(RUST_SOURCES) pyproject.toml $(VENV)/.maturin | tools
 	@echo "== microlora: release build"
-	@env -u CONDA_PREFIX VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked
+	@env -u CONDA_PREFIX VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/maturin develop --release --locked
 	@touch $@
 
 $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
@@ -144,7 +144,8 @@ bench: $(BUILT) $(ORACLE)/.ready ## One table of speeds: this project, NumPy, to
 	@cargo bench --locked --bench roofline
 
 bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measuring
-	@cargo bench --locked --benches -- --test
+	@cargo bench --locked --bench kernels -- --test
+	@cargo bench --locked --bench roofline -- --smoke
 	@$(if $(wildcard benches/test_*.py),$(RUN_ORACLE) -m pytest -q benches --benchmark-disable)
 	@$(if $(wildcard benches/table.py),$(RUN_ORACLE) benches/table.py --smoke)
 

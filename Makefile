@@ -25,10 +25,14 @@ PICK_LOWEST := import sys; print("numpy==" + {11: "2.0.*", 12: "2.0.*", 13: "2.1
 READ_EXTRAS := import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	e = t["optional-dependencies"]; print("\n".join(t["dependencies"] + [d for k in sys.argv[1:] for d in e[k]]))
 
+# One build serves every environment: the abi3 extension lies in python/microlora.
+LINK := import pathlib, sys, sysconfig; \
+	pathlib.Path(sysconfig.get_path("purelib"), "microlora.pth").write_text(sys.argv[1] + "\n")
+
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
 BUILT := $(VENV)/.built
-RUN_LOWEST := PYTHONPATH="$(CURDIR)/python" $(LOWEST)/bin/python
-RUN_ORACLE := PYTHONPATH="$(CURDIR)/python" $(ORACLE)/bin/python
+RUN_LOWEST := $(LOWEST)/bin/python
+RUN_ORACLE := $(ORACLE)/bin/python
 PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
@@ -71,6 +75,7 @@ $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 	@echo "== $(LOWEST): the lowest NumPy"
 	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot > $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "$$($(LOWEST)/bin/python -c '$(PICK_LOWEST)')" -r $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
 
 # A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
@@ -80,6 +85,7 @@ $(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
 	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
 		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
 		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)
+	@$(ORACLE)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
 
 .PHONY: build

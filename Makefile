@@ -25,10 +25,14 @@ PICK_LOWEST := import sys; print("numpy==" + {11: "2.0.*", 12: "2.0.*", 13: "2.1
 READ_EXTRAS := import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	e = t["optional-dependencies"]; print("\n".join(t["dependencies"] + [d for k in sys.argv[1:] for d in e[k]]))
 
+# One build serves every environment: the abi3 extension lies in python/microlora.
+LINK := import pathlib, sys, sysconfig; \
+	pathlib.Path(sysconfig.get_path("purelib"), "microlora.pth").write_text(sys.argv[1] + "\n")
+
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
 BUILT := $(VENV)/.built
-RUN_LOWEST := PYTHONPATH=python $(LOWEST)/bin/python
-RUN_ORACLE := PYTHONPATH=python $(ORACLE)/bin/python
+RUN_LOWEST := $(LOWEST)/bin/python
+RUN_ORACLE := $(ORACLE)/bin/python
 PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
@@ -64,13 +68,14 @@ $(VENV)/.extra-%: pyproject.toml | $(PY)
 
 $(BUILT): $(RUST_SOURCES) pyproject.toml $(VENV)/.maturin | tools
 	@echo "== microlora: release build"
-	@env -u CONDA_PREFIX VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked
+	@env -u CONDA_PREFIX VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(VENV)/bin/maturin develop --release --locked
 	@touch $@
 
 $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 	@echo "== $(LOWEST): the lowest NumPy"
 	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot > $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "$$($(LOWEST)/bin/python -c '$(PICK_LOWEST)')" -r $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
 
 # A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
@@ -80,6 +85,7 @@ $(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
 	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
 		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
 		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)
+	@$(ORACLE)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
 
 .PHONY: build
@@ -97,7 +103,7 @@ demo: $(BUILT) $(VENV)/.extra-cli $(VENV)/.extra-plot ## Watch adapters learn fr
 test: test-rust test-python test-lowest ## Every test that needs no torch: Rust, then Python on the newest and lowest NumPy
 
 test-rust: tools ## Tests of the crate alone, without Python
-	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --all-targets; fi
+	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --lib --tests; fi
 	@cargo test --locked --doc
 
 test-python: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot
@@ -144,7 +150,8 @@ bench: $(BUILT) $(ORACLE)/.ready ## One table of speeds: this project, NumPy, to
 	@cargo bench --locked --bench roofline
 
 bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measuring
-	@cargo bench --locked --benches -- --test
+	@cargo bench --locked --bench kernels -- --test
+	@cargo bench --locked --bench roofline -- --smoke
 	@$(if $(wildcard benches/test_*.py),$(RUN_ORACLE) -m pytest -q benches --benchmark-disable)
 	@$(if $(wildcard benches/table.py),$(RUN_ORACLE) benches/table.py --smoke)
 

@@ -131,7 +131,8 @@ KINDS = tuple(feedback_kinds(rng(), 3))
 
 def run_python(code, *args, env=None, timeout=100):
     """Runs a script in a new interpreter, with this folder importable; returns its standard output."""
-    full = {**os.environ, "PYTHONPATH": str(TESTS), **(env or {})}
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    full = {**os.environ, "PYTHONPATH": path, **(env or {})}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *map(str, args)],
         capture_output=True,

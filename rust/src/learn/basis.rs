@@ -85,7 +85,8 @@ pub(crate) fn fit(
     let [most_a, most_b] = learner.limits();
     let fits = |v: &[f32], most: f64| v.iter().all(|v| f64::from(v.abs()) < most);
     if !(fits(&rows, most_a) && b.as_ref().is_none_or(|b| fits(b.stream(), most_b))) {
-        let want = format!("larger inputs: the basis of these overflows {} weights", learner.layer().a.dtype());
+        let want =
+            format!("larger inputs: the basis of these overflows {} weights", learner.layer().a.dtype());
         return Err(Error::config("X", format!("rows of norm {norm:.1e}"), want));
     }
     drop(layer);

@@ -58,7 +58,10 @@ fn check(learner: &mut Learner, k: &Kernels, settings: &Instant, s: &mut Scratch
     let top = |v: &[f32]| v.iter().fold(0.0f64, |m, v| m.max(f64::from(v.abs())));
     let (error2, gain) = (k.dot(&output, &output), top(&s.gain));
     if !(error2.is_finite() && gain.is_finite()) {
-        return Err(Error::NonFinite { arg: arg.into(), detail: ": its squared error overflows float32".into() });
+        return Err(Error::NonFinite {
+            arg: arg.into(),
+            detail: ": its squared error overflows float32".into(),
+        });
     }
     learner.guard_weights([0.0, gain * f64::from(error2).sqrt()], arg)
 }

@@ -48,6 +48,13 @@ pub(crate) struct Scratch {
     pub g: Vec<f32>,
 }
 
+impl Scratch {
+    fn memory_bytes(&self) -> usize {
+        let floats = [&self.u, &self.gain, &self.y, &self.g].map(Vec::capacity).iter().sum::<usize>();
+        floats * 4 + self.pu.capacity() * 8
+    }
+}
+
 /// Running mean of rewards that becomes a moving average of rate `rate`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Baseline {
@@ -138,12 +145,12 @@ impl Learner {
         self.master.is_some()
     }
 
-    /// Resident bytes: stored weights, f32 master, RLS state and pending gradients.
+    /// Resident bytes: stored weights, f32 master, RLS state, pending gradients and the rules' buffers.
     pub fn memory_bytes(&self) -> usize {
         let master = self.master.as_ref().map_or(0, |m| m.memory_bytes());
         let rls = self.rls.as_ref().map_or(0, |r| r.p.len() * 8);
         let gradients = self.gradients.as_ref().map_or(0, |g| g.memory_bytes());
-        self.read.memory_bytes() + master + rls + gradients
+        self.read.memory_bytes() + master + rls + gradients + self.scratch.memory_bytes()
     }
 
     pub(crate) fn refresh_bounds(&mut self) {

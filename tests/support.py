@@ -83,9 +83,12 @@ def make(n_in=24, n_out=None, rank=4, *, alpha=None, seed=0, learned=True, names
     """A learner with one shape for all its modules, with random A and B (B = 0 unless ``learned``)."""
     n_out = n_in if n_out is None else n_out
     cfg = ml.LoraConfig(
-        rank=min(rank, n_in, n_out), alpha=2.0 * rank if alpha is None else alpha, target_modules=names, **settings
+        rank=min(rank, n_in, n_out),
+        alpha=2.0 * rank if alpha is None else alpha,
+        target_modules=names,
+        **settings,
     )
-    lora = ml.MicroLoRA(cfg, dims={n: (n_in, n_out) for n in names}, seed=seed)
+    lora = ml.MicroLoRA(cfg, dims=dict.fromkeys(names, (n_in, n_out)), seed=seed)
     if learned:
         r, k = rng(seed + 1), cfg.rank
         w = {n: (normal(r, k, n_in) / np.sqrt(n_in), normal(r, n_out, k) / np.sqrt(k)) for n in names}

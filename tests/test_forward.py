@@ -167,7 +167,13 @@ def test_inputs_of_every_kind_give_the_same():
     readonly, unaligned = x.copy(), np.frombuffer(b"\0" + x.tobytes(), np.float32, offset=1).reshape(6, 24)
     readonly.flags.writeable = False
     assert not unaligned.flags.aligned
-    same = [x.astype(np.float64), x.tolist(), tuple(map(tuple, x.tolist())), wide[::2, ::2], np.asfortranarray(x)]
+    same = [
+        x.astype(np.float64),
+        x.tolist(),
+        tuple(map(tuple, x.tolist())),
+        wide[::2, ::2],
+        np.asfortranarray(x),
+    ]
     same += [readonly, unaligned, x.astype(np.longdouble), np.flip(np.flip(x, 1).copy(), 1), list(x)]
     for other in same:
         np.testing.assert_array_equal(lora.forward(other, "m"), want)
@@ -326,7 +332,9 @@ def test_raw_gives_the_stored_bits_rounded_to_nearest_even(n_in):
             assert not got.flags.writeable
             np.testing.assert_array_equal(got, bits)
         for got, bits in zip((lora["m"].lora_a, lora["m"].lora_b), lora["m"].raw(), strict=True):
-            np.testing.assert_array_equal(got, from_bf16(bits) if dtype == "bf16" else bits.astype(np.float32))
+            np.testing.assert_array_equal(
+                got, from_bf16(bits) if dtype == "bf16" else bits.astype(np.float32)
+            )
         for g, w in zip(lora.adapter().raw("m"), lora["m"].raw(), strict=True):
             np.testing.assert_array_equal(g, w)
 
@@ -346,7 +354,9 @@ def test_a_learning_step_is_stored_rounded_to_nearest_even(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-@pytest.mark.parametrize(("n_in", "n_out", "rank"), [(97, 33, 8), (64, 64, 16), (7, 300, 3), (1, 1, 1), (17, 5, 2)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "rank"), [(97, 33, 8), (64, 64, 16), (7, 300, 3), (1, 1, 1), (17, 5, 2)]
+)
 def test_narrow_storage_sums_in_f32(dtype, n_in, n_out, rank):
     lora, r = make(n_in, n_out, rank, dtype=dtype), rng(6)
     x = normal(r, 40, n_in)

@@ -51,7 +51,9 @@ def test_the_first_step_changes_b_only(kind, how):
     assert (lora["m"].lora_a != a).any()
 
 
-@given(seed=seeds, n_in=sizes, n_out=sizes, rank=st.integers(1, 6), mu=st.floats(0.01, 1.0), based=st.booleans())
+@given(
+    seed=seeds, n_in=sizes, n_out=sizes, rank=st.integers(1, 6), mu=st.floats(0.01, 1.0), based=st.booleans()
+)
 def test_b_only_nlms_leaves_one_minus_mu_of_the_error(seed, n_in, n_out, rank, mu, based):
     r = rng(seed)
     lora = make(n_in, n_out, rank, seed=seed, instant=nlms(mu))
@@ -68,7 +70,9 @@ def test_b_only_nlms_leaves_one_minus_mu_of_the_error(seed, n_in, n_out, rank, m
 
 def event_loss(lora, x, fb, base, result):
     seen = result.baseline or 0.0
-    return ref.loss_of(fb, ref.forward(x, lora["m"].lora_a, lora["m"].lora_b, lora["m"].scaling), base, seen)[0]
+    return ref.loss_of(fb, ref.forward(x, lora["m"].lora_a, lora["m"].lora_b, lora["m"].scaling), base, seen)[
+        0
+    ]
 
 
 def check_safe_step(seed, kind, train, scale, mu):
@@ -98,7 +102,9 @@ def check_safe_step(seed, kind, train, scale, mu):
 
 
 def terms(fb):
-    return {"Preference": lambda: 2 * fb.beta, "Contrastive": lambda: 2 / fb.tau}.get(type(fb).__name__, lambda: 2)()
+    return {"Preference": lambda: 2 * fb.beta, "Contrastive": lambda: 2 / fb.tau}.get(
+        type(fb).__name__, lambda: 2
+    )()
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "gradient"])
@@ -116,7 +122,9 @@ def test_a_safe_step_never_increases_the_loss_of_its_event(kind, seed, train, sc
 def test_a_safe_step_never_increases_the_loss_in_ten_thousand_cases():
     r = rng(0)
     kinds = [k for k in KINDS if k != "gradient"]
-    for seed, kind, train in zip(range(10_000), itertools.cycle(kinds), itertools.cycle(["b", "both", "both"])):
+    for seed, kind, train in zip(
+        range(10_000), itertools.cycle(kinds), itertools.cycle(["b", "both", "both"])
+    ):
         mu = None if seed % 4 else 1.0
         check_safe_step(seed, kind, train, float(10.0 ** r.uniform(-1, 1)), mu)
 
@@ -187,7 +195,7 @@ def test_rls_after_an_input_basis_has_one_unit_of_prior():
 
 
 def test_rls_with_forgetting_weighs_events_by_their_age():
-    """While the cap on P does not bind, the solution is ridge with weights phi^age and a prior that fades too."""
+    """While the cap on P does not bind: ridge with weights phi^age, and a prior that fades too."""
     r, phi, n = rng(2), 0.98, 150
     lora = make(24, 10, 4, learned=False, instant=ml.InstantConfig(forgetting=phi, rho=0.1))
     x, t = normal(r, n, 24), normal(r, n, 10)
@@ -407,7 +415,12 @@ def test_a_stub_that_adds_a_constant_fails_both(stub):
 @pytest.mark.parametrize("kind", ["cosine", "preference", "contrastive"])
 def test_repeated_feedback_of_every_direction_is_followed(kind):
     r = rng(9)
-    lora, fb, x, base = make(16, 12, 4, learned=False), feedback_kinds(r, 12)[kind], normal(r, 16), normal(r, 12)
+    lora, fb, x, base = (
+        make(16, 12, 4, learned=False),
+        feedback_kinds(r, 12)[kind],
+        normal(r, 16),
+        normal(r, 12),
+    )
     first = lora.instant(x, fb, "m", base=base).loss_before
     for _ in range(400):
         last = lora.instant(x, fb, "m", base=base)
@@ -633,13 +646,15 @@ exponents = st.floats(-44, 37)
 @pytest.mark.parametrize("kind", KINDS)
 @given(
     seed=seeds,
-    steps=st.lists(st.tuples(exponents, exponents, exponents, st.booleans(), st.booleans()), min_size=1, max_size=6),
+    steps=st.lists(
+        st.tuples(exponents, exponents, exponents, st.booleans(), st.booleans()), min_size=1, max_size=6
+    ),
     dtype=st.sampled_from(["f32", "f16", "bf16"]),
     learned=st.booleans(),
 )
 @settings(max_examples=25, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 def test_extreme_but_finite_events_never_leave_a_bad_number(rule, kind, seed, steps, dtype, learned):
-    """Whatever the sizes, weights stay finite; an event is applied, skipped, or refused with the state kept."""
+    """Weights stay finite; an event is applied, skipped, or refused with the state kept."""
     r = rng(seed)
     lora = make(9, 6, 3, instant=RULES[rule], learned=learned, dtype=dtype)
     for ex, ef, eb, based, accumulate in steps:

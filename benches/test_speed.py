@@ -1,4 +1,4 @@
-"""pytest-benchmark of the hot paths, for comparing one's own changes (`make bench` prints the table of peers)."""
+"""pytest-benchmark of the hot paths, to compare one's own changes (`make bench` has the peers)."""
 
 import numpy as np
 import pytest

@@ -155,7 +155,7 @@ impl Learner {
         self.master.is_some()
     }
 
-    /// Resident bytes: stored weights, f32 master, RLS state, pending gradients and the rules' buffers.
+    /// Resident bytes: stored weights, f32 master, RLS state and pending gradients.
     pub fn memory_bytes(&self) -> usize {
         let master = self.master.as_ref().map_or(0, |m| m.memory_bytes());
         let rls = self.rls.as_ref().map_or(0, |r| r.p.len() * 8);

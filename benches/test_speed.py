@@ -1,10 +1,10 @@
-"""pytest-benchmark of the hot paths, for comparing one's own changes (`make bench` prints the table of peers)."""
+"""pytest-benchmark of the hot paths, to compare changes of one's own (`make bench` prints the table of peers)."""
 
 import numpy as np
 import pytest
-from peers import learned, numbers
 
 import microlora as ml
+from peers import learned, numbers
 
 pytest.importorskip("pytest_benchmark")
 

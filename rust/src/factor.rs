@@ -119,7 +119,6 @@ impl Factor {
     }
 
     /// f32 values, `(rank, len)` row-major, or `(len, rank)` when `transposed`.
-    #[allow(clippy::useless_conversion)]
     pub fn to_f32(&self, transposed: bool) -> Vec<f32> {
         let (rank, len) = (self.rank(), self.len());
         let mut out = vec![0f32; rank * len];
@@ -202,13 +201,11 @@ impl Factor {
     }
 
     /// Whether every stored number is zero (of either sign).
-    #[allow(clippy::useless_conversion)]
     pub fn is_zero(&self) -> bool {
         typed!(self, w => w.iter().all(|&v| f32::from(v) == 0.0))
     }
 
     /// Whether every stored number is finite.
-    #[allow(clippy::useless_conversion)]
     pub fn is_finite(&self) -> bool {
         typed!(self, w => w.iter().all(|&v| f32::from(v).is_finite()))
     }

@@ -10,9 +10,9 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-/// Multiply-adds below which a batch stays on the calling thread: about 100 us of one core. Measured: waking
-/// the pool costs tens of microseconds, so smaller batches gain nothing and lose in the median.
-pub const MIN_WORK: usize = 12_000_000;
+/// Multiply-adds below which a batch stays on the calling thread. Measured on two cores: the best of many runs
+/// breaks even near 25 million (about 250 us of one core); below that, waking the pool costs more than it saves.
+pub const MIN_WORK: usize = 32_000_000;
 
 /// More threads than this are refused: a batch has no work for them.
 pub const MAX_THREADS: usize = 64;
@@ -73,9 +73,13 @@ pub(crate) fn pool_for(work: usize) -> Option<Arc<ThreadPool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::Dtype;
+    use crate::factor::Factor;
+    use crate::kernels::Kernels;
+    use crate::layer::Layer;
 
     #[test]
-    fn threads_are_opt_in_capped_and_only_for_large_work() {
+    fn threads_are_opt_in_capped_only_for_large_work_and_change_nothing() {
         assert!(pool_for(usize::MAX).is_none(), "off by default");
         for bad in [0, MAX_THREADS + 1] {
             assert!(set_num_threads(bad).is_err());
@@ -85,7 +89,21 @@ mod tests {
         let pool = pool_for(MIN_WORK).expect("a pool");
         assert_eq!(pool.current_num_threads(), 2);
         assert!(Arc::ptr_eq(&pool, &pool_for(MIN_WORK).expect("the same pool")));
+
+        let k = Kernels::detect().unwrap();
+        let rows: Vec<f32> = (0..64 * 2048).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
+        let factor = || Factor::from_rows(&rows, 64, 2048, Dtype::F32);
+        let layer = Layer::new(factor(), factor(), 1.0, false).unwrap();
+        let x: Vec<f32> = (0..131 * 2048).map(|i| (i % 89) as f32 / 89.0 - 0.5).collect();
+        assert!(131 * layer.param_count() >= MIN_WORK);
+        let (mut two, mut one) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        layer.forward_rows(k, &x, &mut two, false).unwrap();
+
         set_num_threads(1).unwrap();
+        layer.forward_rows(k, &x, &mut one, false).unwrap();
+        let worst = one.iter().zip(&two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let size = one.iter().map(|v| v.abs()).fold(0.0, f32::max);
+        assert!(worst <= 1e-6 * size && size > 0.0, "{worst} of {size}");
         assert!(pool_for(MIN_WORK).is_none());
     }
 }

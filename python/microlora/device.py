@@ -18,6 +18,8 @@ def resolve(device: str) -> str:
         DeviceError: ``"cuda"`` was asked for and its wheel is not installed.
         ConfigError: Any other name.
     """
+    if not isinstance(device, str):
+        raise ConfigError(f"device: got {device!r}, expected cpu, auto or cuda")
     if device in ("cpu", "auto"):
         return "cpu"
     if device == "cuda" or device.startswith("cuda:"):

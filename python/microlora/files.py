@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import microlora._core as _core
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, FormatError, UnusedTensorWarning
+from microlora.exceptions import ConfigError, DTypeError, FormatError, UnusedTensorWarning
 
 if TYPE_CHECKING:
     from microlora.micro_lora import MicroLoRA
@@ -38,7 +38,11 @@ def save(
         ConfigError: An unknown format, or ``layer_paths`` that do not fit.
         OSError: The system refused; an older file at ``path`` is left whole.
     """
-    value = adapter if isinstance(adapter, _core.Adapter) else adapter.adapter()
+    if isinstance(adapter, _core.MicroLora):
+        adapter = adapter.adapter()
+    if not isinstance(adapter, _core.Adapter):
+        raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter or a MicroLoRA")
+    value = adapter
     if format is None:
         format = "safetensors" if os.fspath(path).endswith(".safetensors") else "peft"
     if format == "safetensors":

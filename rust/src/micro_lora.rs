@@ -77,6 +77,8 @@ pub struct MicroLora {
     index: HashMap<String, usize>,
     /// `(in_features, out_features)`; these never change.
     shapes: Vec<(usize, usize)>,
+    /// What the file that it came from held besides the weights, without modules.
+    origin: Adapter,
     state: RwLock<State>,
 }
 
@@ -119,7 +121,9 @@ impl MicroLora {
     /// # Errors
     /// As [`MicroLora::new`].
     pub fn from_adapter(adapter: &Adapter, seed: u64, settings: Settings) -> Result<Self> {
-        Self::with_layers(adapter.modules.clone(), seed, settings)
+        let mut lora = Self::with_layers(adapter.modules.clone(), seed, settings)?;
+        lora.origin = Adapter { modules: Vec::new(), ..adapter.clone() };
+        Ok(lora)
     }
 
     fn with_layers(layers: Vec<(String, Arc<Layer>)>, seed: u64, settings: Settings) -> Result<Self> {
@@ -148,12 +152,14 @@ impl MicroLora {
             rng: Rng::new(seed, 0),
             counters: Counters::default(),
         };
+        let origin = Adapter::default();
         Ok(MicroLora {
             kernels: Kernels::detect()?,
             settings,
             names,
             index,
             shapes,
+            origin,
             state: RwLock::new(state),
         })
     }
@@ -205,6 +211,9 @@ impl MicroLora {
     pub fn forward(&self, module: usize, x: &[f32], y: &mut [f32], add: bool) -> Result<()> {
         let state = self.read();
         if !state.enabled {
+            if !self.kernels.all_finite(x) {
+                return Err(Error::non_finite("x"));
+            }
             if !add {
                 y.fill(0.0);
             }
@@ -256,9 +265,9 @@ impl MicroLora {
         self.read().learners.iter().map(|l| l.layer().param_count()).sum()
     }
 
-    /// Resident bytes: weights, f32 masters, RLS state and pending gradients.
+    /// Resident bytes: weights, f32 masters, RLS state, pending gradients and tensors kept from a file.
     pub fn memory_bytes(&self) -> usize {
-        self.read().learners.iter().map(Learner::memory_bytes).sum()
+        self.origin.memory_bytes() + self.read().learners.iter().map(Learner::memory_bytes).sum::<usize>()
     }
 
     /// Pending `adapt` events of a module.
@@ -418,19 +427,21 @@ impl MicroLora {
         }
     }
 
-    /// The present weights as a value, with the given settings attached.
+    /// The present weights as a value, with what else the adapter held that this learner was made from.
     pub fn adapter(&self) -> Adapter {
-        let state = self.read();
+        self.adapter_of(&self.read())
+    }
+
+    fn adapter_of(&self, state: &State) -> Adapter {
         let layers = state.learners.iter().map(|l| Arc::clone(l.layer()));
-        Adapter { modules: self.names.iter().cloned().zip(layers).collect(), ..Adapter::default() }
+        Adapter { modules: self.names.iter().cloned().zip(layers).collect(), ..self.origin.clone() }
     }
 
     /// Weights and everything the rules remember; later steps copy what they change.
     pub fn snapshot(&self) -> Snapshot {
-        let adapter = self.adapter();
         let state = self.read();
         Snapshot {
-            adapter,
+            adapter: self.adapter_of(&state),
             learners: state.learners.iter().map(Learner::frozen).collect(),
             version: state.version,
             rng: state.rng.state(),

@@ -102,6 +102,10 @@ fn unit(arg: &str, mut v: Vec<f32>) -> Result<Vec<f32>> {
     if norm2 == 0.0 {
         return Err(Error::Feedback(format!("{arg} is all zeros, so it has no direction")));
     }
+    // Unit vectors stay as they are, so that feedback made again from its own parts is the same bit for bit.
+    if (norm2 - 1.0).abs() < 1e-6 {
+        return Ok(v);
+    }
     let inv = 1.0 / norm2.sqrt();
     for v in &mut v {
         *v = (f64::from(*v) * inv) as f32;

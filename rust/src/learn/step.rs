@@ -1,10 +1,12 @@
 //! What one learning step did.
 
+use std::borrow::Cow;
+
 /// Outcome of `adapt` or `instant`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepResult {
     /// Which rule ran: `rls`, `nlms` or `accumulate`.
-    pub rule: &'static str,
+    pub rule: Cow<'static, str>,
     /// Loss of this event before the step; `None` where feedback has no loss (a bare gradient).
     pub loss_before: Option<f32>,
     /// Loss of this event after the step; `None` as above, or where nothing was applied.
@@ -22,7 +24,7 @@ pub struct StepResult {
     /// Whether weights or accumulated gradients changed.
     pub applied: bool,
     /// Why nothing was applied.
-    pub reason: Option<&'static str>,
+    pub reason: Option<Cow<'static, str>>,
     /// Version of the learner after the step.
     pub version: u64,
 }
@@ -30,7 +32,7 @@ pub struct StepResult {
 impl StepResult {
     pub(crate) fn new(rule: &'static str) -> Self {
         StepResult {
-            rule,
+            rule: rule.into(),
             loss_before: None,
             loss_after: None,
             grad_norm_a: 0.0,
@@ -46,7 +48,7 @@ impl StepResult {
 
     pub(crate) fn skipped(mut self, reason: &'static str) -> Self {
         self.applied = false;
-        self.reason = Some(reason);
+        self.reason = Some(reason.into());
         self
     }
 }

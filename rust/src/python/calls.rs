@@ -91,6 +91,9 @@ pub(super) fn rows(
 ) -> PyResult<()> {
     let y = y.as_mut_slice();
     if !enabled {
+        if !k.all_finite(x) {
+            return Err(crate::Error::non_finite("x").into());
+        }
         if !add {
             y.fill(0.0);
         }

@@ -9,7 +9,7 @@ use pyo3::types::{PyDict, PyList};
 use super::adapter::{PyAdapter, PySnapshot};
 use super::array::{input, new_rows, new_vector, weight};
 use super::calls;
-use super::error::ConfigError;
+use super::error::{ConfigError, DTypeError};
 use super::feedback::extract;
 use super::handle::ModuleHandle;
 use super::long::long_call;
@@ -194,8 +194,12 @@ impl PyMicroLora {
         Ok(result)
     }
 
-    fn __getitem__(&self, module: &str) -> PyResult<ModuleHandle> {
-        Ok(ModuleHandle::new(&self.inner, self.inner.find(module)?))
+    fn __getitem__(&self, module: &Bound<'_, PyAny>) -> PyResult<ModuleHandle> {
+        let Ok(name) = module.extract::<&str>() else {
+            let kind = module.get_type();
+            return Err(DTypeError::new_err(format!("module: got {kind}, expected a module's name")));
+        };
+        Ok(ModuleHandle::new(&self.inner, self.inner.find(name)?))
     }
 
     fn __contains__(&self, module: &str) -> bool {
@@ -362,7 +366,7 @@ impl PyMicroLora {
             Ok(a) => Ok(self.inner.restore_adapter(&a.get().inner)?),
             Err(_) => {
                 let kind = source.get_type();
-                Err(super::error::DTypeError::new_err(format!(
+                Err(DTypeError::new_err(format!(
                     "source: got {kind}, expected a Snapshot or an Adapter"
                 )))
             }
@@ -401,8 +405,13 @@ impl PyMicroLora {
     }
 
     #[setter]
-    fn set_enabled(&self, enabled: bool) {
-        self.inner.set_enabled(enabled);
+    fn set_enabled(&self, enabled: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Ok(on) = enabled.extract::<bool>() else {
+            let kind = enabled.get_type();
+            return Err(DTypeError::new_err(format!("enabled: got {kind}, expected True or False")));
+        };
+        self.inner.set_enabled(on);
+        Ok(())
     }
 
     /// Events by kind: instant, adapt, apply, skipped.

@@ -366,9 +366,7 @@ impl PyMicroLora {
             Ok(a) => Ok(self.inner.restore_adapter(&a.get().inner)?),
             Err(_) => {
                 let kind = source.get_type();
-                Err(DTypeError::new_err(format!(
-                    "source: got {kind}, expected a Snapshot or an Adapter"
-                )))
+                Err(DTypeError::new_err(format!("source: got {kind}, expected a Snapshot or an Adapter")))
             }
         }
     }

@@ -28,7 +28,9 @@ def torch_loss(fb, dy, base, baseline=0.0, kappa=0.3):
         case "Gradient":
             return (tensor(fb.g) * y).sum()
         case "Reward":
-            return 0.5 * ((F.normalize(tensor(fb.response), dim=0) * dy).sum() - kappa * (fb.r - baseline)) ** 2
+            return (
+                0.5 * ((F.normalize(tensor(fb.response), dim=0) * dy).sum() - kappa * (fb.r - baseline)) ** 2
+            )
         case "Preference":
             m = fb.beta * (cos(tensor(fb.chosen)) - cos(tensor(fb.rejected)))
             return F.binary_cross_entropy_with_logits(m, torch.tensor(fb.p, dtype=torch.float64))

@@ -102,7 +102,13 @@ def calls():
     nan_rows = normal(rng(), 20, N_IN)
     nan_rows[19, 11] = np.nan
     for name in ("forward", "handle", "forward_all", "disabled"):
-        add("x", f"{name}-nan in a batch", lambda lora, f=reads[name]: f(lora, nan_rows), ex.NonFiniteError, "NaN")
+        add(
+            "x",
+            f"{name}-nan in a batch",
+            lambda lora, f=reads[name]: f(lora, nan_rows),
+            ex.NonFiniteError,
+            "NaN",
+        )
         call = lambda lora, f=reads[name]: f(lora, np.zeros((0, N_IN), np.float32))  # noqa: E731
         add("x", f"{name}-no rows", call, ex.ShapeError, f"(0, {N_IN})")
     add("X", "fit_input_basis-nan", lambda lora: lora.fit_input_basis(nan_rows, "k_proj"), ex.NonFiniteError)
@@ -122,14 +128,31 @@ def calls():
                 add("base", f"{name}-{kind}", call, error, word)
     for name, f in learns.items():
         for kind, fb in feedback_kinds(rng(), N_OUT + 1).items():
-            argument = {"mse": "target", "cosine": "target", "reward": "response", "preference": "chosen"}.get(kind)
+            argument = {
+                "mse": "target",
+                "cosine": "target",
+                "reward": "response",
+                "preference": "chosen",
+            }.get(kind)
             argument = argument or {"gradient": "gradient", "contrastive": "positive"}[kind]
             call = lambda lora, f=f, fb=fb: f(lora)(X, fb, "q_proj")  # noqa: E731
             add(argument, f"{name}-{kind}", call, ex.ShapeError, f"({N_OUT + 1},)", f"({N_OUT},)")
         for kind, v in {"a number": 0.5, "numpy number": np.float32(1)}.items():
-            add("feedback", f"{name}-{kind}", lambda lora, f=f, v=v: f(lora)(X, v, "q_proj"), ex.FeedbackError, "Target")
+            add(
+                "feedback",
+                f"{name}-{kind}",
+                lambda lora, f=f, v=v: f(lora)(X, v, "q_proj"),
+                ex.FeedbackError,
+                "Target",
+            )
         for kind, v in {"none": None, "array": Y, "text": "good", "class": ml.Target}.items():
-            add("feedback", f"{name}-{kind}", lambda lora, f=f, v=v: f(lora)(X, v, "q_proj"), ex.DTypeError, "Target")
+            add(
+                "feedback",
+                f"{name}-{kind}",
+                lambda lora, f=f, v=v: f(lora)(X, v, "q_proj"),
+                ex.DTypeError,
+                "Target",
+            )
     named = {
         "forward": lambda lora, m: lora.forward(X, m),
         "forward_add": lambda lora, m: lora.forward_add(X, m, out=np.zeros(N_OUT, np.float32)),
@@ -146,10 +169,25 @@ def calls():
         "raw": lambda lora, m: lora.adapter().raw(m),
     }
     for name, f in named.items():
-        add("module", f"{name}-unknown", lambda lora, f=f: f(lora, "q_prj"), ex.UnknownModuleError, "q_prj", "q_proj")
+        add(
+            "module",
+            f"{name}-unknown",
+            lambda lora, f=f: f(lora, "q_prj"),
+            ex.UnknownModuleError,
+            "q_prj",
+            "q_proj",
+        )
         kind = ex.DTypeError if name == "handle" else TypeError
         add("module", f"{name}-number", lambda lora, f=f: f(lora, 3), kind, "int")
-    for name in ("forward", "forward_add", "instant", "adapt", "delta_weight", "fuse_into", "fit_input_basis"):
+    for name in (
+        "forward",
+        "forward_add",
+        "instant",
+        "adapt",
+        "delta_weight",
+        "fuse_into",
+        "fit_input_basis",
+    ):
         call = lambda lora, f=named[name]: f(lora, None)  # noqa: E731
         add("module", f"{name}-missing", call, ex.ConfigError, "q_proj, k_proj")
     for name in ("fuse_into", "unfuse_from"):
@@ -170,7 +208,13 @@ def calls():
     for kind, lr in {"nan": np.nan, "inf": np.inf, "negative": -1.0}.items():
         add("lr", f"apply_updates-{kind}", lambda lora, lr=lr: lora.apply_updates(lr), ex.ConfigError)
     add("lr", "apply_updates-text", lambda lora: lora.apply_updates("fast"), TypeError, "str")
-    add("lr", "apply_updates-beyond float32", lambda lora: lora.apply_updates(1e300), ex.NonFiniteError, "overflow")
+    add(
+        "lr",
+        "apply_updates-beyond float32",
+        lambda lora: lora.apply_updates(1e300),
+        ex.NonFiniteError,
+        "overflow",
+    )
     add("max_grad_norm", "apply_updates", lambda lora: lora.apply_updates(0.1, 0.0), ex.ConfigError)
     add("data", "import_weights", lambda lora: lora.import_weights(None), ex.DTypeError, "NoneType")
     add("source", "restore", lambda lora: lora.restore(None), ex.DTypeError, "NoneType")
@@ -251,7 +295,13 @@ def test_feedback_refuses_bad_arrays_by_name(argument, kind):
         return  # a width of its own is checked when it is used
     if argument == "response" and kind == "none":
         error, word = ex.FeedbackError, "direction"
-    other = {"t": "target", "g": "gradient", "chosen": "rejected", "rejected": "chosen", "positive": "negatives"}
+    other = {
+        "t": "target",
+        "g": "gradient",
+        "chosen": "rejected",
+        "rejected": "chosen",
+        "positive": "negatives",
+    }
     with pytest.raises(error) as caught:
         MAKERS[argument](value)
     message = str(caught.value)
@@ -284,7 +334,7 @@ def test_feedback_refuses_vectors_without_a_direction_and_numbers_out_of_range()
     with pytest.raises(ex.ConfigError, match=r"loss: got \"l1\", expected mse or cosine"):
         ml.Target(e, loss="l1")
     for make_it in (lambda: ml.Reward("good", response=e), lambda: ml.Contrastive(e, e, tau=None)):
-        with pytest.raises(TypeError, match="while processing '(r|tau)'"):
+        with pytest.raises(TypeError, match=r"while processing '(r|tau)'"):
             make_it()
 
 

@@ -17,10 +17,17 @@ FORMATS = ("a.safetensors", "folder")
 
 
 def rich(dtype="f32", **more):
-    lora = make(24, 10, 3, names=("q_proj", "v_proj"), dtype=dtype, name="mine", description="d", tags=["x"], **more)
+    lora = make(
+        24, 10, 3, names=("q_proj", "v_proj"), dtype=dtype, name="mine", description="d", tags=["x"], **more
+    )
     metric = ml.Metric("mrr@10", "abc", 0.25)
     lora.metadata = ml.AdapterMetadata(
-        name="mine", version="1.2", base_model="tiny/llama", task_types=("search",), metrics=(metric,), parents=("p",)
+        name="mine",
+        version="1.2",
+        base_model="tiny/llama",
+        task_types=("search",),
+        metrics=(metric,),
+        parents=("p",),
     )
     return lora
 
@@ -42,7 +49,14 @@ def peft_folder(path, tensors, dtype="f32", **config):
         entries[key] = {"dtype": NAMES[dtype], "shape": list(np.shape(values))}
         raw[key] = to_bits(values, dtype)
     (path / "adapter_model.safetensors").write_bytes(write_tensors(entries, raw))
-    full = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "task_type": "CAUSAL_LM", **config}
+    full = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q"],
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
     (path / "adapter_config.json").write_text(json.dumps(full))
     return path
 
@@ -83,7 +97,9 @@ def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path, name, dtype):
     alpha=st.floats(0.01, 100),
     use_rslora=st.booleans(),
 )
-def test_shapes_and_scalings_of_every_kind_come_back(tmp_path_factory, seed, n_in, n_out, rank, dtype, alpha, use_rslora):
+def test_shapes_and_scalings_of_every_kind_come_back(
+    tmp_path_factory, seed, n_in, n_out, rank, dtype, alpha, use_rslora
+):
     lora = make(n_in, n_out, rank, dtype=dtype, alpha=alpha, use_rslora=use_rslora, seed=seed)
     folder = tmp_path_factory.mktemp("files")
     for name in FORMATS:
@@ -103,7 +119,10 @@ def test_the_format_follows_the_name_unless_it_is_given(tmp_path):
 
 def test_ranks_and_alphas_of_single_modules_come_back(tmp_path):
     cfg = ml.LoraConfig(
-        rank=4, target_modules=["a", "b", "c"], module_ranks={"b": 2, "c": 7}, module_alphas={"a": 3.5, "c": 1.25}
+        rank=4,
+        target_modules=["a", "b", "c"],
+        module_ranks={"b": 2, "c": 7},
+        module_alphas={"a": 3.5, "c": 1.25},
     )
     lora = ml.MicroLoRA(cfg, hidden_dim=16)
     for name in FORMATS:
@@ -122,13 +141,20 @@ def test_a_snapshot_saves_as_the_adapter_it_is(tmp_path):
 
 def test_layer_paths_name_a_model_s_modules(tmp_path):
     lora = rich()
-    paths = {"q_proj": [f"model.layers.{i}.self_attn.q_proj" for i in range(3)], "v_proj": "model.layers.1.v_proj"}
+    paths = {
+        "q_proj": [f"model.layers.{i}.self_attn.q_proj" for i in range(3)],
+        "v_proj": "model.layers.1.v_proj",
+    }
     lora.save(tmp_path / "out", layer_paths=paths)
     value = ml.load(tmp_path / "out")
     assert sorted(value.modules()) == sorted([*paths["q_proj"], paths["v_proj"]])
     for path in paths["q_proj"]:
         np.testing.assert_array_equal(value.lora_b(path), lora["q_proj"].lora_b)
-    for wrong, word in [({"q_proj": "a"}, "v_proj"), ({**paths, "k_proj": "b"}, "k_proj"), ({**paths, "q_proj": []}, "q_proj")]:
+    for wrong, word in [
+        ({"q_proj": "a"}, "v_proj"),
+        ({**paths, "k_proj": "b"}, "k_proj"),
+        ({**paths, "q_proj": []}, "q_proj"),
+    ]:
         with pytest.raises(ml.MicroLoraError, match=word):
             lora.save(tmp_path / "bad", layer_paths=wrong)
         assert not (tmp_path / "bad").exists()
@@ -138,7 +164,9 @@ def test_layer_paths_name_a_model_s_modules(tmp_path):
 
 def test_a_foreign_folder_is_kept_whole(tmp_path):
     """The raw PEFT config travels with the value and with a learner made from it."""
-    source = peft_folder(tmp_path / "in", q_tensors(), base_model_name_or_path="org/base", inference_mode=True)
+    source = peft_folder(
+        tmp_path / "in", q_tensors(), base_model_name_or_path="org/base", inference_mode=True
+    )
     value = ml.load(source)
     assert value.modules() == ["layers.0.q"]
     assert value.config is None
@@ -173,7 +201,10 @@ def test_unused_tensors_are_refused_or_listed(tmp_path):
         with pytest.warns(UnusedTensorWarning, match=r"unused: .*head\.weight"):
             value = ml.load(source, strict=False, mmap=mmap)
         assert value.extra_tensors() == {"base_model.model.head.weight": ("F32", [3, 3])}
-        assert value.extra_bytes("base_model.model.head.weight") == tensors["base_model.model.head.weight"].tobytes()
+        assert (
+            value.extra_bytes("base_model.model.head.weight")
+            == tensors["base_model.model.head.weight"].tobytes()
+        )
         with pytest.raises(KeyError):
             value.extra_bytes("none")
     factors = ml.load(peft_folder(tmp_path / "plain", q_tensors())).memory_bytes
@@ -240,17 +271,26 @@ def test_wrong_tensors_are_refused_by_name(tmp_path):
         ("nan", {a: nan, b: good[b]}, "lora_A.*NaN"),
         ("nothing", {}, "adapter_model|no "),
         ("rank of the config", {a: normal(rng(), 3, 6), b: normal(rng(), 5, 3)}, "lora_A|rank|r"),
-        ("dora", {**good, a.replace("lora_A.weight", "lora_magnitude_vector"): normal(rng(), 5)}, "magnitude"),
+        (
+            "dora",
+            {**good, a.replace("lora_A.weight", "lora_magnitude_vector"): normal(rng(), 5)},
+            "magnitude",
+        ),
         ("bias", {**good, b.replace("weight", "bias"): normal(rng(), 5)}, "bias"),
     ]:
         with pytest.raises(FormatError) as caught:
             ml.load(peft_folder(tmp_path / what, tensors))
-        assert any(w in str(caught.value) for w in word.replace(".*", "|").split("|")), (what, str(caught.value))
+        assert any(w in str(caught.value) for w in word.replace(".*", "|").split("|")), (
+            what,
+            str(caught.value),
+        )
 
 
 @pytest.mark.parametrize("pattern", [r"layers\.0\.q", r"^layers\.0\.q$", r".*\.q", r"layers\.[0-9]+\.q", "q"])
 def test_ranks_and_alphas_by_pattern(tmp_path, pattern):
-    source = peft_folder(tmp_path / "in", q_tensors(rank=3), rank_pattern={pattern: 3}, alpha_pattern={pattern: 1.5})
+    source = peft_folder(
+        tmp_path / "in", q_tensors(rank=3), rank_pattern={pattern: 3}, alpha_pattern={pattern: 1.5}
+    )
     info = ml.load(source).info("layers.0.q")
     assert (info.rank, info.alpha, info.scaling) == (3, 1.5, 0.5)
 

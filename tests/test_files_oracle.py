@@ -3,7 +3,6 @@
 import json
 import warnings
 
-import numpy as np
 import pytest
 
 import microlora as ml
@@ -84,7 +83,11 @@ OURS = {
         "module_ranks": {"k_proj": 2, "up_proj": 6},
         "module_alphas": {"k_proj": 3.0, "down_proj": 0.75},
     },
-    "patterns with rslora": {"use_rslora": True, "module_ranks": {"q_proj": 3}, "module_alphas": {"q_proj": 5.5}},
+    "patterns with rslora": {
+        "use_rslora": True,
+        "module_ranks": {"q_proj": 3},
+        "module_alphas": {"q_proj": 5.5},
+    },
     "f16": {"dtype": "f16"},
     "bf16": {"dtype": "bf16"},
 }
@@ -92,7 +95,9 @@ OURS = {
 
 @pytest.mark.parametrize("kind", OURS)
 def test_peft_loads_what_we_write(tmp_path, net, kind):
-    lora = ml.MicroLoRA(ml.LoraConfig(rank=4, alpha=6.0, target_modules=list(SHAPES), **OURS[kind]), dims=SHAPES)
+    lora = ml.MicroLoRA(
+        ml.LoraConfig(rank=4, alpha=6.0, target_modules=list(SHAPES), **OURS[kind]), dims=SHAPES
+    )
     r = rng(1)
     for name in SHAPES:
         for _ in range(3):
@@ -171,7 +176,9 @@ def test_we_load_what_peft_writes(tmp_path, net, kind, dtype):
 def test_there_and_back_keeps_every_bit(tmp_path, net):
     from safetensors.torch import load_file
 
-    model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=list(SHAPES), rank_pattern={"q_proj": 2}))
+    model = peft.get_peft_model(
+        net, peft.LoraConfig(r=4, target_modules=list(SHAPES), rank_pattern={"q_proj": 2})
+    )
     randomise(model)
     model.save_pretrained(tmp_path / "in")
     ml.save(ml.load(tmp_path / "in"), tmp_path / "out")
@@ -268,7 +275,8 @@ def test_a_tiny_llama_generates_the_same_logits(tmp_path):
     check_same(model, ml.load(tmp_path / "again"))
     # The other way: what they write for this architecture.
     theirs = peft.get_peft_model(
-        transformers.LlamaForCausalLM(config), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        transformers.LlamaForCausalLM(config),
+        peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     ).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path / "theirs")

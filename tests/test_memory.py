@@ -13,7 +13,8 @@ def line(n):
 
 
 def documented(n_in, n_out, rank, dtype):
-    """Rows padded to 16 columns, each factor rounded up to a cache line; an f32 master beside narrow storage."""
+    """Rows of 16 columns, factors of whole cache lines; an f32 master beside narrow storage."""
+
     def factor(width, size):
         return line(rank * -(-width // 16) * 16 * size)
 
@@ -22,7 +23,9 @@ def documented(n_in, n_out, rank, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n_in", "n_out", "rank"), [(768, 768, 16), (768, 3072, 8), (17, 1, 1), (100, 33, 5), (16, 16, 16)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "rank"), [(768, 768, 16), (768, 3072, 8), (17, 1, 1), (100, 33, 5), (16, 16, 16)]
+)
 def test_counts_are_exact(n_in, n_out, rank, dtype):
     lora = make(n_in, n_out, rank, dtype=dtype, learned=False, names=("a", "b", "c"))
     stored, live = documented(n_in, n_out, rank, dtype)
@@ -30,7 +33,7 @@ def test_counts_are_exact(n_in, n_out, rank, dtype):
     assert lora.adapter().param_count == lora.param_count
     assert lora.adapter().memory_bytes == 3 * stored
     assert lora.memory_bytes == 3 * live
-    dims = {m: (n_in, n_out) for m in "abc"}
+    dims = dict.fromkeys("abc", (n_in, n_out))
     assert lora.config.param_count(dims=dims) == lora.param_count
     assert lora.config.memory_bytes(dims=dims) == lora.param_count * SIZE[dtype]
     if n_in % 32 == 0 and n_out % 32 == 0:

@@ -12,7 +12,13 @@ import microlora as ml
 from microlora.exceptions import DTypeError, FormatError, ShapeError, UnknownModuleError
 from support import DTYPES, KINDS, feedback_kinds, make, normal, rng, set_weights, state_of
 
-OPERATIONS = (*(f"instant {k}" for k in KINDS), *(f"adapt {k}" for k in KINDS), "apply", "clipped apply", "basis")
+OPERATIONS = (
+    *(f"instant {k}" for k in KINDS),
+    *(f"adapt {k}" for k in KINDS),
+    "apply",
+    "clipped apply",
+    "basis",
+)
 
 
 def run(lora, operations, r):
@@ -31,7 +37,9 @@ def run(lora, operations, r):
         else:
             seen.append(lora.apply_updates(0.1, *([1.0] if what == "clipped" else [])))
         seen += [lora.forward(x, m).tobytes() for m in "ab"]
-    return [(v.rule, v.loss_before, v.loss_after, v.step) if isinstance(v, ml.StepResult) else v for v in seen]
+    return [
+        (v.rule, v.loss_before, v.loss_after, v.step) if isinstance(v, ml.StepResult) else v for v in seen
+    ]
 
 
 configs = st.fixed_dictionaries(
@@ -138,7 +146,7 @@ def test_everything_pickles_by_its_content():
             other = pickle.loads(pickle.dumps(value, protocol))
             assert type(other) is type(value)
             assert other == value
-            assert not other != value
+            assert (other != value) is False
             assert repr(other) == repr(value)
     lora.enabled = False
     other = pickle.loads(pickle.dumps(lora))
@@ -207,7 +215,11 @@ def test_a_copy_is_independent(how):
     lora, r = make(12, 9, 3), rng(1)
     lora.instant(normal(r, 12), ml.Target(normal(r, 9)), "m")
     lora.enabled = False
-    make_copy = {"copy": lambda v: v.copy(), "copy.copy": copy.copy, "pickle": lambda v: pickle.loads(pickle.dumps(v))}
+    make_copy = {
+        "copy": lambda v: v.copy(),
+        "copy.copy": copy.copy,
+        "pickle": lambda v: pickle.loads(pickle.dumps(v)),
+    }
     other = make_copy[how](lora)
     assert type(other) is type(lora)
     assert (other.adapter(), other.config, other.enabled) == (lora.adapter(), lora.config, False)
@@ -270,9 +282,9 @@ def test_weights_that_do_not_fit_are_refused():
         with pytest.raises(FormatError, match="bytes"):
             lora.import_weights(cut)
     for wrong in (None, "x", bytearray(data), 3):
-        with pytest.raises(DTypeError, match="data: got .*expected bytes"):
+        with pytest.raises(DTypeError, match=r"data: got .*expected bytes"):
             lora.import_weights(wrong)
-        with pytest.raises(DTypeError, match="source: got .*expected a Snapshot or an Adapter"):
+        with pytest.raises(DTypeError, match=r"source: got .*expected a Snapshot or an Adapter"):
             lora.restore(wrong)
     assert state_of(lora) == before
     with pytest.raises(ShapeError, match="m: got shape 13 -> 9"):

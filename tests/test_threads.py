@@ -47,7 +47,7 @@ class Whole:
 
 
 def check_whole_versions(reader, writer, versions, x, want, readers=4):
-    """Readers run batches while the writer walks through the versions; every result must be one of ``want``."""
+    """Readers run batches while the writer changes versions; every result must be one of ``want``."""
     stop, torn, seen = threading.Event(), [], [0] * readers
     sums = np.stack([w.sum(0, dtype=np.float64) for w in want])
     scale = np.abs(sums).max()

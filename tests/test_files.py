@@ -169,8 +169,7 @@ def test_a_foreign_folder_is_kept_whole(tmp_path):
     )
     value = ml.load(source)
     assert value.modules() == ["layers.0.q"]
-    assert value.config_json is None
-    assert (value.config.rank, value.config.alpha) == (2, 4.0)
+    assert value.config.rank == 2  # worked out from the weights
     assert json.loads(value.peft_config)["task_type"] == "CAUSAL_LM"
     learner = ml.MicroLoRA(value)
     learner.instant(normal(rng(), 6), ml.Target(normal(rng(), 5)), "layers.0.q")

@@ -52,7 +52,7 @@ def test_learning_state_is_counted_while_it_is_there():
     stored = lora.memory_bytes
     assert stored == 8 * (32 + 48) * 4
     lora.instant(normal(r, 32), ml.Target(normal(r, 48)), "m")
-    state = 8 * 8 * 8  # P in float64
+    state = 8 * 8 * 8  # P in float64; the rules' buffers belong to the thread
     assert lora.memory_bytes == stored + state
     lora.adapt(normal(r, 32), ml.Target(normal(r, 48)), "m")
     assert lora.memory_bytes == 2 * stored + state

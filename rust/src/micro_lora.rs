@@ -265,8 +265,7 @@ impl MicroLora {
         self.read().learners.iter().map(|l| l.layer().param_count()).sum()
     }
 
-    /// Resident bytes: weights, f32 masters, RLS state, pending gradients, the rules' buffers, tensors kept
-    /// from a file.
+    /// Resident bytes: weights, f32 masters, RLS state, pending gradients and tensors kept from a file.
     pub fn memory_bytes(&self) -> usize {
         self.origin.memory_bytes() + self.read().learners.iter().map(Learner::memory_bytes).sum::<usize>()
     }

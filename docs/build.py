@@ -42,7 +42,9 @@ def bench_block(data: dict[str, Any]) -> str:
     """The README's table."""
     rows = [cells(r) for r in data["rows"] if r["headline"]]
     head = ["work", "microlora", "peer", "ratio", "error to float64"]
-    where = f"{machine(data['machine'])}. All rows: [docs/performance.md](docs/performance.md)."
+    judged = [r["verdict"] for r in data["rows"] if r["verdict"]]
+    missed = f"{judged.count('MISSED')} of {len(judged)} targets missed"
+    where = f"{machine(data['machine'])}. All rows ({missed}): [docs/performance.md](docs/performance.md)."
     return f"{table(head, rows)}\n\n{where}"
 
 

@@ -40,7 +40,7 @@ def test_counts_are_exact(n_in, n_out, rank, dtype):
         assert lora.adapter().memory_bytes == lora.config.memory_bytes(dims=dims)
 
 
-def test_presets_have_the_sizes_that_their_sources_give():
+def test_presets_have_their_documented_sizes():
     coder = ml.create_lora("coder", 768)
     assert coder.param_count == 98_304
     assert coder.memory_bytes == 98_304 * 4

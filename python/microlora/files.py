@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from microlora.micro_lora import MicroLoRA
 
 PathLike = str | os.PathLike[str]
+
+_log = logging.getLogger(__name__)
 
 
 def save(
@@ -80,13 +83,15 @@ def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
         UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
         OSError: The file cannot be read.
     """
-    adapter, unused, _notes = _core.load(os.fspath(path), mmap, strict)
+    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict)
+    for note in notes:
+        _log.info("%s: %s", os.fspath(path), note)
     if unused:
         warnings.warn(f"{os.fspath(path)}: unused: {', '.join(unused)}", UnusedTensorWarning, stacklevel=2)
     value = Adapter(adapter)
-    # Settings and metadata are read now, so that a file that lies about itself is refused here.
+    # Settings and metadata of ours are read now, so that a file that lies about itself is refused here.
     try:
-        _ = value.config, value.metadata
+        _ = value.config_json and value.config, value.metadata
     except ConfigError as e:
         raise FormatError(f"{os.fspath(path)}: {e}") from e
     return value

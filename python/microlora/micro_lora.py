@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
+
 import microlora._core as _core
 from microlora import device as _device
 from microlora import files, presets
@@ -54,7 +56,7 @@ class MicroLoRA(_core.MicroLora):
     ) -> Self:
         """Makes the modules; see the class."""
         where = _device.resolve(device)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
             raise ConfigError(f"seed: got {seed!r}, expected an integer in [0, 2**64)")
         modules: list[tuple[str, int, int, int, float]] | _core.Adapter
         metadata = AdapterMetadata()
@@ -77,7 +79,7 @@ class MicroLoRA(_core.MicroLora):
             modules,
             use_rslora=config.use_rslora,
             dtype=config.dtype,
-            seed=seed,
+            seed=int(seed),
             dropout=config.dropout,
             instant=(
                 i.rule,
@@ -189,7 +191,12 @@ def _unpickle(cls: type[MicroLoRA], snapshot: Snapshot, enabled: bool, device: s
 
 
 def create_lora(
-    preset: str, hidden_dim: int | None = None, *, dims: Dims | None = None, seed: int = 0
+    preset: str,
+    hidden_dim: int | None = None,
+    *,
+    dims: Dims | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> MicroLoRA:
     """A learner from a preset's settings.
 
@@ -198,8 +205,9 @@ def create_lora(
         hidden_dim: Width of every module.
         dims: ``{module: (in_features, out_features)}`` instead.
         seed: Seed of the initialisation.
+        device: See :class:`MicroLoRA`.
 
     Raises:
         UnknownPresetError: No such preset; the message carries near names.
     """
-    return MicroLoRA(presets.get(preset), hidden_dim=hidden_dim, dims=dims, seed=seed)
+    return MicroLoRA(presets.get(preset), hidden_dim=hidden_dim, dims=dims, seed=seed, device=device)

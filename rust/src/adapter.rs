@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::factor::Factor;
 use crate::format::{AdapterParts, ModuleParts, Tensor};
 use crate::layer::Layer;
+use crate::snapshot::LEARNER_PREFIX;
 
 /// Immutable weights with their settings; cheap to clone, because layers are shared.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -60,7 +61,8 @@ impl Adapter {
             config_json: parts.config_json.clone(),
             metadata_json: parts.metadata_json.clone(),
             peft_config: parts.peft_config.clone(),
-            extra: parts.extra.clone(),
+            // What a snapshot's bytes carry beyond an adapter means nothing without its learner.
+            extra: parts.extra.iter().filter(|t| !t.name.starts_with(LEARNER_PREFIX)).cloned().collect(),
             prefix: parts.prefix.clone(),
             header: parts.header.clone(),
         })

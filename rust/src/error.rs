@@ -94,12 +94,29 @@ pub enum Error {
     /// The caller's cancel token was set.
     #[error("cancelled: {0}")]
     Cancelled(String),
+    /// More memory than the system gives.
+    #[error("{arg}: {bytes} bytes are wanted, more than the system gives")]
+    Memory {
+        /// Argument that asks for them.
+        arg: String,
+        /// Bytes wanted.
+        bytes: usize,
+    },
     /// A device that cannot be had.
     #[error("device: {0}")]
     Device(String),
 }
 
 impl Error {
+    /// Refuses sizes that the system does not give, where the allocation itself would abort the process.
+    pub fn check_memory(arg: &str, bytes: Option<usize>) -> Result<()> {
+        let wanted = bytes.unwrap_or(usize::MAX);
+        match Vec::<u8>::new().try_reserve_exact(wanted) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Error::Memory { arg: arg.into(), bytes: wanted }),
+        }
+    }
+
     /// A shape error from anything printable.
     pub fn shape(arg: impl Into<String>, got: impl ToString, want: impl ToString) -> Self {
         Error::Shape { arg: arg.into(), got: got.to_string(), want: want.to_string() }

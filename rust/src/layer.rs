@@ -1,5 +1,8 @@
 //! One LoRA layer: two factors and a scaling. Immutable for readers; the learner edits a copy of its own.
 
+use std::sync::Arc;
+
+use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use crate::dtype::Dtype;
@@ -122,43 +125,59 @@ impl Layer {
         self.check("x", x.len(), rows * self.in_features())?;
         self.check("out", y.len(), rows * self.out_features())?;
         let mut u = vec![0.0; rows * self.rank()];
-        let s = self.scaling();
-        let (n_in, n_out, rank) = (self.in_features(), self.out_features(), self.rank());
-        let pool = parallel::pool_for(rows * self.param_count());
-        // Whole blocks of the batch kernels (6 rows) for each thread.
-        let block =
-            pool.as_ref().map_or(rows, |p| rows.div_ceil(p.current_num_threads()).next_multiple_of(6));
-        match &pool {
-            None => self.a.dots_batch(k, x, &mut u, s),
-            Some(pool) => pool.install(|| {
+        self.down_rows(k, x, &mut u, 0)?;
+        self.up_rows(k, &u, y, add);
+        Ok(())
+    }
+
+    /// First half of a batch: `u = s x A`, `(rows, rank)`; `first` is the number of the first row, for errors.
+    ///
+    /// # Errors
+    /// A row whose bottleneck is not finite.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn down_rows(&self, k: &Kernels, x: &[f32], u: &mut [f32], first: usize) -> Result<()> {
+        let (n_in, rank, s) = (self.in_features(), self.rank(), self.scaling());
+        match self.threads(x.len() / n_in) {
+            None => self.a.dots_batch(k, x, u, s),
+            Some((pool, block)) => pool.install(|| {
                 let parts = u.par_chunks_mut(block * rank).zip(x.par_chunks(block * n_in));
                 parts.for_each(|(u, x)| self.a.dots_batch(k, x, u, s));
             }),
         }
-        if !k.all_finite(&u) {
-            let row = u.iter().position(|v| !v.is_finite()).unwrap_or(0) / rank;
-            return Err(Error::NonFinite { arg: "x".into(), detail: format!(" in row {row}") });
+        if k.all_finite(u) {
+            return Ok(());
         }
-        match &pool {
-            None => self.b.combine_batch(k, &u, y, add),
-            Some(pool) => pool.install(|| {
+        let row = first + u.iter().position(|v| !v.is_finite()).unwrap_or(0) / rank;
+        Err(Error::NonFinite { arg: "x".into(), detail: format!(" in row {row}") })
+    }
+
+    /// Second half of a batch: `y = u B`, or `y += u B`.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn up_rows(&self, k: &Kernels, u: &[f32], y: &mut [f32], add: bool) {
+        let (n_out, rank) = (self.out_features(), self.rank());
+        match self.threads(u.len() / rank) {
+            None => self.b.combine_batch(k, u, y, add),
+            Some((pool, block)) => pool.install(|| {
                 let parts = y.par_chunks_mut(block * n_out).zip(u.par_chunks(block * rank));
                 parts.for_each(|(y, u)| self.b.combine_batch(k, u, y, add));
             }),
         }
-        Ok(())
+    }
+
+    /// The pool for a batch, with rows per thread: whole blocks of the batch kernels (6 rows).
+    fn threads(&self, rows: usize) -> Option<(Arc<ThreadPool>, usize)> {
+        let pool = parallel::pool_for(rows * self.param_count())?;
+        let block = rows.div_ceil(pool.current_num_threads()).next_multiple_of(6);
+        Some((pool, block))
     }
 
     #[inline]
     fn check(&self, arg: &str, got: usize, want: usize) -> Result<()> {
         if got == want { Ok(()) } else { Err(Error::shape(arg, format!("({got},)"), format!("({want},)"))) }
-    }
-
-    /// `s B^T A`, row-major `(out_features, in_features)`: PEFT's delta weight.
-    pub fn delta_weight(&self, k: &Kernels) -> Vec<f32> {
-        let mut w = vec![0.0; self.out_features() * self.in_features()];
-        self.add_delta(k, &mut w, 1.0);
-        w
     }
 
     /// `w += sign * delta`, for `w` row-major `(out_features, in_features)`.

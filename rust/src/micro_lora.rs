@@ -92,6 +92,12 @@ fn stream_of(name: &str) -> u64 {
 
 /// `A ~ U(-1/sqrt(in), 1/sqrt(in))` (kaiming uniform with a = sqrt 5, as PEFT), `B = 0`.
 fn fresh_layer(spec: &ModuleSpec, seed: u64) -> Result<Layer> {
+    // Draws, A and B in their layout, and the bottleneck's matrix of a later RLS.
+    let padded = |n: usize| n.checked_next_multiple_of(16)?.checked_mul(spec.rank)?.checked_mul(4);
+    let sizes = [padded(spec.in_features), padded(spec.in_features), padded(spec.out_features)];
+    let rls = spec.rank.checked_mul(spec.rank).and_then(|n| n.checked_mul(8));
+    let bytes = sizes.into_iter().chain([rls]).try_fold(0usize, |sum, n| sum.checked_add(n?));
+    Error::check_memory(&spec.name, bytes)?;
     let mut rng = Rng::new(seed, stream_of(&spec.name));
     let bound = 1.0 / (spec.in_features as f32).sqrt();
     let a: Vec<f32> = (0..spec.rank * spec.in_features).map(|_| rng.symmetric(bound)).collect();
@@ -456,7 +462,11 @@ impl MicroLora {
     pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
         self.check_same(&snapshot.adapter)?;
         let state = &mut *self.write();
-        state.learners = snapshot.learners.clone();
+        for (name, learner) in self.names.iter().zip(&mut state.learners) {
+            // By name: a file may list the same modules in another order.
+            let at = snapshot.adapter.modules.iter().position(|(n, _)| n == name);
+            *learner = snapshot.learners[at.expect("names were compared")].clone();
+        }
         state.rng = Rng::resume(snapshot.rng);
         state.counters = snapshot.counters;
         state.version += 1;
@@ -474,6 +484,8 @@ impl MicroLora {
             let layer = adapter.layer(name)?;
             learner.replace(Arc::clone(layer));
         }
+        state.rng = Rng::new(state.rng.state().seed, 0);
+        state.counters = Counters::default();
         state.version += 1;
         Ok(())
     }

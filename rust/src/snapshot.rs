@@ -29,7 +29,8 @@ pub struct Snapshot {
     pub(crate) counters: Counters,
 }
 
-const PREFIX: &str = "learner/";
+/// Names of the tensors that hold a learner's state.
+pub(crate) const LEARNER_PREFIX: &str = "learner/";
 const STATE: &str = "learner/state";
 
 #[derive(Serialize, Deserialize)]
@@ -67,7 +68,7 @@ impl Snapshot {
         let mut parts = self.adapter.to_parts();
         let mut modules = Vec::new();
         for (i, l) in self.learners.iter().enumerate() {
-            let name = |what: &str| format!("{PREFIX}{i}/{what}");
+            let name = |what: &str| format!("{LEARNER_PREFIX}{i}/{what}");
             if l.has_master() {
                 parts.extra.push(factor_tensor(name("master_a"), &l.master().a));
                 parts.extra.push(factor_tensor(name("master_b"), &l.master().b));
@@ -115,7 +116,7 @@ impl Snapshot {
         let mut parts = format::from_bytes(bytes, true)?.parts;
         let bad = |reason: &str| Error::format("snapshot", reason.to_string());
         let (state, extra): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut parts.extra).into_iter().partition(|t| t.name.starts_with(PREFIX));
+            std::mem::take(&mut parts.extra).into_iter().partition(|t| t.name.starts_with(LEARNER_PREFIX));
         parts.extra = extra;
         let adapter = Adapter::from_parts(&parts)?;
         let find = |name: String| state.iter().find(|t| t.name == name);
@@ -127,18 +128,19 @@ impl Snapshot {
         let mut learners = Vec::new();
         for (i, (m, (_, layer))) in json.modules.iter().zip(&adapter.modules).enumerate() {
             let factor = |what: &str, like: &Factor| -> Result<Option<Factor>> {
-                let Some(t) = find(format!("{PREFIX}{i}/{what}")) else { return Ok(None) };
+                let Some(t) = find(format!("{LEARNER_PREFIX}{i}/{what}")) else { return Ok(None) };
                 if t.dtype != TensorDtype::F32 || t.shape != [like.rank(), like.len()] {
                     return Err(bad(&format!("{} does not fit the weights", t.name)));
                 }
-                Factor::from_bits(&t.data, like.rank(), like.len(), Dtype::F32, false).map(Some)
+                let f = Factor::from_bits(&t.data, like.rank(), like.len(), Dtype::F32, false)?;
+                if f.is_finite() { Ok(Some(f)) } else { Err(bad(&format!("{} is not finite", t.name))) }
             };
             let master = match (factor("master_a", &layer.a)?, factor("master_b", &layer.b)?) {
                 (Some(a), Some(b)) => Some(Arc::new(Layer::new(a, b, layer.alpha, layer.rslora)?)),
                 _ => None,
             };
             let mut l = Learner::with_master(Arc::clone(layer), master);
-            if let Some(t) = find(format!("{PREFIX}{i}/p")) {
+            if let Some(t) = find(format!("{LEARNER_PREFIX}{i}/p")) {
                 let rank = layer.rank();
                 if t.dtype != TensorDtype::F64 || t.shape != [rank, rank] {
                     return Err(bad("p does not fit the rank"));
@@ -148,8 +150,8 @@ impl Snapshot {
                     p.push(f64::from_le_bytes(chunk.try_into().map_err(|_| bad("p is cut off"))?));
                 }
                 let ridge = m.ridge.ok_or_else(|| bad("p without its ridge"))?;
-                if p.iter().any(|v| !v.is_finite()) {
-                    return Err(bad("p is not finite"));
+                if p.iter().any(|v| !v.is_finite()) || !(ridge.is_finite() && ridge > 0.0) {
+                    return Err(bad("p or its ridge is not a finite number above 0"));
                 }
                 l.rls = Some(Rls { p, ridge });
             }
@@ -158,6 +160,11 @@ impl Snapshot {
                     return Err(bad("pending gradients are missing"));
                 };
                 l.gradients = Some(Box::new(Gradients { a, b, count: m.pending, bounds: m.pending_bounds }));
+            }
+            let numbers =
+                [m.baseline_value, m.basis_unit.unwrap_or(1.0), m.pending_bounds[0], m.pending_bounds[1]];
+            if numbers.iter().any(|v| !v.is_finite()) {
+                return Err(bad("learner state is not finite"));
             }
             l.basis_unit = m.basis_unit;
             l.baseline = Baseline { count: m.baseline_count, value: m.baseline_value };

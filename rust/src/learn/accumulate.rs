@@ -175,6 +175,7 @@ pub(crate) fn apply(learner: &mut Learner, k: &Kernels, lr: f64) -> bool {
     learner.bounds = [learner.bounds[0] + grow[0], learner.bounds[1] + grow[1]];
     // P was measured with the old A.
     learner.rls = None;
+    learner.basis_unit = None;
     g.count = 0;
     g.bounds = [0.0; 2];
     learner.gradients = Some(g);

@@ -74,7 +74,6 @@ pub(crate) fn fit(
         if n <= EXACT { exact(k, x, width, rank, tick)? } else { iterate(k, x, width, rank, rng, tick)? };
     let held: f64 = kept.iter().sum::<f64>() / total;
     complete(k, &mut rows, width, rank, rng);
-    tick(n, n)?;
 
     let scale = (f64::from(layer.scaling()).powi(-2) * n as f64 / kept.iter().sum::<f64>()).sqrt() as f32;
     k.scale(scale, &mut rows);
@@ -119,6 +118,7 @@ fn exact(k: &Kernels, x: &[f32], width: usize, rank: usize, tick: &mut Tick<'_>)
             gram[(j, i)] = v;
         }
     }
+    tick(n, n)?;
     let eigen = SymmetricEigen::new(gram);
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));
@@ -176,6 +176,7 @@ fn iterate(
             basis = DMatrix::from_fn(width, q, |i, j| f64::from(product[j][i])).qr().q();
         }
     }
+    tick((PASSES + 1) * n, (PASSES + 1) * n)?;
     let eigen = SymmetricEigen::new(small);
     let mut order: Vec<usize> = (0..q).collect();
     order.sort_by(|&a, &b| eigen.eigenvalues[b].total_cmp(&eigen.eigenvalues[a]));

@@ -155,6 +155,7 @@ pub(crate) fn step(
     if both {
         // P was measured with the old A.
         learner.rls = None;
+        learner.basis_unit = None;
         learner.bounds[0] += worst_a;
     }
     learner.bounds[1] += worst;

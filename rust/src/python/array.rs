@@ -9,6 +9,7 @@ use numpy::{
     PyArray1, PyArray2, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray,
     PyUntypedArrayMethods,
 };
+use pyo3::exceptions::{PyException, PyMemoryError};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
 
@@ -110,13 +111,16 @@ pub(super) fn input<'a>(
 fn as_array<'py>(arg: &str, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
     let py = x.py();
     let refuse = |e: PyErr| {
+        if !e.is_instance_of::<PyException>(x.py()) || e.is_instance_of::<PyMemoryError>(x.py()) {
+            return e;
+        }
         let kind = x.get_type();
         DTypeError::new_err(format!(
             "{arg}: got {kind}, expected a float32 array or what NumPy can turn into one: {e}"
         ))
     };
     let asarray = py.import("numpy")?.getattr("asarray")?;
-    let array = if x.hasattr("detach")? {
+    let array = if x.hasattr("__torch_function__")? {
         // bfloat16 tensors have no NumPy dtype, so they are widened by torch itself.
         let x = x.call_method0("detach").map_err(refuse)?;
         asarray.call1((&x,)).or_else(|_| asarray.call1((x.call_method0("float")?,)))
@@ -264,16 +268,18 @@ pub(super) fn new_vector<'py>(
     }
 }
 
-/// A new `(rows, cols)` array with a buffer to fill before anybody else sees it.
+/// A new `(rows, cols)` array of zeros, with its buffer to fill before anybody else sees it. The caller keeps
+/// the array while it uses the buffer.
 pub(super) fn new_rows<'py>(
     py: Python<'py>,
     rows: usize,
     cols: usize,
-) -> (Bound<'py, PyAny>, Output<'static>) {
-    // SAFETY: new and unshared; the caller fills it wholly or drops it.
-    let array = unsafe { PyArray2::<f32>::new(py, [rows, cols], false) };
+) -> PyResult<(Bound<'py, PyAny>, Output<'static>)> {
+    let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(4));
+    crate::Error::check_memory("result", bytes)?;
+    let array = PyArray2::<f32>::zeros(py, [rows, cols], false);
     let out = Output { data: array.data(), len: rows * cols, _keep: std::marker::PhantomData };
-    (array.into_any(), out)
+    Ok((array.into_any(), out))
 }
 
 /// A read-only `(rows, cols)` float32 array that owns its numbers.

@@ -34,7 +34,7 @@ pub(super) fn forward<'py>(
             Ok(out.clone())
         }
         (Some(rows), None) => {
-            let (array, mut y) = new_rows(py, rows, n_out);
+            let (array, mut y) = new_rows(py, rows, n_out)?;
             batch(py, lora, module, &x, &mut y, false)?;
             Ok(array)
         }
@@ -104,12 +104,24 @@ pub(super) fn rows(
     if x.len() / n_in * work < DETACH_WORK {
         return Ok(layer.forward_rows(k, x, y, add)?);
     }
-    // Checked before the first chunk is written, so that a refused batch leaves y as it was.
-    py.detach(|| if k.all_finite(x) { Ok(()) } else { layer.forward_rows(k, x, &mut y.to_vec(), add) })?;
-    let step = (SIGNAL_WORK / work).max(1);
-    for (x, y) in x.chunks(step * n_in).zip(y.chunks_mut(step * n_out)) {
-        py.detach(|| layer.forward_rows(k, x, y, add))?;
+    // Every bottleneck is checked before the first number is written: a refused batch leaves y as it was.
+    let (rank, step) = (layer.rank(), (SIGNAL_WORK / work).max(1));
+    let mut u = vec![0.0; x.len() / n_in * rank];
+    for (i, (x, u)) in x.chunks(step * n_in).zip(u.chunks_mut(step * rank)).enumerate() {
+        py.detach(|| layer.down_rows(k, x, u, i * step))?;
+        py.check_signals()?;
+    }
+    for (u, y) in u.chunks(step * rank).zip(y.chunks_mut(step * n_out)) {
+        py.detach(|| layer.up_rows(k, u, y, add));
         py.check_signals()?;
     }
     Ok(())
+}
+
+/// `s B^T A` as a new array `(out_features, in_features)`.
+pub(super) fn delta_weight<'py>(py: Python<'py>, k: &Kernels, layer: &Layer) -> PyResult<Bound<'py, PyAny>> {
+    let (array, mut w) = new_rows(py, layer.out_features(), layer.in_features())?;
+    let w = w.as_mut_slice();
+    py.detach(|| layer.add_delta(k, w, 1.0));
+    Ok(array)
 }

@@ -1,6 +1,6 @@
 //! Core errors as the exceptions of `microlora.exceptions`.
 
-use pyo3::exceptions::PyOSError;
+use pyo3::exceptions::{PyMemoryError, PyOSError};
 use pyo3::import_exception;
 use pyo3::prelude::*;
 
@@ -32,6 +32,7 @@ impl From<Error> for PyErr {
             Error::Feedback(_) => FeedbackError::new_err(text),
             Error::Format { .. } => FormatError::new_err(text),
             Error::Unsupported { .. } => UnsupportedVariantError::new_err(text),
+            Error::Memory { .. } => PyMemoryError::new_err(text),
             Error::Cancelled(_) => CancelledError::new_err(text),
             Error::Device(_) => DeviceError::new_err(text),
             // (errno, strerror, filename) lets Python choose FileNotFoundError and its like.

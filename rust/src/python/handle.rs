@@ -5,7 +5,6 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::adapter::{factor_array, raw_pair};
-use super::array::read_only;
 use super::calls;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
@@ -60,11 +59,7 @@ impl ModuleHandle {
 
     /// float32 (out_features, in_features): the change of the weight, ``s (A B)^T``, a new array.
     fn delta_weight<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let (layer, k) = (self.layer(), self.lora.kernels());
-        let delta = py.detach(|| layer.delta_weight(k));
-        let array = read_only(py, delta, &[layer.out_features(), layer.in_features()])?;
-        array.call_method1("setflags", (true,))?;
-        Ok(array)
+        calls::delta_weight(py, self.lora.kernels(), &self.layer())
     }
 
     /// Name of the module.

@@ -184,7 +184,7 @@ impl PyMicroLora {
             let y = match x.rows {
                 None if enabled => new_vector(py, n_out, |y| layer.forward(k, x.as_slice(), y, false))?,
                 rows => {
-                    let (array, mut y) = new_rows(py, rows.unwrap_or(1), n_out);
+                    let (array, mut y) = new_rows(py, rows.unwrap_or(1), n_out)?;
                     calls::rows(py, k, layer, enabled, x.as_slice(), &mut y, false)?;
                     if rows.is_none() { array.call_method1("reshape", (n_out,))? } else { array }
                 }
@@ -313,15 +313,8 @@ impl PyMicroLora {
     /// The change of the layer's weight, ``s (A B)^T``, in the orientation of torch and PEFT.
     #[pyo3(signature = (module = None))]
     fn delta_weight<'py>(&self, py: Python<'py>, module: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
-        let (m, k) = (self.find(module)?, self.inner.kernels());
-        let (layer, (n_in, n_out)) = (self.inner.layer(m).0, self.shapes[m]);
-        let (array, mut y) = new_rows(py, n_out, n_in);
-        let w = y.as_mut_slice();
-        py.detach(|| {
-            w.fill(0.0);
-            layer.add_delta(k, w, 1.0);
-        });
-        Ok(array)
+        let m = self.find(module)?;
+        calls::delta_weight(py, self.inner.kernels(), &self.inner.layer(m).0)
     }
 
     /// ``w += delta_weight()`` in place, without the array between.

@@ -1,4 +1,4 @@
-"""Cases that cross rooms: order of modules, bytes of the wrong kind, sizes beyond the machine, late refusals."""
+"""Cases that cross rooms: order of modules, bytes of the wrong kind, too large sizes, late refusals."""
 
 import sys
 

@@ -214,3 +214,22 @@ fn every_detected_isa_is_found_by_name() {
     assert!(Kernels::for_isa(Isa::Scalar).is_some());
     assert!(Kernels::available().any(|k| k.isa() == Kernels::detect().unwrap().isa()));
 }
+
+#[test]
+fn rows_without_columns_sum_to_zero() {
+    for k in Kernels::available() {
+        for dtype in Dtype::ALL {
+            for rank in [1, 8, 9] {
+                let f = Factor::zeros(rank, 0, dtype);
+                let mut out = vec![9.0; rank];
+                f.dots(k, &[], &mut out);
+                assert!(out.iter().all(|&v| v == 0.0), "{} {dtype} {rank}", k.isa());
+                let mut u = vec![9.0; 7 * rank];
+                f.dots_batch(k, &[], &mut u, 1.0);
+                assert!(u.iter().all(|&v| v == 0.0), "{} {dtype} {rank} in batches", k.isa());
+                f.combine(k, &out, &mut [], true);
+                f.combine_batch(k, &u, &mut [], false);
+            }
+        }
+    }
+}

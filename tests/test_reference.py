@@ -172,3 +172,24 @@ def test_input_basis_refuses_to_forget():
     lora, r = make(16, 10, 3), rng(8)
     with pytest.raises(ml.exceptions.ConfigError, match="B is not zero"):
         lora.fit_input_basis(normal(r, 30, 16), "m")
+
+
+def test_rls_starts_anew_after_an_apply_that_moved_a():
+    """P was measured with the old A: it goes, and its prior is taken from the next event."""
+    r = rng(12)
+    lora = make(20, 12, 4)
+    want = twin(lora)
+    for _ in range(3):
+        for _ in range(10):
+            x, t = normal(r, 20), ml.Target(normal(r, 12))
+            want.instant(x, t)
+            lora.instant(x, t, "m")
+        assert lora["m"].ridge == pytest.approx(want.ridge, rel=1e-4)
+        x, t = normal(r, 20), ml.Target(normal(r, 12))
+        want.adapt(x, t)
+        lora.adapt(x, t, "m")
+        want.apply_updates(0.01)
+        lora.apply_updates(0.01)
+        assert lora["m"].ridge is None
+        close(lora["m"].lora_a, want.a, 1e-4)
+        close(lora["m"].lora_b, want.b, 1e-4)

@@ -106,8 +106,10 @@ LONG = {
 def test_ctrl_c_stops_a_long_call(call):
     """The call would go on for many seconds; the signal comes while it runs and must end it soon."""
     code = f"""
-import numpy as np, sys, time
+import numpy as np, signal, sys, time
 from support import make
+# A shell that runs the tests in the background hands its children an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 lora = make(1024, 1024, 256)
 x = np.ones((200_000 if "basis" in {call!r} else 60_000, 1024), np.float32)
 x[::2] *= 0.5
@@ -129,5 +131,6 @@ except KeyboardInterrupt:
         out, _ = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.communicate()
     assert out.endswith("stopped\n"), out
     assert process.returncode == 0

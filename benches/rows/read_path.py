@@ -88,8 +88,8 @@ def overhead(report: Report, clock: Clock, seconds: float) -> None:
         over = ns[key] - bare
         report.add(
             name,
-            f"{duration(ns[key])} ({over:+.0f} ns)",
-            f"kernel {duration(bare)}",
+            f"{over:+.0f} ns ({duration(ns[key])} less the kernel's {duration(bare)})",
+            f"limit {target:+.0f} ns",
             over / target,
             1.0,
             below=True,

@@ -225,8 +225,7 @@ fn carry_over(k: &Kernels, layer: &Layer, rows: &[f32]) -> Result<Factor> {
     let cross = DMatrix::from_fn(rank, rank, |i, j| f64::from(k.dot(row("old", i), row("new", j))));
     let gram = DMatrix::from_fn(rank, rank, |i, j| f64::from(k.dot(row("new", i), row("new", j))));
     let refuse = || {
-        let want =
-            "an adapter that has not learned yet, or inputs whose basis spans its A (restore or reset first)";
+        let want = "an adapter that has not learned yet, or inputs whose basis spans its A (restore an older snapshot, or make a new one)";
         Error::config("fit_input_basis", "an adapter whose B is not zero", want)
     };
     let inverse = gram.try_inverse().ok_or_else(refuse)?;

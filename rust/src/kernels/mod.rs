@@ -223,6 +223,10 @@ impl Kernels {
         let rows = u.len() / g.rank;
         need("dots_batch u", u.len(), rows * g.rank);
         need("dots_batch x", x.len(), rows * g.len);
+        if g.len == 0 {
+            // The block kernels start their sums from the first columns.
+            return u.fill(0.0);
+        }
         // SAFETY: lengths checked above; the table exists only where its ISA does.
         unsafe { (E::reads(self).dots_batch)(w.as_ptr(), g, x.as_ptr(), rows, u.as_mut_ptr(), s) }
     }

@@ -75,7 +75,9 @@ def performance(data: dict[str, Any]) -> str:
         "",
         "Written by `make docs` from one run of `benches/table.py`; do not edit. A ratio compares within",
         "that run; the error is the largest difference to float64, relative to the largest number. Rows that",
-        "miss their target say so.",
+        "miss their target say so. The bare kernel and the call over it are the best of four allocations,",
+        "because where buffers lie to each other moves a kernel by up to a quarter; all other rows have one.",
+        "A share above 1 means that the limit itself was measured low in that moment.",
         "",
         f"Machine: {machine(data['machine'])}.",
     ]

@@ -26,6 +26,7 @@ BUILTIN = {
     "UnsupportedVariantError": ValueError,
     "DeviceError": RuntimeError,
     "MissingExtraError": ImportError,
+    "LeakageError": ValueError,
 }
 
 

@@ -1,9 +1,9 @@
 """Samples from and to files that people have: JSON lines, CSV and Parquet.
 
-A row is a sample, a column a field of `TrainingSample` by its name. Embeddings are lists of numbers; in CSV they
-are such a list in one cell (``[0.5, 1]`` or ``0.5 1``), or columns ``input_0, input_1, ...`` and ``output_0,
-output_1, ...``. In JSON lines ``feedback`` is an object: ``{"kind": "target", "t": [...]}``, ``{"kind": "reward",
-"r": 0.5, "response": [...]}`` and so on, with the arguments of the feedback's class.
+A row is a sample, a column a field of `TrainingSample` by its name. Embeddings are lists of numbers; in CSV
+they are such a list in one cell (``[0.5, 1]`` or ``0.5 1``), or columns ``input_0, input_1, ...`` and
+``output_0, output_1, ...``. ``feedback`` is an object: ``{"kind": "target", "t": [...]}``,
+``{"kind": "reward", "r": 0.5, "response": [...]}`` and so on, with the arguments of the feedback's class.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _arrow_column(column: Any) -> list[Any]:
     lists = (
         arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind)
     )
-    if not lists or column.null_count or not arrow.types.is_floating(kind.value_type):
+    if not lists or column.null_count or not types.is_floating(kind.value_type):
         values: list[Any] = column.to_pylist()
         return values
     flat = column.flatten()

@@ -26,10 +26,13 @@ from microlora.progress import CancelToken, Progress
 from microlora.target import TargetModule
 
 if TYPE_CHECKING:
+    from microlora import data as data
     from microlora import encoders as encoders
+    from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
 
 __all__ = [
     "Adapter",
+    "AdapterDataset",
     "AdapterMetadata",
     "CancelToken",
     "Contrastive",
@@ -48,10 +51,13 @@ __all__ = [
     "Reward",
     "Snapshot",
     "StepResult",
+    "SyntheticDataGenerator",
     "Target",
     "TargetModule",
+    "TrainingSample",
     "__version__",
     "create_lora",
+    "data",
     "encoders",
     "exceptions",
     "load",
@@ -62,10 +68,21 @@ __all__ = [
 ]
 
 
+_ROOMS = {
+    "encoders": "microlora.encoders",
+    "data": "microlora.data",
+    "AdapterDataset": "microlora.data",
+    "SyntheticDataGenerator": "microlora.data",
+    "TrainingSample": "microlora.data",
+}
+
+
 def __getattr__(name: str) -> object:
     """Rooms that are only loaded when they are used."""
-    if name == "encoders":
+    room = _ROOMS.get(name)
+    if room is not None:
         import importlib
 
-        return importlib.import_module("microlora.encoders")
+        module = importlib.import_module(room)
+        return module if room == f"microlora.{name}" else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from microlora._checks import FrozenMap, integer, text, wrong
+from microlora._checks import FrozenMap, integer, text
 from microlora.data.arrays import Array, Floats, Integers, frozen
 from microlora.data.build import checked_metadata, columns_of_arrays, encode_texts, row_numbers
 from microlora.data.columns import TEXTS, Columns
@@ -35,8 +35,8 @@ class AdapterDataset(Sequence[TrainingSample]):
     ``validation``, a dataset of its own.
 
     Args:
-        samples: Samples of one sort: all with embeddings of the same widths, or all texts; all with the same
-            kind of target. Those without an id are named by a digest of their contents.
+        samples: Samples of one sort: all with embeddings of the same widths, or all texts; all with one kind
+            of target. Those without an id are named by a digest of their contents.
         validation: Held-out samples of the same sort.
         metadata: Anything that JSON can hold, kept and saved with the dataset.
 
@@ -89,11 +89,9 @@ class AdapterDataset(Sequence[TrainingSample]):
         return made
 
     @classmethod
-    def from_samples(
-        cls, samples: Iterable[TrainingSample], validation: Iterable[TrainingSample] | None = None
-    ) -> AdapterDataset:
+    def from_samples(cls, samples: Iterable[TrainingSample], **options: Any) -> AdapterDataset:
         """A dataset of samples; the same as calling the class."""
-        return cls(samples, validation)
+        return cls(samples, **options)
 
     @classmethod
     def from_arrays(
@@ -118,15 +116,13 @@ class AdapterDataset(Sequence[TrainingSample]):
             y: (n, out_features) real numbers: targets, kept as float32; or (n,) integers from 0: labels.
             quality: One for all, or (n,), 0 to 1.
             weights: One for all, or (n,), above 0.
-            ids: n different names. None makes them of a digest of ``x`` and ``y`` and the row number, so
-                they are the same for the same arrays.
+            ids: n different names; None makes them of a digest of ``x`` and ``y`` and the row number.
             domains: One for all, or n.
             sessions: One for all, or n.
             queries: n texts, or None.
             responses: n texts, or None.
             metadata: As of the class.
-            copy: Whether to copy float32 arrays that could be used as they are. With False the caller must
-                not write to them; a mapped file stays one.
+            copy: False keeps float32 arrays without a copy: they must not be written to any more.
 
         Raises:
             ShapeError: no matrix, or another number of rows.
@@ -199,10 +195,9 @@ class AdapterDataset(Sequence[TrainingSample]):
 
     def __eq__(self, other: object) -> bool:
         """Same samples in the same order, held out ones included, same metadata and optimum."""
-        if not isinstance(other, AdapterDataset):
-            return NotImplemented
         return (
-            len(self) == len(other)
+            isinstance(other, AdapterDataset)
+            and len(self) == len(other)
             and self._metadata == other._metadata
             and self._optimum == other._optimum
             and all(a == b for a, b in zip(self, other, strict=True))
@@ -401,7 +396,7 @@ class AdapterDataset(Sequence[TrainingSample]):
         return generator.permutation(len(self)).astype(np.int64)
 
     def shuffle(self, seed: int) -> AdapterDataset:
-        """The samples in the order ``order(seed, 0)``; the held-out part stays as it is."""
+        """The samples in the order ``order(seed, 0)``; the held-out part stays."""
         return self.subset(self.order(seed))
 
     def split(self, validation: float = 0.2, by: str = "id", seed: int = 0) -> AdapterDataset:
@@ -423,10 +418,7 @@ class AdapterDataset(Sequence[TrainingSample]):
             LeakageError: the same text would be on both sides.
         """
         if self._validation is not None:
-            raise ConfigError(
-                "split: the dataset has a held-out part already; with_validation(None) drops it, and "
-                "dataset.examples + dataset.validation joins both"
-            )
+            raise ConfigError("split: there is a held-out part already; with_validation(None) drops it")
         held = held_out(self, validation, by, seed)
         rows = self.rows
         return self._with(rows[~held], None).with_validation(self._with(rows[held], None))
@@ -440,8 +432,6 @@ class AdapterDataset(Sequence[TrainingSample]):
             LeakageError: a sample, a text or a variation on both sides.
         """
         if validation is not None:
-            if not isinstance(validation, AdapterDataset):
-                raise wrong("validation", validation, "an AdapterDataset or None")
             check_held_out(self, validation)
             validation = validation.examples
         return self._with(self._rows, validation)
@@ -482,7 +472,7 @@ class AdapterDataset(Sequence[TrainingSample]):
     # -- files --
 
     def save(self, path: PathLike) -> None:
-        """Write the dataset as a directory, see `microlora.data.files`; an older one at ``path`` is replaced.
+        """Write the dataset as a directory (`microlora.data.files`) in place of an older one.
 
         Raises:
             ConfigError: ``path`` is something else than a dataset.
@@ -498,9 +488,8 @@ class AdapterDataset(Sequence[TrainingSample]):
 
         Args:
             path: The directory.
-            mmap: Map the files instead of reading them: arrays are read where they are used, texts line by
-                line. Lengths and headers are checked, checksums are not (``microlora.data.verify`` does);
-                the files must not be written to while the dataset lives.
+            mmap: Map the files: arrays are read where they are used, texts line by line. Headers and lengths
+                are checked, checksums are not (``microlora.data.verify`` does that).
 
         Raises:
             FormatError: damaged, truncated, of a newer version or no dataset; names the file and the reason.

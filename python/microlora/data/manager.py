@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +17,13 @@ from microlora.data.dataset import AdapterDataset
 from microlora.data.filters import QualityFilter, run
 from microlora.data.report import PrepareReport, Stage
 from microlora.data.sample import TrainingSample
-from microlora.data.split import Keys
+from microlora.data.split import Keys, refuse_leaks
 from microlora.data.variations import Variation, vary
 from microlora.encoders.protocol import TextEncoder, encode_checked
 from microlora.exceptions import ConfigError
 
 __all__ = ["DataSource", "TrainingDataManager", "apportion"]
 
-T = TypeVar("T")
 Samples = Iterable[TrainingSample]
 _ENCODE = 256
 
@@ -88,8 +87,8 @@ class TrainingDataManager:
         seed: int = 0,
     ) -> None:
         self.sources = _all("sources", sources, DataSource)
-        self.variations = _all("variations", variations, Variation)
-        self.filters = _all("filters", filters, QualityFilter)
+        self.variations: tuple[Variation, ...] = _all("variations", variations, Variation)
+        self.filters: tuple[QualityFilter, ...] = _all("filters", filters, QualityFilter)
         self.seed = integer("seed", seed, 0, 2**63 - 1)
         if not self.sources:
             raise ConfigError("sources: got none, expected one or more")
@@ -179,7 +178,7 @@ class TrainingDataManager:
         if validation is None:
             return dataset, []
         if isinstance(validation, AdapterDataset):
-            dataset.with_validation(validation)  # refuses leakage
+            refuse_leaks(dataset, validation)
             return dataset, list(validation)
         dataset = dataset.split(validation, by, self.seed)
         held = [] if dataset.validation is None else list(dataset.validation)
@@ -319,7 +318,7 @@ def _encoded(samples: list[TrainingSample], encoder: TextEncoder | None) -> list
     return out
 
 
-def _all(what: str, items: Iterable[T], kind: type[T]) -> tuple[T, ...]:
+def _all(what: str, items: Iterable[Any], kind: Any) -> tuple[Any, ...]:
     out = tuple(items)
     for i, item in enumerate(out):
         if not isinstance(item, kind):

@@ -73,7 +73,5 @@ class PrepareReport:
         ]
         a, b, c = (max(len(row[i]) for row in table) for i in range(3))
         lines = [f"{row[0]:<{a}}  {row[1]:>{b}}  {row[2]:>{c}}  {row[3]}" for row in table]
-        end = (
-            f"{self.examples} to train on ({self.variations} of them variations), {self.validation} held out"
-        )
+        end = f"{self.examples} to train on, {self.variations} of them variations; {self.validation} held out"
         return "\n".join([*lines, end])

@@ -81,7 +81,7 @@ def held_out(dataset: AdapterDataset, validation: float, by: str, seed: int) -> 
     return out
 
 
-def check_held_out(train: AdapterDataset, held: AdapterDataset) -> None:
+def check_held_out(train: AdapterDataset, held: object) -> None:
     """Raise unless ``held`` can be the held-out part of ``train``.
 
     Raises:
@@ -89,6 +89,8 @@ def check_held_out(train: AdapterDataset, held: AdapterDataset) -> None:
         ShapeError: other widths.
         LeakageError: a sample, a text or a variation on both sides.
     """
+    if not isinstance(held, type(train)):
+        raise wrong("validation", held, "an AdapterDataset or None")
     if not len(held):
         raise ConfigError("validation: got an empty dataset, expected samples, or None for no part")
     check_alike(train.columns, held.columns)

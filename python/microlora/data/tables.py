@@ -284,9 +284,8 @@ def _arrow_column(column: Any) -> list[Any]:
     """A column as Python values; lists of numbers without nulls become rows of one array each."""
     arrow = importlib.import_module("pyarrow")
     kind = column.type
-    lists = (
-        arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind)
-    )
+    types = arrow.types
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     if not lists or column.null_count or not types.is_floating(kind.value_type):
         values: list[Any] = column.to_pylist()
         return values

@@ -158,9 +158,7 @@ class AdapterDataset(Sequence[TrainingSample]):
 
     @classmethod
     def concat(cls, datasets: Iterable[AdapterDataset]) -> AdapterDataset:
-        """Several datasets one after the other, in memory; held-out parts are joined too.
-
-        Metadata and optimum are those of the first, where all have the same.
+        """Several datasets one after the other, in memory, held-out parts too; shared metadata is kept.
 
         Raises:
             ConfigError: none given, an id that two of them have, or sorts mixed.
@@ -229,7 +227,7 @@ class AdapterDataset(Sequence[TrainingSample]):
     @property
     def examples(self) -> AdapterDataset:
         """The samples to train on, without the held-out part."""
-        return AdapterDataset.of(self._columns, self._rows, metadata=self._metadata, optimum=self._optimum)
+        return self._belonging(self._metadata, self._optimum)
 
     @property
     def validation(self) -> AdapterDataset | None:
@@ -386,10 +384,8 @@ class AdapterDataset(Sequence[TrainingSample]):
     def order(self, seed: int, epoch: int = 0) -> Integers:
         """The rows in the random order of one epoch: the same on every machine.
 
-        It is ``Generator(PCG64(SeedSequence([seed, epoch]))).permutation(n)`` of NumPy.
-
         Returns:
-            int64 (n,), a permutation.
+            int64 (n,): ``Generator(PCG64(SeedSequence([seed, epoch]))).permutation(n)`` of NumPy.
         """
         entropy = [integer("seed", seed, 0, 2**63 - 1), integer("epoch", epoch, 0, 2**63 - 1)]
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
@@ -433,14 +429,19 @@ class AdapterDataset(Sequence[TrainingSample]):
         """
         if validation is not None:
             check_held_out(self, validation)
-            validation = validation.examples
+            validation = validation._belonging(self._metadata, self._optimum)
         return self._with(self._rows, validation)
 
     def with_metadata(self, metadata: Mapping[str, Any]) -> AdapterDataset:
         """The same samples with other metadata."""
-        return AdapterDataset.of(
-            self._columns, self._rows, validation=self._validation, metadata=metadata, optimum=self._optimum
-        )
+        made = self._belonging(checked_metadata(metadata), self._optimum)
+        held = self._validation
+        made._validation = None if held is None else held._belonging(made._metadata, self._optimum)
+        return made
+
+    def _belonging(self, metadata: Mapping[str, Any], optimum: Optimum | None) -> AdapterDataset:
+        """The samples alone, as a part of the dataset that has this metadata and optimum."""
+        return AdapterDataset.of(self._columns, self._rows, metadata=metadata, optimum=optimum)
 
     def encoded(self, encoder: TextEncoder) -> AdapterDataset:
         """The same samples with vectors for their texts, where vectors were missing; held-out part too.

@@ -72,6 +72,7 @@ class TrainingDataManager:
         ConfigError: no source, a repeated name, or something of a wrong sort.
 
     Example:
+        >>> from microlora.data import Duplicates
         >>> chat = [TrainingSample(query=f"how do I do thing number {i}?", label=i % 2) for i in range(40)]
         >>> manager = TrainingDataManager([DataSource("chat", chat)], filters=[Duplicates()])
         >>> dataset, report = manager.prepare(validation=0.25)

@@ -51,10 +51,12 @@ class DatasetWriter:
         OSError: the system refused.
 
     Example:
-        >>> with DatasetWriter(folder / "big") as writer:
-        ...     for seed in range(3):
-        ...         writer.append(TrainingSample.new([seed, 1.0], [0.0], id=f"s{seed}") for _ in range(1))
-        >>> len(AdapterDataset.load(folder / "big", mmap=True))
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with DatasetWriter(Path(folder, "big"), metadata={"from": "logs"}) as writer:
+        ...         for day in range(3):
+        ...             rows = writer.append([TrainingSample.new([day, 1.0], [0.0], id=f"d{day}")])
+        ...     len(AdapterDataset.load(Path(folder, "big"), mmap=True))
         3
     """
 

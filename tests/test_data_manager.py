@@ -19,7 +19,7 @@ from microlora.data import (
     TrainingDataManager,
     TrainingSample,
     WordDropout,
-)  # fmt: skip
+)
 from microlora.data.filters import FILTERS
 from microlora.data.manager import apportion
 from microlora.data.near import jaccard, shingles
@@ -28,7 +28,24 @@ from microlora.exceptions import ConfigError, LeakageError, ShapeError
 from support import normal, rng
 from test_data_sample import Words
 
-WORDS = ["open", "close", "read", "write", "send", "fetch", "parse", "build", "test", "the", "a", "file", "socket", "header", "table", "tree"]
+WORDS = [
+    "open",
+    "close",
+    "read",
+    "write",
+    "send",
+    "fetch",
+    "parse",
+    "build",
+    "test",
+    "the",
+    "a",
+    "file",
+    "socket",
+    "header",
+    "table",
+    "tree",
+]
 
 
 def question(r, n=8):
@@ -244,7 +261,7 @@ def test_sources_are_drawn_in_proportion(sizes):
     assert any(part == n for part, (n, _) in zip(drawn, sizes, strict=True)) or sum(drawn) > 0
     more = apportion(sum(drawn) + 1, weights)
     assert any(part > n for part, (n, _) in zip(more, sizes, strict=True))
-    with pytest.raises(ConfigError, match="expected .* for its weight"):
+    with pytest.raises(ConfigError, match=r"expected .* for its weight"):
         manager.prepare(sum(drawn) + 1)
 
 
@@ -383,9 +400,9 @@ def test_what_prepare_refuses():
         TrainingDataManager([DataSource("a", questions(5))]).prepare(6)
     with pytest.raises(ConfigError, match="would be empty"):
         TrainingDataManager([DataSource("a", questions(1))]).prepare()
+    mixed = [TrainingSample([1.0], label=0, id="a"), TrainingSample([1.0, 2.0], label=0, id="b")]
     with pytest.raises(ShapeError, match="width"):
-        mixed = [TrainingSample([1.0], label=0, id="a"), TrainingSample([1.0, 2.0], label=0, id="b")]
         TrainingDataManager([DataSource("a", mixed)]).prepare()
+    bad = type("Bad", (), {"name": "bad", "check": lambda self, samples: []})()
     with pytest.raises(ConfigError, match="gave 0 answers"):
-        Bad = type("Bad", (), {"name": "bad", "check": lambda self, samples: []})
-        TrainingDataManager([DataSource("a", questions(5))], filters=[Bad()]).prepare()
+        TrainingDataManager([DataSource("a", questions(5))], filters=[bad]).prepare()

@@ -31,8 +31,12 @@ def test_the_tasks_are_the_presets(everything):
 
 
 @given(
-    st.sampled_from(NAMES), st.integers(2, 24), st.integers(0, 2**63 - 1), st.integers(5, 300), st.integers(0, 600)
-)  # fmt: skip
+    st.sampled_from(NAMES),
+    st.integers(2, 24),
+    st.integers(0, 2**63 - 1),
+    st.integers(5, 300),
+    st.integers(0, 600),
+)
 @settings(max_examples=20)
 def test_more_samples_extend_fewer(task, dim, seed, few, more):
     generator = SyntheticDataGenerator(dim, seed)

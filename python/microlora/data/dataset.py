@@ -30,9 +30,8 @@ PathLike = str | os.PathLike[str]
 class AdapterDataset(Sequence[TrainingSample]):
     """Samples of one shape, as a sequence of `TrainingSample` over columns of arrays.
 
-    A dataset never changes: ``filter``, ``split`` and the rest give new ones that share the columns and hold
-    row numbers, so none of them copies an array. Its samples are those to train on; what is held out is
-    ``validation``, a dataset of its own.
+    A dataset never changes: ``filter``, ``split`` and the rest give new ones that share its columns. Its
+    samples are those to train on; what is held out is ``validation``, a dataset of its own.
 
     Args:
         samples: Samples of one sort: all with embeddings of the same widths, or all texts; all with one kind

@@ -117,7 +117,7 @@ def read_csv(
                 given |= {f: _numbers(at, f, cells) for f, cells in vectors.items() if any(cells)}
                 yield _sample(at, given, {}, ignore_unknown)
         except (csv.Error, UnicodeDecodeError) as err:
-            raise FormatError(f"{name}: line {reader.line_num + 1}: {err}") from None
+            raise FormatError(f"{name}: line {max(1, reader.line_num)}: {err}") from None
 
 
 def read_parquet(

@@ -129,6 +129,12 @@ def test_a_filter_keeps_what_passes_and_is_idempotent(rows, least):
     assert got.filter(lambda s: int(s.id) % 3 > 0, min_quality=least, domain="a") == got
 
 
+def test_a_filter_wants_a_number():
+    for bad in (float("nan"), "0.5"):
+        with pytest.raises(ConfigError, match="min_quality"):
+            dataset().filter(min_quality=bad)
+
+
 def test_a_subset_of_a_subset():
     data = dataset(10).subset([9, 7, 5, 3]).subset([-1, 1])
     assert data.texts("id") == [dataset(10).texts("id")[i] for i in (3, 7)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from microlora._checks import FrozenMap, integer, text
+from microlora._checks import FrozenMap, integer, real, text
 from microlora.data.arrays import Array, Floats, Integers, frozen
 from microlora.data.build import checked_metadata, columns_of_arrays, encode_texts, row_numbers
 from microlora.data.columns import TEXTS, Columns
@@ -365,7 +365,7 @@ class AdapterDataset(Sequence[TrainingSample]):
         """
         keep = np.ones(len(self), np.bool_)
         if min_quality is not None:
-            keep &= self._columns.quality[self.rows] >= min_quality
+            keep &= self._columns.quality[self.rows] >= real("min_quality", min_quality, "a number")
         if domain is not None:
             wanted = text("domain", domain)
             keep &= np.array([name == wanted for name in self.texts("domain")], np.bool_)

@@ -34,8 +34,8 @@ class LoraChain(_core.Chain):
 
     Args:
         layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or None.
-        rank: Rank of every layer's adapter.
-        alpha: Scaling numerator; None is ``2 * rank``.
+        rank: Rank of every layer's adapter, or one per layer; at most the layer's smaller width.
+        alpha: Scaling numerator of every layer; None is twice each layer's rank.
         activation: ``"relu"``, ``"gelu"`` (exact, arXiv 1606.08415) or ``"tanh"``, between layers.
         head: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets; ``1/2 |z - t|^2`` per row).
         use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal to
@@ -67,7 +67,7 @@ class LoraChain(_core.Chain):
         cls,
         layers: Sequence[LayerLike],
         *,
-        rank: int = 8,
+        rank: int | Sequence[int] = 8,
         alpha: float | None = None,
         activation: str = "relu",
         head: str = "cross_entropy",
@@ -82,12 +82,19 @@ class LoraChain(_core.Chain):
         if not pairs:
             raise ConfigError("layers: got none, expected at least one")
         names = [layer_name(i) for i in range(len(pairs))]
+        ranks = [rank] * len(pairs) if isinstance(rank, int) else list(rank)
+        if len(ranks) != len(pairs):
+            raise ConfigError(f"rank: got {len(ranks)} ranks, expected one, or {len(pairs)} (one per layer)")
+        first = ranks[0]
+        own = {n: r for n, r in zip(names, ranks, strict=True) if r != first}
         config = LoraConfig(
-            rank=rank,
-            alpha=2.0 * rank if alpha is None else alpha,
-            target_modules=names,  # type: ignore[arg-type]  # any sequence is parsed to a tuple
+            rank=first,
+            alpha=2.0 * first if alpha is None else alpha,
+            target_modules=tuple(names),
             use_rslora=use_rslora,
             dtype=dtype,
+            module_ranks=own,
+            module_alphas={n: 2.0 * r for n, r in own.items()} if alpha is None else {},
         )
         dims = {n: (w.shape[1], w.shape[0]) for n, (w, _) in zip(names, pairs, strict=True)}
         lora = MicroLoRA(config, dims=dims, seed=seed)
@@ -201,8 +208,12 @@ class LoraChain(_core.Chain):
             ShapeError: Shapes or layers that do not fit.
         """
         config = self._lora.config
+        unknown = [name for name in factors if name not in self._lora]
+        if unknown:
+            raise ShapeError(f"factors: got {', '.join(unknown)}, expected {', '.join(self._lora.modules())}")
+        alphas = {name: config.alpha_of(name) for name in factors}
         self._lora.restore(
-            Adapter.from_factors(factors, alpha=config.alpha, use_rslora=config.use_rslora, dtype=config.dtype)
+            Adapter.from_factors(factors, alpha=alphas, use_rslora=config.use_rslora, dtype=config.dtype)
         )
 
     def factors(self) -> dict[str, tuple[Floats, Floats]]:

@@ -6,9 +6,9 @@ use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::anchor::Anchor;
 use super::dataset::{Rows, Target, integers};
 use super::error::ConfigError;
-use super::ewc::Anchor;
 use super::long::long_call;
 use super::micro_lora::PyMicroLora;
 use crate::error::Error;

@@ -25,7 +25,10 @@ class NativeLearner(Learner):
         self.chain = ml.LoraChain(layers, rank=rank, alpha=SCALING * rank, head="cross_entropy")
         first = zip(plan.factors, plan.biases, strict=True)
         self.chain.set_factors(
-            {f"layers.{i}": (a.T.copy(), np.zeros((len(b), rank), np.float32)) for i, (a, b) in enumerate(first)}
+            {
+                f"layers.{i}": (a.T.copy(), np.zeros((len(b), rank), np.float32))
+                for i, (a, b) in enumerate(first)
+            }
         )
         self.ewc: Any = None
         if method.native is not None:

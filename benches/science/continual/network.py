@@ -6,6 +6,7 @@ and their gradients in another, so that the optimiser is a dozen calls whatever 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Floats = NDArray[np.float32]
 
 def softmax(z: Floats) -> Floats:
     """Probabilities of each row."""
-    out = z - z.max(axis=1, keepdims=True)
+    out: Floats = z - z.max(axis=1, keepdims=True)
     np.exp(out, out=out)
     out /= out.sum(axis=1, keepdims=True)
     return out
@@ -35,7 +36,7 @@ class Views:
     """A flat vector with every layer's A and B as views into it."""
 
     def __init__(self, widths: Sequence[int], rank: int) -> None:
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         shapes = [(i, rank) for i, _ in pairs] + [(rank, o) for _, o in pairs]
         ends = np.cumsum([i * o for i, o in shapes])
         self.widths, self.rank = tuple(widths), rank
@@ -115,7 +116,8 @@ class Network:
 
     def predict(self, x: Floats, f: Views) -> NDArray[np.int64]:
         """Class of each row."""
-        return self.forward(x, f).z.argmax(axis=1)
+        out: NDArray[np.int64] = self.forward(x, f).z.argmax(axis=1)
+        return out
 
 
 class Adam:
@@ -155,7 +157,7 @@ def pretrain(
     batch: int = 32,
 ) -> tuple[list[Floats], list[Floats]]:
     """Weights (in, out) and biases of a network that has learned the base domain; He's start, Adam."""
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(itertools.pairwise(widths))
     sizes = [i * o for i, o in pairs] + [o for _, o in pairs]
     ends = np.cumsum(sizes)[:-1]
     flat, grad = np.zeros(sum(sizes), np.float32), np.zeros(sum(sizes), np.float32)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ class Plan:
         digest: First digits of the SHA-256 of its arrays.
     """
 
-    def __init__(self, setup: Setup, seed: int, arrays: dict[str, NDArray[np.generic]], cache: Path) -> None:
+    def __init__(self, setup: Setup, seed: int, arrays: dict[str, NDArray[Any]], cache: Path) -> None:
         self.setup, self.seed, self._arrays, self._cache = setup, seed, arrays, cache
         sha = hashlib.sha256()
         for name in sorted(arrays):
@@ -114,13 +115,9 @@ class Plan:
         path = cache / f"plan-{setup.data}-{setup.digest()}-{seed}.npz"
         if not path.exists():
             arrays = _make(setup, seed, cache)
-            domains.write(path, lambda file: np.savez(file, **arrays))
+            domains.write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         with np.load(path) as held:
             return cls(setup, seed, {name: held[name] for name in held.files}, cache)
-
-    def array(self, name: str) -> NDArray[np.generic]:
-        """One of its arrays."""
-        return self._arrays[name]
 
     @property
     def weights(self) -> list[Floats]:
@@ -170,21 +167,21 @@ def _interleave(new: Ints, old: Ints, batch: int) -> Ints:
     return np.concatenate(parts)
 
 
-def _tasks(setup: Setup, arrays: dict[str, NDArray[np.generic]], cache: Path) -> list[Task]:
+def _tasks(setup: Setup, arrays: dict[str, NDArray[Any]], cache: Path) -> list[Task]:
     y = domains.labels(setup.data)
     train, test = arrays["train"], arrays["test"]
     every = domains.images(setup.data, arrays["permutations"], cache)
     return [Task(x[train], y[train], x[test], y[test]) for x in every]
 
 
-def _make(setup: Setup, seed: int, cache: Path) -> dict[str, NDArray[np.generic]]:
+def _make(setup: Setup, seed: int, cache: Path) -> dict[str, NDArray[Any]]:
     """Draws a plan; every part has a generator of its own."""
     rng = [np.random.default_rng([seed, part]) for part in range(6)]
     samples, pixels = domains.SIZES[setup.data]
     n = int(setup.train_share * samples)
     shuffled = rng[0].permutation(samples)
     turns = [np.arange(pixels), *(rng[1].permutation(pixels) for _ in range(setup.tasks))]
-    out: dict[str, NDArray[np.generic]] = {
+    out: dict[str, NDArray[Any]] = {
         "train": shuffled[:n],
         "test": shuffled[n:],
         "permutations": np.stack(turns),
@@ -207,7 +204,7 @@ def _make(setup: Setup, seed: int, cache: Path) -> dict[str, NDArray[np.generic]
 
 
 def _reservoir(n: int, tasks: int, memory: int, rng: np.random.Generator) -> NDArray[np.int32]:
-    """Row `task * n + i` in each slot after each task: algorithm R of Vitter 1985 over the rows as they come."""
+    """Row `task * n + i` in each slot after each task: algorithm R (Vitter 1985) over rows as they come."""
     slots, after = np.arange(memory), []
     for task in range(tasks):
         for row in range(max(task * n, memory), (task + 1) * n):

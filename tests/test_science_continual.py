@@ -182,15 +182,12 @@ def line(method, engine, seed, acc, plan_digest="p"):
     scores = {"ACC": acc, "BWT": -0.2, "LA": 0.9}
     seconds = {"train": 2.0 if engine == "reference" else 1.0, "consolidate": 0.0, "evaluate": 0.0}
     head = {"data": "rot", "method": method, "engine": engine, "seed": seed}
-    settings = run.settings("rot", METHODS[method])
-    return {
-        **head,
-        **scores,
-        "seconds": seconds,
+    made = {
         "plan": plan_digest,
-        "settings": settings,
-        "environment": {},
+        "settings": run.settings("rot", METHODS[method]),
+        "code": run.code("reference"),
     }
+    return {**head, **scores, "seconds": seconds, **made, "environment": {}}
 
 
 def test_summary_pairs_by_seed_and_says_what_was_missed():
@@ -209,11 +206,17 @@ def test_summary_pairs_by_seed_and_says_what_was_missed():
         table.summary([*lines, line("l2", "native", 1, 0.5, "other")])
 
 
-def test_runs_in_the_file_are_not_repeated(tmp_path):
-    done = line("ewc", "native", 20, 0.6)
-    jobs = [("rot", 20, "ewc", "native"), ("rot", 21, "ewc", "native")]
-    assert run.missing(jobs, [done], tmp_path) == jobs[1:]
-    done["settings"] = {**done["settings"], "strength": 1.0}
-    with pytest.raises(SystemExit, match="other settings"):
-        run.missing(jobs, [done], tmp_path)
+def test_runs_in_the_file_are_not_repeated():
+    done = line("ewc", "reference", 20, 0.6)
+    jobs = [("rot", 20, "ewc", "reference"), ("rot", 21, "ewc", "reference")]
+    assert run.missing(jobs, [done]) == jobs[1:]
+    assert run.missing(jobs, [done, {**done, "code": "older"}]) == jobs
+    assert run.missing(jobs, [{**done, "settings": {**done["settings"], "strength": 1.0}}, done]) == jobs[1:]
     assert run.seeds("20-22,25") == [20, 21, 22, 25]
+
+
+def test_a_line_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert run.read(path) == []
+    path.write_text('{"a": 1}\n{"a": 2', encoding="utf-8")
+    assert run.read(path) == [{"a": 1}]

@@ -1,4 +1,6 @@
-"""Runs methods on seeds and appends one JSON line per run; runs already in the file are skipped.
+"""Runs methods on seeds and appends one JSON line per run; those that the file has are skipped.
+
+A line of other settings or of other code does not count: the run is made again, and the later line wins.
 
 PYTHONPATH=benches/science python -m continual.run --data both --out build/continual.jsonl
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -42,6 +45,21 @@ def settings(data: str, method: Method) -> dict[str, Any]:
     if method.native is not None:
         out["ewc"] = method.native
     return {**out, "memory": method.memory} if method.memory else out
+
+
+@functools.cache
+def code(engine: str) -> str:
+    """Digest of what computes: these sources, and for native the extension."""
+    here = Path(__file__).parent
+    files = [
+        here / f"{name}.py" for name in ("domains", "network", "plan", "penalties", "methods", "reference")
+    ]
+    if engine == "native":
+        files += [here / "native.py", Path(importlib.import_module("microlora._core").__file__ or "")]
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 @functools.cache
@@ -93,6 +111,7 @@ def work(job: Job) -> dict[str, Any]:
         "seconds": {k: round(getattr(result, k), 4) for k in ("train", "consolidate", "evaluate")},
         "plan": plan.digest,
         "settings": settings(data, method),
+        "code": code(engine),
         "environment": environment(),
     }
 
@@ -105,22 +124,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def missing(jobs: Iterable[Job], lines: Iterable[dict[str, Any]], path: Path) -> list[Job]:
-    """Jobs that the file lacks.
-
-    Raises:
-        SystemExit: A run in the file was made with other settings.
-    """
-    have = {key(line): line["settings"] for line in lines}
-    out = []
-    for job in jobs:
-        if job not in have:
-            out.append(job)
-        elif have[job] != settings(job[0], METHODS[job[2]]):
-            raise SystemExit(
-                f"{path}: {' '.join(map(str, job))} was run with other settings; use another file"
-            )
-    return out
+def missing(jobs: Iterable[Job], lines: Iterable[dict[str, Any]]) -> list[Job]:
+    """Jobs that no line of today's code and settings answers."""
+    have = {key(line): (line["settings"], line["code"]) for line in lines}
+    return [job for job in jobs if have.get(job) != (settings(job[0], METHODS[job[2]]), code(job[3]))]
 
 
 def seeds(text: str) -> list[int]:
@@ -152,7 +159,7 @@ def main() -> int:
     engines = ENGINES if args.engine == "both" else (args.engine,)
     # The engines of a run follow each other, so that both are timed on the same machine in the same minute.
     jobs = [(d, s, m, e) for d in data for s in args.seeds for m in args.methods for e in engines]
-    todo = missing(jobs, read(args.out), args.out)
+    todo = missing(jobs, read(args.out))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     # For the workers, which load NumPy afresh.

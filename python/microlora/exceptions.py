@@ -19,6 +19,26 @@ class NonFiniteError(MicroLoraError, ValueError):
     """NaN or infinity in an input; nothing was changed."""
 
 
+class SampleError(NonFiniteError):
+    """A sample cannot be learned from; the step that it belongs to changed nothing.
+
+    Attributes:
+        row: Row of the sample in the data.
+        steps_done: Steps that the same call had done before.
+        sample_id: The sample's id, where the data have ids.
+    """
+
+    def __init__(
+        self, *args: object, row: int = 0, steps_done: int = 0, sample_id: str | None = None
+    ) -> None:
+        # The core raises with (message, row, steps_done); only the message is an argument of the exception.
+        if len(args) == 3 and isinstance(args[1], int) and isinstance(args[2], int):
+            row, steps_done = args[1], args[2]
+            args = args[:1]
+        super().__init__(*args)
+        self.row, self.steps_done, self.sample_id = row, steps_done, sample_id
+
+
 class LayoutError(MicroLoraError, ValueError):
     """A buffer is read-only, not C-contiguous, unaligned, byte-swapped or overlaps another."""
 

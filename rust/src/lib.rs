@@ -5,8 +5,10 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod chain;
 pub mod dtype;
 pub mod error;
+pub mod ewc;
 pub mod factor;
 pub mod format;
 pub mod kernels;

@@ -17,6 +17,7 @@ BUILTIN = {
     "ShapeError": ValueError,
     "DTypeError": TypeError,
     "NonFiniteError": ValueError,
+    "SampleError": ValueError,
     "LayoutError": ValueError,
     "ConfigError": ValueError,
     "UnknownModuleError": KeyError,
@@ -59,3 +60,10 @@ def test_every_error_is_documented_and_empty_is_fine(error):
 def test_the_warning_is_a_warning():
     with pytest.warns(UnusedTensorWarning, match="x"):
         warnings.warn("x", UnusedTensorWarning, stacklevel=1)
+
+
+def test_a_sample_error_keeps_which_sample_it_was():
+    raised = exceptions.SampleError("x: NaN", row=7, sample_id="s-7", steps_done=3)
+    again = pickle.loads(pickle.dumps(raised))
+    assert isinstance(again, exceptions.NonFiniteError)
+    assert (str(again), again.row, again.sample_id, again.steps_done) == ("x: NaN", 7, "s-7", 3)

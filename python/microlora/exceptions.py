@@ -19,6 +19,29 @@ class NonFiniteError(MicroLoraError, ValueError):
     """NaN or infinity in an input; nothing was changed."""
 
 
+class SampleError(NonFiniteError):
+    """One sample of a training run is not finite, or its loss or step would not be.
+
+    The step that met it changed nothing; those before it stand.
+
+    Attributes:
+        row: Row of the sample in the array that was trained on; None where there is none.
+        sample_id: Identity of the sample in its dataset; None where it has none.
+        steps_done: Optimiser steps that were made before.
+    """
+
+    def __init__(
+        self, message: str = "", row: int | None = None, sample_id: str | None = None, steps_done: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.row = row
+        self.sample_id = sample_id
+        self.steps_done = steps_done
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, int | None, str | None, int]]:
+        return type(self), (self.args[0], self.row, self.sample_id, self.steps_done)
+
+
 class LayoutError(MicroLoraError, ValueError):
     """A buffer is read-only, not C-contiguous, unaligned, byte-swapped or overlaps another."""
 

@@ -1,0 +1,423 @@
+"""Training from a stream: samples come one by one, weights move once per batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from microlora._core import FeedbackBase, Gradient, StepResult, Target
+from microlora.exceptions import ConfigError, DTypeError, FeedbackError, NonFiniteError
+from microlora.training import engine
+from microlora.training.config import TrainingConfig
+from microlora.training.reservoir import Event, Reservoir
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from microlora.micro_lora import MicroLoRA
+    from microlora.training.schedule import LearningRateSchedule
+
+__all__ = ["BatchOutcome", "PipelineStats", "StepOutcome", "TrainingPipeline"]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one `TrainingPipeline.train_step` did.
+
+    Attributes:
+        result: What ``adapt`` said of the event; None where it was not shown to it.
+        applied: Whether this event completed a batch, so that the weights moved.
+        learning_rate: Rate of that step; None where none was made.
+        loss: Loss of the event before the step; None where its feedback has none.
+        reason: Why the event taught nothing; None where it did.
+    """
+
+    result: StepResult | None
+    applied: bool
+    learning_rate: float | None
+    loss: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchOutcome:
+    """What one `TrainingPipeline.train_batch` did.
+
+    Attributes:
+        events: Events that taught, over all epochs.
+        steps: Optimiser steps.
+        skipped: Events passed over for their quality.
+        loss: Mean loss of the last epoch's events, each before its step; None where none has one.
+        learning_rate: Rate of the last step; None where none was made.
+    """
+
+    events: int
+    steps: int
+    skipped: int
+    loss: float | None
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class PipelineStats:
+    """Counts since `TrainingPipeline.init_for_lora`.
+
+    Attributes:
+        steps: Optimiser steps.
+        events: Events that taught.
+        skipped_quality: Targets passed over because their quality was below the threshold.
+        skipped_other: Events that ``adapt`` gave a reason not to learn from.
+        pending: Events that wait for their batch to be complete.
+        tasks: Tasks that were ended by `TrainingPipeline.start_new_task`.
+        mean_loss: Mean loss of all events that have one, each before its step.
+        last_loss: Loss of the last such event.
+        learning_rate: Rate of the last step.
+        fisher_samples: Events of the present task that importance will be estimated on.
+    """
+
+    steps: int = 0
+    events: int = 0
+    skipped_quality: int = 0
+    skipped_other: int = 0
+    pending: int = 0
+    tasks: int = 0
+    mean_loss: float | None = None
+    last_loss: float | None = None
+    learning_rate: float | None = None
+    fisher_samples: int = 0
+
+
+@dataclass
+class _Counts:
+    steps: int = 0
+    events: int = 0
+    skipped_quality: int = 0
+    skipped_other: int = 0
+    tasks: int = 0
+    losses: int = 0
+    loss_sum: float = 0.0
+    last_loss: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass
+class _Run:
+    """What belongs to the learner that the pipeline was made ready for."""
+
+    lora: MicroLoRA
+    optimizer: engine.Optimizer
+    ewc: engine.Ewc | None
+    schedule: LearningRateSchedule
+    reservoir: Reservoir
+    pending: int = 0
+    counts: _Counts = field(default_factory=_Counts)
+
+
+class TrainingPipeline:
+    """Learns from events as they come: ``batch_size * gradient_accumulation`` of them make one step.
+
+    Between tasks `start_new_task` anchors the weights, and with ``ewc_lambda`` above 0 later steps are held
+    back where earlier tasks need the weights to stay. Their importance is estimated at the weights that a
+    task ends with, on a uniform draw of at most ``fisher_samples`` of its events, which are kept for that
+    (three vectors each). Not for several threads at once; reading the learner from others is fine.
+
+    Args:
+        config: Settings; a schedule that needs a total takes it from ``max_steps``.
+
+    Raises:
+        DTypeError: ``config`` is none.
+
+    Example:
+        >>> import numpy as np, microlora as ml
+        >>> lora = ml.MicroLoRA(ml.LoraConfig(rank=4, target_modules=["q_proj"]), hidden_dim=16)
+        >>> pipeline = ml.TrainingPipeline(ml.TrainingConfig(batch_size=2)).init_for_lora(lora)
+        >>> x = np.eye(16, dtype=np.float32)
+        >>> [pipeline.train_step(lora, x[i], ml.Target(x[i + 1])).applied for i in range(4)]
+        [False, True, False, True]
+    """
+
+    def __init__(self, config: TrainingConfig | None = None) -> None:
+        self.config = TrainingConfig() if config is None else config
+        if not isinstance(self.config, TrainingConfig):
+            raise DTypeError(f"config: got {type(config).__name__}, expected TrainingConfig")
+        self._run: _Run | None = None
+
+    def init_for_lora(self, lora: MicroLoRA, ewc: engine.Ewc | None = None) -> TrainingPipeline:
+        """Makes the optimiser and the EWC penalty of a learner; counts start at 0.
+
+        Args:
+            lora: The learner. Gradients that it already holds would be part of the first step.
+            ewc: An `EwcPlusPlus` of this learner that knows earlier tasks; None starts without any.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            ConfigError: The schedule needs a total and ``max_steps`` is None; or ``ewc`` with
+                ``ewc_lambda`` 0, which would not use it.
+            DTypeError: ``lora`` is no learner.
+        """
+        config = self.config
+        if engine.is_chain(lora):
+            raise DTypeError("lora: got a LoraChain, expected a MicroLoRA (AdapterTrainer trains chains)")
+        if ewc is not None and not config.ewc:
+            raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
+        learner = engine.lora_of(lora)
+        self._run = _Run(
+            lora=learner,
+            optimizer=engine.make_optimizer(learner, config),
+            ewc=engine.make_ewc(learner, config) if ewc is None else ewc,
+            schedule=config.bound_schedule(None),
+            reservoir=Reservoir(config.fisher_samples if config.ewc else 0, config.seed),
+        )
+        return self
+
+    @property
+    def ewc(self) -> engine.Ewc | None:
+        """The EWC penalty; None where it is off or no learner is set up."""
+        return self._run.ewc if self._run else None
+
+    def train_step(
+        self,
+        lora: MicroLoRA,
+        x: ArrayLike,
+        feedback: FeedbackBase,
+        module: str | None = None,
+        base: ArrayLike | None = None,
+        quality: float | None = None,
+    ) -> StepOutcome:
+        """Takes one event; every ``batch_size * gradient_accumulation`` of them the weights move.
+
+        Args:
+            lora: The learner of `init_for_lora`.
+            x: float32 (in_features,): the layer's input.
+            feedback: As for ``adapt``.
+            module: Name of the module; None where there is only one.
+            base: float32 (out_features,): output of the frozen layer; see ``adapt``.
+            quality: How good the sample is, 0 to 1. It decides over a `Target` alone: below
+                ``quality_threshold`` it is passed over, else it counts ``(q - threshold) / (1 - threshold)``.
+                None counts fully.
+
+        Returns:
+            What was done.
+
+        Raises:
+            ConfigError: Another learner, or none was set up.
+            FeedbackError: ``quality`` out of its range.
+            NonFiniteError: NaN in the quality or in the sample. Nothing changes in any error.
+        """
+        run = self._ready(lora)
+        weight = imitation_weight(quality, feedback, self.config.quality_threshold)
+        counts = run.counts
+        if weight == 0.0:
+            counts.skipped_quality += 1
+            return StepOutcome(None, False, None, None, "quality")
+        if self.config.max_steps is not None and counts.steps >= self.config.max_steps:
+            return StepOutcome(None, False, None, None, "max_steps")
+        if weight == 1.0:
+            result = run.lora.adapt(x, feedback, module, base)
+            loss = result.loss_before
+        else:
+            loss, gradient = weighted(run.lora, x, feedback, module, base, weight)
+            result = run.lora.adapt(x, gradient, module, base)
+        if not result.applied:
+            counts.skipped_other += 1
+            return StepOutcome(result, False, None, loss, result.reason)
+        run.pending += 1
+        counts.events += 1
+        if loss is not None:
+            counts.losses += 1
+            counts.loss_sum += loss
+            counts.last_loss = loss
+        run.reservoir.offer(lambda: Event.copy_of(x, feedback, module, base))
+        if run.pending < self.config.step_size:
+            return StepOutcome(result, False, None, loss)
+        return StepOutcome(result, True, self._step(run), loss)
+
+    def _ready(self, lora: MicroLoRA) -> _Run:
+        if self._run is None:
+            raise ConfigError("lora: got one before init_for_lora, expected init_for_lora(lora) first")
+        if self._run.lora is not lora:
+            raise ConfigError("lora: got another learner than that of init_for_lora, expected the same")
+        return self._run
+
+    def _step(self, run: _Run) -> float:
+        lr = run.schedule.lr(run.counts.steps)
+        run.optimizer.step(run.lora, lr, max_grad_norm=self.config.max_grad_norm, ewc=run.ewc)
+        run.pending = 0
+        run.counts.steps += 1
+        run.counts.learning_rate = lr
+        return lr
+
+    def flush(self, lora: MicroLoRA) -> bool:
+        """Makes a step of the events that wait, fewer than a batch; returns whether there were any.
+
+        Raises:
+            ConfigError: Another learner, or none was set up.
+        """
+        run = self._ready(lora)
+        if not run.pending:
+            return False
+        self._step(run)
+        return True
+
+    def train_batch(
+        self,
+        lora: MicroLoRA,
+        samples: Iterable[Any] | ArrayLike,
+        y: ArrayLike | None = None,
+        *,
+        module: str | None = None,
+        base: ArrayLike | None = None,
+        quality: ArrayLike | None = None,
+    ) -> BatchOutcome:
+        """Takes several samples, ``epochs`` times over; what does not fill a batch waits as in `train_step`.
+
+        Args:
+            lora: The learner of `init_for_lora`.
+            samples: `TrainingSample` values, ``(x, feedback)`` pairs, or float32 (n, in_features) with ``y``.
+            y: float32 (n, out_features): targets, where ``samples`` is an array.
+            module: Name of the module; None where there is only one.
+            base: float32 (n, out_features): outputs of the frozen layer, with arrays only.
+            quality: (n,): quality of each row, with arrays only.
+
+        Returns:
+            Counts and mean loss.
+
+        Raises:
+            ConfigError: Another learner, or arguments that do not go together.
+            MicroLoraError: As `train_step`, at the first bad sample; those before it count.
+        """
+        run = self._ready(lora)
+        events = list(_events(samples, y, base, quality))
+        before = (run.counts.events, run.counts.steps, run.counts.skipped_quality)
+        losses: list[float] = []
+        for _ in range(self.config.epochs):
+            losses.clear()
+            for x, feedback, base_row, q in events:
+                outcome = self.train_step(lora, x, feedback, module, base_row, q)
+                if outcome.loss is not None:
+                    losses.append(outcome.loss)
+        after = (run.counts.events, run.counts.steps, run.counts.skipped_quality)
+        made = [b - a for a, b in zip(before, after, strict=True)]
+        mean = float(np.mean(losses)) if losses else None
+        return BatchOutcome(*made, mean, run.counts.learning_rate if made[1] else None)
+
+    def start_new_task(self, lora: MicroLoRA) -> None:
+        """Ends the present task: flushes, estimates importance at these weights and anchors them.
+
+        Unless ``incremental_update`` is set the optimiser's moments start afresh.
+
+        Raises:
+            ConfigError: Another learner; or no event was learned since the last task, so that nothing is
+                known about what it needs.
+        """
+        run = self._ready(lora)
+        if run.ewc is not None and not len(run.reservoir):
+            raise ConfigError("start_new_task: got no event since the last task, expected one or more")
+        self.flush(lora)
+        if run.ewc is not None:
+            for event in run.reservoir.drain():
+                run.ewc.accumulate_fisher(event.x, event.feedback, event.module, event.base)
+            run.ewc.start_new_task()
+        if not self.config.incremental_update:
+            run.optimizer = engine.make_optimizer(run.lora, self.config)
+        run.counts.tasks += 1
+
+    def stats(self) -> PipelineStats:
+        """Counts since `init_for_lora`; zeros before it."""
+        run = self._run
+        if run is None:
+            return PipelineStats()
+        c = run.counts
+        return PipelineStats(
+            steps=c.steps,
+            events=c.events,
+            skipped_quality=c.skipped_quality,
+            skipped_other=c.skipped_other,
+            pending=run.pending,
+            tasks=c.tasks,
+            mean_loss=c.loss_sum / c.losses if c.losses else None,
+            last_loss=c.last_loss,
+            learning_rate=c.learning_rate,
+            fisher_samples=len(run.reservoir),
+        )
+
+
+def imitation_weight(quality: float | None, feedback: FeedbackBase, threshold: float) -> float:
+    """How much an event counts: 0 is passed over, 1 is full.
+
+    Raises:
+        NonFiniteError: ``quality`` is NaN.
+        FeedbackError: ``quality`` is no number from 0 to 1.
+    """
+    if quality is None:
+        return 1.0
+    if isinstance(quality, bool | str) or not hasattr(quality, "__float__"):
+        raise FeedbackError(f"quality: got {quality!r}, expected a number from 0 to 1")
+    q = float(quality)
+    if math.isnan(q):
+        raise NonFiniteError("quality: got NaN, expected a number from 0 to 1")
+    if not 0.0 <= q <= 1.0:
+        raise FeedbackError(f"quality: got {quality!r}, expected a number from 0 to 1")
+    if not isinstance(feedback, Target):
+        return 1.0
+    return max(0.0, (q - threshold) / (1.0 - threshold))
+
+
+def weighted(
+    lora: MicroLoRA,
+    x: ArrayLike,
+    feedback: FeedbackBase,
+    module: str | None,
+    base: ArrayLike | None,
+    weight: float,
+) -> tuple[float, Gradient]:
+    """Loss of a target, and its gradient times ``weight``, which ``adapt`` then takes."""
+    assert isinstance(feedback, Target)
+    y = np.asarray(lora.forward(x, module), np.float64)
+    if y.ndim != 1:
+        raise FeedbackError(f"x: got {y.shape[0]} rows, expected one event: (in_features,)")
+    if base is not None:
+        y = y + np.asarray(base, np.float64)
+    t = np.asarray(feedback.t, np.float64)
+    if feedback.loss == "mse":
+        g = y - t
+        return 0.5 * float(g @ g), Gradient((weight * g).astype(np.float32))
+    length = float(np.linalg.norm(y))
+    if length == 0.0:
+        # The cosine of a zero output is not defined: adapt says so, with its own reason.
+        return 1.0, Gradient(np.zeros_like(t, np.float32))
+    unit = y / length
+    cosine = float(unit @ t)
+    return 1.0 - cosine, Gradient((-weight * (t - cosine * unit) / length).astype(np.float32))
+
+
+def _events(
+    samples: Iterable[Any] | ArrayLike, y: ArrayLike | None, base: ArrayLike | None, quality: ArrayLike | None
+) -> Iterable[tuple[Any, FeedbackBase, Any, float | None]]:
+    if y is not None:
+        x, targets = np.asarray(samples), np.asarray(y)
+        others = {"base": base, "quality": quality}
+        rows = {k: np.asarray(v) for k, v in others.items() if v is not None}
+        for name, array in {"y": targets, **rows}.items():
+            if x.ndim != 2 or array.shape[:1] != x.shape[:1]:
+                raise ConfigError(f"{name}: got shape {array.shape}, expected one row for each of x {x.shape}")
+        for i in range(len(x)):
+            q = float(rows["quality"][i]) if "quality" in rows else None
+            yield x[i], Target(targets[i]), rows["base"][i] if "base" in rows else None, q
+        return
+    if base is not None or quality is not None:
+        raise ConfigError("base, quality: got them without y, expected them with arrays only")
+    for item in samples:  # type: ignore[union-attr]
+        if isinstance(item, tuple):
+            yield item[0], item[1], None, None
+        else:
+            feedback = getattr(item, "feedback", None)
+            if feedback is None:
+                feedback = Target(item.output_embedding)
+            yield item.input_embedding, feedback, getattr(item, "base", None), getattr(item, "quality", None)

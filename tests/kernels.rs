@@ -2,7 +2,7 @@
 
 use microlora::Dtype;
 use microlora::factor::Factor;
-use microlora::kernels::{Isa, Kernels};
+use microlora::kernels::{AdamStep, Isa, Kernels};
 
 const LENGTHS: [usize; 14] = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 97, 255, 256, 257];
 const RANKS: [usize; 9] = [1, 2, 3, 5, 8, 12, 16, 64, 256];
@@ -230,6 +230,100 @@ fn rows_without_columns_sum_to_zero() {
                 f.combine(k, &out, &mut [], true);
                 f.combine_batch(k, &u, &mut [], false);
             }
+        }
+    }
+}
+
+#[test]
+fn outer_batch_matches_float64_and_keeps_the_padding_zero() {
+    for k in Kernels::available() {
+        for rank in RANKS {
+            for len in LENGTHS {
+                for rows in [0, 1, 5, 33] {
+                    let start = numbers(rank * len, 11);
+                    let mut f = Factor::from_rows(&start, rank, len, Dtype::F32);
+                    let (coef, v) = (numbers(rows * rank, 12), numbers(rows * len, 13));
+                    f.outer_batch(k, &coef, &v);
+                    let mut want: Vec<f64> = start.iter().map(|&v| v.into()).collect();
+                    for (coef, v) in coef.chunks_exact(rank).zip(v.chunks_exact(len)) {
+                        for (row, &c) in want.chunks_exact_mut(len).zip(coef) {
+                            for (w, &v) in row.iter_mut().zip(v) {
+                                *w += f64::from(c) * f64::from(v);
+                            }
+                        }
+                    }
+                    let what = format!("{} outer {rank}x{len}, {rows} rows", k.isa());
+                    close(&f.to_f32(false), &want, rows as f64, &what);
+                    let stored: f64 = f.stream().iter().map(|&v| f64::from(v).abs()).sum();
+                    let shown: f64 = f.to_f32(false).iter().map(|&v| f64::from(v).abs()).sum();
+                    assert!((stored - shown).abs() <= 1e-9 * shown.max(1.0), "{what}: padding");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn optimiser_steps_match_float64() {
+    let (b1, b2, lr, wd, eps, grad) = (0.9f64, 0.999f64, 0.01f64, 0.1f64, 1e-8f64, 0.25f64);
+    for k in Kernels::available() {
+        for n in LENGTHS {
+            let (mut w, mut m, mut v) = (numbers(n, 21), vec![0.0; n], vec![0.0; n]);
+            let mut w64: Vec<f64> = w.iter().map(|&v| v.into()).collect();
+            let (mut m64, mut v64) = (vec![0.0f64; n], vec![0.0f64; n]);
+            for t in 1..=5 {
+                let mut g = numbers(n, 30 + t as u64);
+                for i in 0..n {
+                    let d = grad * f64::from(g[i]);
+                    m64[i] = b1 * m64[i] + (1.0 - b1) * d;
+                    v64[i] = b2 * v64[i] + (1.0 - b2) * d * d;
+                    let root = (v64[i] / (1.0 - b2.powi(t))).sqrt() + eps;
+                    w64[i] = (1.0 - lr * wd) * w64[i] - lr * m64[i] / (1.0 - b1.powi(t)) / root;
+                }
+                let step = AdamStep {
+                    gradient: grad as f32,
+                    beta1: b1 as f32,
+                    beta2: b2 as f32,
+                    keep: (1.0 - lr * wd) as f32,
+                    rate: (lr / (1.0 - b1.powi(t))) as f32,
+                    unbias: (1.0 / (1.0 - b2.powi(t)).sqrt()) as f32,
+                    eps: eps as f32,
+                };
+                k.adamw(&step, &mut g, &mut m, &mut v, &mut w);
+                assert!(g.iter().all(|&g| g == 0.0));
+            }
+            close(&w, &w64, 2.0, &format!("{} adamw {n}", k.isa()));
+
+            let (mut w, mut m) = (numbers(n, 41), vec![0.0; n]);
+            let mut w64: Vec<f64> = w.iter().map(|&v| v.into()).collect();
+            let mut m64 = vec![0.0f64; n];
+            for t in 0..5 {
+                let mut g = numbers(n, 50 + t);
+                for i in 0..n {
+                    m64[i] = b1 * m64[i] + grad * f64::from(g[i]) + wd * w64[i];
+                    w64[i] -= lr * m64[i];
+                }
+                k.momentum([grad as f32, b1 as f32, wd as f32, lr as f32], &mut g, &mut m, &mut w);
+            }
+            close(&w, &w64, 2.0, &format!("{} momentum {n}", k.isa()));
+
+            let (f, a, c, g0) = (numbers(n, 61), numbers(n, 62), numbers(n, 63), numbers(n, 64));
+            let mut g = g0.clone();
+            k.pull(3.0, &f, &a, &c, &mut g);
+            let want: Vec<f64> = (0..n)
+                .map(|i| f64::from(g0[i]) + 3.0 * f64::from(f[i]) * (f64::from(a[i]) - f64::from(c[i])))
+                .collect();
+            close(&g, &want, 4.0, "pull");
+            let mut out = vec![9.0; n];
+            k.products(&a, &c, &mut out);
+            close(
+                &out,
+                &(0..n).map(|i| f64::from(a[i]) * f64::from(c[i])).collect::<Vec<_>>(),
+                1.0,
+                "products",
+            );
+            k.squares(&a, &mut out);
+            close(&out, &a.iter().map(|&a| f64::from(a).powi(2)).collect::<Vec<_>>(), 1.0, "squares");
         }
     }
 }

@@ -20,26 +20,22 @@ class NonFiniteError(MicroLoraError, ValueError):
 
 
 class SampleError(NonFiniteError):
-    """One sample of a training run is not finite, or its loss or step would not be.
-
-    The step that met it changed nothing; those before it stand.
+    """A sample cannot be learned from; the step that it belongs to changed nothing.
 
     Attributes:
-        row: Row of the sample in the array that was trained on; None where there is none.
-        sample_id: Identity of the sample in its dataset; None where it has none.
-        steps_done: Optimiser steps that were made before.
+        row: Row of the sample in the data.
+        steps_done: Steps that the same call had done before.
+        sample_id: The sample's id, where the data have ids.
     """
 
     def __init__(
-        self, message: str = "", row: int | None = None, sample_id: str | None = None, steps_done: int = 0
+        self, message: str = "", row: int = 0, steps_done: int = 0, sample_id: str | None = None
     ) -> None:
         super().__init__(message)
-        self.row = row
-        self.sample_id = sample_id
-        self.steps_done = steps_done
+        self.row, self.steps_done, self.sample_id = row, steps_done, sample_id
 
-    def __reduce__(self) -> tuple[type[SampleError], tuple[str, int | None, str | None, int]]:
-        return type(self), (self.args[0], self.row, self.sample_id, self.steps_done)
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, int, int, str | None]]:
+        return type(self), (str(self), self.row, self.steps_done, self.sample_id)
 
 
 class LayoutError(MicroLoraError, ValueError):

@@ -276,6 +276,13 @@ impl Factor {
         k.rank1(self.stream_mut(), g, coef, v);
     }
 
+    /// `row r += sum_m coef[m][r] v[m]` over a batch; f32 only.
+    #[inline]
+    pub fn outer_batch(&mut self, k: &Kernels, coef: &[f32], v: &[f32]) {
+        let g = self.geometry;
+        k.outer_batch(self.stream_mut(), g, coef, v);
+    }
+
     /// One sweep `e = target - u W; row r += k[r] e`; `target` becomes `e`; returns `|e|^2`. f32 only.
     #[inline]
     pub fn fit_sweep(&mut self, kn: &Kernels, u: &[f32], k: &[f32], target: &mut [f32]) -> f32 {

@@ -106,3 +106,71 @@ pub(crate) fn rls_gain(p: &mut [f64], u: &[f32], phi: f64, pu: &mut [f64], k: &m
     }
     upu * inv
 }
+
+/// `out = x x`.
+#[inline(always)]
+pub(crate) fn squares(x: &[f32], out: &mut [f32]) {
+    for (o, x) in out.iter_mut().zip(x) {
+        *o = x * x;
+    }
+}
+
+/// `out = a b`.
+#[inline(always)]
+pub(crate) fn products(a: &[f32], b: &[f32], out: &mut [f32]) {
+    for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
+        *o = a * b;
+    }
+}
+
+/// `g += c f (w - anchor)`: the gradient of a quadratic penalty with a diagonal importance.
+#[inline(always)]
+pub(crate) fn pull(c: f32, f: &[f32], w: &[f32], anchor: &[f32], g: &mut [f32]) {
+    for (((g, f), w), t) in g.iter_mut().zip(f).zip(w).zip(anchor) {
+        *g = (c * f).mul_add(w - t, *g);
+    }
+}
+
+/// Numbers of one AdamW step, the same for every weight.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamStep {
+    /// Factor that makes the gradient sum a (clipped) mean.
+    pub gradient: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// `1 - lr weight_decay`.
+    pub keep: f32,
+    /// `lr / (1 - beta1^t)`.
+    pub rate: f32,
+    /// `1 / sqrt(1 - beta2^t)`.
+    pub unbias: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+}
+
+/// One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) in one pass; the gradient sum is cleared.
+#[inline(always)]
+pub(crate) fn adamw(s: &AdamStep, g: &mut [f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
+    let (left1, left2) = (1.0 - s.beta1, 1.0 - s.beta2);
+    for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+        let d = s.gradient * *g;
+        *m = (d - *m).mul_add(left1, *m);
+        *v = (d * d).mul_add(left2, s.beta2 * *v);
+        let root = v.sqrt().mul_add(s.unbias, s.eps);
+        *w = s.keep.mul_add(*w, -s.rate * *m / root);
+        *g = 0.0;
+    }
+}
+
+/// One step with momentum as torch's SGD: `m = beta m + d + wd w`, `w -= lr m`; the gradient sum is cleared.
+#[inline(always)]
+pub(crate) fn momentum([gradient, beta, decay, lr]: [f32; 4], g: &mut [f32], m: &mut [f32], w: &mut [f32]) {
+    for ((w, g), m) in w.iter_mut().zip(g).zip(m) {
+        let d = gradient.mul_add(*g, decay * *w);
+        *m = beta.mul_add(*m, d);
+        *w = (-lr).mul_add(*m, *w);
+        *g = 0.0;
+    }
+}

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 mod batch;
 mod elementwise;
 mod geometry;
+mod outer;
 mod probe;
 mod scalar;
 mod single;
@@ -27,6 +28,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+pub use elementwise::AdamStep;
 pub use geometry::Geometry;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
@@ -69,6 +71,9 @@ type Dots<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32);
 type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
 type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
 type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
+type Pull = unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]);
+type AdamW = unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]);
+type Momentum = unsafe fn([f32; 4], &mut [f32], &mut [f32], &mut [f32]);
 type RlsGain = unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64;
 
 /// Read-path primitives for one stored element type.
@@ -94,6 +99,12 @@ pub struct Kernels {
     bf16: Reads<bf16>,
     rank1: unsafe fn(*mut f32, Geometry, *const f32, *const f32),
     fit_sweep: unsafe fn(*mut f32, Geometry, *const f32, *const f32, *mut f32) -> f32,
+    outer_batch: unsafe fn(*mut f32, Geometry, *const f32, *const f32, usize),
+    squares: unsafe fn(&[f32], &mut [f32]),
+    products: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pull: Pull,
+    adamw: AdamW,
+    momentum: Momentum,
     dot: unsafe fn(&[f32], &[f32]) -> f32,
     axpy: unsafe fn(f32, &[f32], &mut [f32]),
     scale: unsafe fn(f32, &mut [f32]),
@@ -261,6 +272,64 @@ impl Kernels {
         need("fit_sweep target", target.len(), g.len);
         // SAFETY: lengths checked above; the table exists only where its ISA does.
         unsafe { (self.fit_sweep)(w.as_mut_ptr(), g, u.as_ptr(), k.as_ptr(), target.as_mut_ptr()) }
+    }
+
+    /// `row r += sum_m coef[m][r] v[m]`; `coef` is `(rows, rank)`, `v` is `(rows, len)`.
+    #[inline]
+    pub fn outer_batch(&self, w: &mut [f32], g: Geometry, coef: &[f32], v: &[f32]) {
+        need("outer_batch w", w.len(), g.stored());
+        let rows = coef.len() / g.rank;
+        need("outer_batch coef", coef.len(), rows * g.rank);
+        need("outer_batch v", v.len(), rows * g.len);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.outer_batch)(w.as_mut_ptr(), g, coef.as_ptr(), v.as_ptr(), rows) }
+    }
+
+    /// `out = x x`.
+    #[inline]
+    pub fn squares(&self, x: &[f32], out: &mut [f32]) {
+        need("squares out", out.len(), x.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.squares)(x, out) }
+    }
+
+    /// `out = a b`.
+    #[inline]
+    pub fn products(&self, a: &[f32], b: &[f32], out: &mut [f32]) {
+        need("products b", b.len(), a.len());
+        need("products out", out.len(), a.len());
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.products)(a, b, out) }
+    }
+
+    /// `g += c f (w - anchor)`.
+    #[inline]
+    pub fn pull(&self, c: f32, f: &[f32], w: &[f32], anchor: &[f32], g: &mut [f32]) {
+        for n in [f.len(), w.len(), anchor.len()] {
+            need("pull", n, g.len());
+        }
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.pull)(c, f, w, anchor, g) }
+    }
+
+    /// One AdamW step on `w` from the gradient sum `g`, which is cleared; `m` and `v` are the moments.
+    #[inline]
+    pub fn adamw(&self, s: &AdamStep, g: &mut [f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
+        for n in [g.len(), m.len(), v.len()] {
+            need("adamw", n, w.len());
+        }
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.adamw)(s, g, m, v, w) }
+    }
+
+    /// `m = beta m + gradient g + decay w`, `w -= lr m`, `g = 0`, with `[gradient, beta, decay, lr]`.
+    #[inline]
+    pub fn momentum(&self, s: [f32; 4], g: &mut [f32], m: &mut [f32], w: &mut [f32]) {
+        for n in [g.len(), m.len()] {
+            need("momentum", n, w.len());
+        }
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.momentum)(s, g, m, w) }
     }
 
     /// `<a, b>`.

@@ -31,7 +31,7 @@ macro_rules! isa_table {
         }
     };
     ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
-        use super::{Geometry, Isa, Kernels, Reads, batch, elementwise, probe, single, update};
+        use super::{AdamStep, Geometry, Isa, Kernels, Reads, batch, elementwise, outer, probe, single, update};
 
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
@@ -46,6 +46,31 @@ macro_rules! isa_table {
         unsafe fn fit_sweep(w: *mut f32, g: Geometry, u: *const f32, k: *const f32, t: *mut f32) -> f32 {
             // SAFETY: same contract; the ISA is enabled here.
             unsafe { update::fit_sweep::<$v>(w, g, u, k, t) }
+        }
+        $(#[$attr])*
+        unsafe fn outer_batch(w: *mut f32, g: Geometry, c: *const f32, v: *const f32, n: usize) {
+            // SAFETY: same contract; the ISA is enabled here.
+            unsafe { outer::outer_batch::<$v>(w, g, c, v, n) }
+        }
+        $(#[$attr])*
+        unsafe fn squares(x: &[f32], out: &mut [f32]) {
+            elementwise::squares(x, out)
+        }
+        $(#[$attr])*
+        unsafe fn products(a: &[f32], b: &[f32], out: &mut [f32]) {
+            elementwise::products(a, b, out)
+        }
+        $(#[$attr])*
+        unsafe fn pull(c: f32, f: &[f32], w: &[f32], t: &[f32], g: &mut [f32]) {
+            elementwise::pull(c, f, w, t, g)
+        }
+        $(#[$attr])*
+        unsafe fn adamw(s: &AdamStep, g: &mut [f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
+            elementwise::adamw(s, g, m, v, w)
+        }
+        $(#[$attr])*
+        unsafe fn momentum(s: [f32; 4], g: &mut [f32], m: &mut [f32], w: &mut [f32]) {
+            elementwise::momentum(s, g, m, w)
         }
         $(#[$attr])*
         unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -89,6 +114,12 @@ macro_rules! isa_table {
             bf16: reads_bf16::READS,
             rank1,
             fit_sweep,
+            outer_batch,
+            squares,
+            products,
+            pull,
+            adamw,
+            momentum,
             dot,
             axpy,
             scale,

@@ -187,5 +187,5 @@ def test_what_is_refused_when_a_rate_is_asked_for():
 @given(schedules())
 def test_a_dict_and_back(s):
     assert LearningRateSchedule.from_dict(s.to_dict()) == s
-    with pytest.raises(ConfigError, match="unknown key 'totl'.*did you mean 'total'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'totl'.*did you mean 'total'"):
         LearningRateSchedule.from_dict({"totl": 3})

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Ewc", "Optimizer", "evaluate", "lora_of", "make_ewc", "make_optimizer", "restore_from", "set_storage"]
+__all__ = [
+    "Ewc",
+    "Optimizer",
+    "evaluate",
+    "lora_of",
+    "make_ewc",
+    "make_optimizer",
+    "restore_from",
+    "set_storage",
+]
 
 
 class Optimizer(Protocol):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from microlora._core import FeedbackBase, Gradient, StepResult, Target
-from microlora.exceptions import ConfigError, DTypeError, FeedbackError, NonFiniteError
+from microlora._core import FeedbackBase, StepResult
+from microlora.exceptions import ConfigError, DTypeError
 from microlora.training import engine
 from microlora.training.config import TrainingConfig
+from microlora.training.events_in import event_weight, incoming, weighted
 from microlora.training.reservoir import Event, Reservoir
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class TrainingPipeline:
         module: str | None = None,
         base: ArrayLike | None = None,
         quality: float | None = None,
+        weight: float = 1.0,
     ) -> StepOutcome:
         """Takes one event; every ``batch_size * gradient_accumulation`` of them the weights move.
 
@@ -201,17 +202,19 @@ class TrainingPipeline:
             quality: How good the sample is, 0 to 1. It decides over a `Target` alone: below
                 ``quality_threshold`` it is passed over, else it counts ``(q - threshold) / (1 - threshold)``.
                 None counts fully.
+            weight: Factor of a target's loss in the mean, above 0.
 
         Returns:
             What was done.
 
         Raises:
-            ConfigError: Another learner, or none was set up.
+            ConfigError: Another learner, none was set up, or a ``weight`` out of its range or with feedback
+                that is no target.
             FeedbackError: ``quality`` out of its range.
             NonFiniteError: NaN in the quality or in the sample. Nothing changes in any error.
         """
         run = self._ready(lora)
-        weight = imitation_weight(quality, feedback, self.config.quality_threshold)
+        weight = event_weight(quality, weight, feedback, self.config.quality_threshold)
         counts = run.counts
         if weight == 0.0:
             counts.skipped_quality += 1
@@ -293,19 +296,27 @@ class TrainingPipeline:
             MicroLoraError: As `train_step`, at the first bad sample; those before it count.
         """
         run = self._ready(lora)
-        events = list(_events(samples, y, base, quality))
+        events = list(incoming(samples, y, base, quality))
         before = (run.counts.events, run.counts.steps, run.counts.skipped_quality)
         losses: list[float] = []
         for _ in range(self.config.epochs):
             losses.clear()
-            for x, feedback, base_row, q in events:
-                outcome = self.train_step(lora, x, feedback, module, base_row, q)
+            for event in events:
+                where = module if event.module is None else event.module
+                outcome = self.train_step(
+                    lora, event.x, event.feedback, where, event.base, event.quality, event.weight
+                )
                 if outcome.loss is not None:
                     losses.append(outcome.loss)
-        after = (run.counts.events, run.counts.steps, run.counts.skipped_quality)
-        made = [b - a for a, b in zip(before, after, strict=True)]
-        mean = float(np.mean(losses)) if losses else None
-        return BatchOutcome(*made, mean, run.counts.learning_rate if made[1] else None)
+        counts = run.counts
+        steps = counts.steps - before[1]
+        return BatchOutcome(
+            events=counts.events - before[0],
+            steps=steps,
+            skipped=counts.skipped_quality - before[2],
+            loss=float(np.mean(losses)) if losses else None,
+            learning_rate=counts.learning_rate if steps else None,
+        )
 
     def start_new_task(self, lora: MicroLoRA) -> None:
         """Ends the present task: flushes, estimates importance at these weights and anchors them.
@@ -346,78 +357,3 @@ class TrainingPipeline:
             learning_rate=c.learning_rate,
             fisher_samples=len(run.reservoir),
         )
-
-
-def imitation_weight(quality: float | None, feedback: FeedbackBase, threshold: float) -> float:
-    """How much an event counts: 0 is passed over, 1 is full.
-
-    Raises:
-        NonFiniteError: ``quality`` is NaN.
-        FeedbackError: ``quality`` is no number from 0 to 1.
-    """
-    if quality is None:
-        return 1.0
-    if isinstance(quality, bool | str) or not hasattr(quality, "__float__"):
-        raise FeedbackError(f"quality: got {quality!r}, expected a number from 0 to 1")
-    q = float(quality)
-    if math.isnan(q):
-        raise NonFiniteError("quality: got NaN, expected a number from 0 to 1")
-    if not 0.0 <= q <= 1.0:
-        raise FeedbackError(f"quality: got {quality!r}, expected a number from 0 to 1")
-    if not isinstance(feedback, Target):
-        return 1.0
-    return max(0.0, (q - threshold) / (1.0 - threshold))
-
-
-def weighted(
-    lora: MicroLoRA,
-    x: ArrayLike,
-    feedback: FeedbackBase,
-    module: str | None,
-    base: ArrayLike | None,
-    weight: float,
-) -> tuple[float, Gradient]:
-    """Loss of a target, and its gradient times ``weight``, which ``adapt`` then takes."""
-    assert isinstance(feedback, Target)
-    y = np.asarray(lora.forward(x, module), np.float64)
-    if y.ndim != 1:
-        raise FeedbackError(f"x: got {y.shape[0]} rows, expected one event: (in_features,)")
-    if base is not None:
-        y = y + np.asarray(base, np.float64)
-    t = np.asarray(feedback.t, np.float64)
-    if feedback.loss == "mse":
-        g = y - t
-        return 0.5 * float(g @ g), Gradient((weight * g).astype(np.float32))
-    length = float(np.linalg.norm(y))
-    if length == 0.0:
-        # The cosine of a zero output is not defined: adapt says so, with its own reason.
-        return 1.0, Gradient(np.zeros_like(t, np.float32))
-    unit = y / length
-    cosine = float(unit @ t)
-    return 1.0 - cosine, Gradient((-weight * (t - cosine * unit) / length).astype(np.float32))
-
-
-def _events(
-    samples: Iterable[Any] | ArrayLike, y: ArrayLike | None, base: ArrayLike | None, quality: ArrayLike | None
-) -> Iterable[tuple[Any, FeedbackBase, Any, float | None]]:
-    if y is not None:
-        x, targets = np.asarray(samples), np.asarray(y)
-        others = {"base": base, "quality": quality}
-        rows = {k: np.asarray(v) for k, v in others.items() if v is not None}
-        for name, array in {"y": targets, **rows}.items():
-            if x.ndim != 2 or array.shape[:1] != x.shape[:1]:
-                raise ConfigError(f"{name}: got shape {array.shape}, expected one row for each of x {x.shape}")
-        for i in range(len(x)):
-            q = float(rows["quality"][i]) if "quality" in rows else None
-            yield x[i], Target(targets[i]), rows["base"][i] if "base" in rows else None, q
-        return
-    if base is not None or quality is not None:
-        raise ConfigError("base, quality: got them without y, expected them with arrays only")
-    for item in samples:  # type: ignore[union-attr]
-        if isinstance(item, tuple):
-            yield item[0], item[1], None, None
-        else:
-            feedback = getattr(item, "feedback", None)
-            if feedback is None:
-                feedback = Target(item.output_embedding)
-            yield item.input_embedding, feedback, getattr(item, "base", None), getattr(item, "quality", None)

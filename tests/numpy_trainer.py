@@ -1,4 +1,4 @@
-"""A float64 NumPy twin of the core's optimiser, evaluation and penalty: the definition that loops are tested on.
+"""A float64 NumPy twin of the core's optimiser, evaluation and penalty, on which the loops are tested.
 
 It holds its own masters in float64, so it also serves as reference for the compiled one: `NumpyOptimizer` has
 the same arguments and writes what it learned into the learner after every call.
@@ -40,7 +40,7 @@ class NumpyOptimizer:
             mean, square = m / (1 - b1**t), v / (1 - b2**t)
             w = w * (1 - lr * self.weight_decay) - lr * mean / (np.sqrt(square) + self.eps)
         self.slots[key] = (m, v, t)
-        return w
+        return f64(w.astype(np.float32))  # as stored, so that chunks of a run give what one call gives
 
     def apply(self, weights, grads, lr, max_grad_norm):
         norm = np.sqrt(sum((g**2).sum() for pair in grads.values() for g in pair))
@@ -124,7 +124,7 @@ def outputs(weights, scale, name, x):
 
 
 def gradients(now, scale, x, y, rows, weights=None, base=None):
-    """Mean gradients and mean loss of ``1/2 |base + dY - t|^2`` over rows; the loss is the mean over modules."""
+    """Mean gradients and loss of ``1/2 |base + dY - t|^2`` over rows; the loss is the mean over modules."""
     w = np.ones(len(rows)) if weights is None else f64(weights)[rows]
     grads, loss = {}, 0.0
     for name, (a, b) in now.items():

@@ -27,15 +27,27 @@ from microlora.target import TargetModule
 
 if TYPE_CHECKING:
     from microlora import encoders as encoders
+    from microlora import training as training
+    from microlora.training import AdapterTrainer as AdapterTrainer
+    from microlora.training import AdapterTrainingConfig as AdapterTrainingConfig
+    from microlora.training import LearningEvent as LearningEvent
+    from microlora.training import LearningRateSchedule as LearningRateSchedule
+    from microlora.training import TrainingConfig as TrainingConfig
+    from microlora.training import TrainingPipeline as TrainingPipeline
+    from microlora.training import TrainingResult as TrainingResult
 
 __all__ = [
     "Adapter",
     "AdapterMetadata",
+    "AdapterTrainer",
+    "AdapterTrainingConfig",
     "CancelToken",
     "Contrastive",
     "Feedback",
     "Gradient",
     "InstantConfig",
+    "LearningEvent",
+    "LearningRateSchedule",
     "LoraConfig",
     "LoraConfigBuilder",
     "Metric",
@@ -50,6 +62,9 @@ __all__ = [
     "StepResult",
     "Target",
     "TargetModule",
+    "TrainingConfig",
+    "TrainingPipeline",
+    "TrainingResult",
     "__version__",
     "create_lora",
     "encoders",
@@ -59,13 +74,31 @@ __all__ = [
     "presets",
     "save",
     "set_num_threads",
+    "training",
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Rooms that are only loaded when they are used."""
-    if name == "encoders":
-        import importlib
+_ROOMS = {
+    "encoders": ("encoders",),
+    "training": (
+        "training",
+        "AdapterTrainer",
+        "AdapterTrainingConfig",
+        "LearningEvent",
+        "LearningRateSchedule",
+        "TrainingConfig",
+        "TrainingPipeline",
+        "TrainingResult",
+    ),
+}
 
-        return importlib.import_module("microlora.encoders")
+
+def __getattr__(name: str) -> object:
+    """Rooms, and names from them, that are only loaded when they are used."""
+    for room, names in _ROOMS.items():
+        if name in names:
+            import importlib
+
+            module = importlib.import_module(f"microlora.{room}")
+            return module if name == room else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,11 +13,19 @@ from microlora._core import FeedbackBase, Gradient, Target
 from microlora.exceptions import ConfigError, FeedbackError, NonFiniteError
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from microlora.micro_lora import MicroLoRA
 
-__all__ = ["InEvent", "event_weight", "imitation_weight", "incoming", "of_sample", "weighted"]
+__all__ = [
+    "InEvent",
+    "event_weight",
+    "imitation_weight",
+    "imitation_weights",
+    "incoming",
+    "of_sample",
+    "weighted",
+]
 
 
 class InEvent(NamedTuple):
@@ -61,6 +69,12 @@ def imitation_weight(quality: float | None, feedback: FeedbackBase, threshold: f
     if not isinstance(feedback, Target):
         return 1.0
     return max(0.0, (q - threshold) / (1.0 - threshold))
+
+
+def imitation_weights(quality: ArrayLike, threshold: float) -> NDArray[np.float64]:
+    """The same for many targets, whose qualities are checked already: float64 (n,)."""
+    q = np.asarray(quality, np.float64)
+    return np.maximum(0.0, (q - threshold) / (1.0 - threshold))
 
 
 def weighted(

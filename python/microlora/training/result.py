@@ -18,7 +18,7 @@ class EpochRecord:
     Attributes:
         epoch: Counted from 0.
         train_loss: Mean loss of its samples, each before the step that it was part of, penalty not counted.
-        val_loss: Validation loss after it; None without a validation set, or where the run ended within it.
+        val_loss: Validation loss after it; None without a validation set, or where it was not finite.
         learning_rate: Rate of its last step.
         steps: Optimiser steps.
         samples: Samples.

@@ -116,7 +116,7 @@ class AdapterTrainer(EventLog):
             What was done and measured.
 
         Raises:
-            SampleError: A sample that cannot be learned from. Its step changed nothing, those before it stand.
+            SampleError: A sample that cannot be learned from. Its step changed nothing, earlier ones stand.
             CancelledError: ``cancel`` was set. The learner has the best weights by validation so far with
                 ``save_best``, otherwise the latest.
             ConfigError: Settings that do not fit, shared samples in training and validation data, or a
@@ -310,7 +310,7 @@ def _refuse_shared(rows: Rows, held: Rows | None) -> None:
     if shared:
         shown = ", ".join(map(repr, shared[:3])) + (", ..." if len(shared) > 3 else "")
         raise ConfigError(
-            f"validation: got {len(shared)} samples that are in the training data too ({shown}), expected none"
+            f"validation: got {len(shared)} samples that are training data too ({shown}), expected none"
         )
 
 

@@ -10,6 +10,7 @@ use crate::learn::batch::BadRow;
 use crate::learn::train::{Data, Targets, Trainee, Workspace};
 use crate::learn::{Learner, Regularizer};
 use crate::micro_lora::MicroLora;
+use crate::snapshot::Snapshot;
 
 pub mod activation;
 mod backward;
@@ -138,6 +139,44 @@ impl Chain {
     /// DoRA's magnitudes of every layer; empty for plain LoRA.
     pub fn magnitudes(&self) -> Vec<Arc<Vec<f32>>> {
         self.lora.inspect(|learners| learners.iter().filter_map(|l| l.magnitude.clone()).collect())
+    }
+
+    /// Replaces DoRA's magnitudes.
+    ///
+    /// # Errors
+    /// Widths that do not fit, numbers that are not finite, a chain of plain LoRA. Nothing changes then.
+    pub fn set_magnitudes(&self, values: Vec<Vec<f32>>) -> Result<()> {
+        if !self.dora || values.len() != self.frozen.len() {
+            let want = if self.dora { format!("{}", self.frozen.len()) } else { "none (no DoRA)".into() };
+            return Err(Error::config("magnitudes", format!("{} vectors", values.len()), want));
+        }
+        for (i, (v, f)) in values.iter().zip(&self.frozen).enumerate() {
+            let arg = format!("magnitudes[{i}]");
+            if v.len() != f.out_features() {
+                return Err(Error::shape(arg, format!("({},)", v.len()), format!("({},)", f.out_features())));
+            }
+            if v.iter().any(|v| !v.is_finite()) {
+                return Err(Error::non_finite(arg));
+            }
+        }
+        self.lora.edit(|learners| {
+            for (learner, v) in learners.iter_mut().zip(values) {
+                learner.magnitude = Some(Arc::new(v));
+            }
+            Ok((true, ()))
+        })
+    }
+
+    /// Goes back to a snapshot of this chain's learner.
+    ///
+    /// # Errors
+    /// A snapshot of other shapes, or one with magnitudes for a chain without and the other way round.
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
+        if snapshot.learners.iter().any(|l| l.magnitude.is_some() != self.dora) {
+            let (got, want) = if self.dora { ("plain LoRA", "DoRA") } else { ("DoRA", "plain LoRA") };
+            return Err(Error::config("data", got, want));
+        }
+        self.lora.restore(snapshot)
     }
 
     pub(crate) fn version(&self) -> Version {

@@ -4,7 +4,7 @@
 //! [`Error::Format`]; both name the file and the tensor or key. Pickle is never opened.
 
 mod atomic;
-mod container;
+pub(crate) mod container;
 mod json;
 mod pattern;
 pub mod peft;

@@ -7,6 +7,7 @@ pub mod feedback;
 pub mod learner;
 pub mod nlms;
 pub mod optim;
+mod optim_state;
 pub mod regularizer;
 pub mod rls;
 pub mod settings;

@@ -64,6 +64,44 @@ pub struct Workspace {
     gathered: Gathered,
 }
 
+impl Workspace {
+    /// Empties the sums, one place per module.
+    pub fn prepare(&mut self, lora: &MicroLora) {
+        self.sums.resize_with(lora.names().len(), || None);
+        self.clear();
+    }
+
+    fn clear(&mut self) {
+        self.sums.iter_mut().flatten().for_each(|s| s.clear());
+    }
+
+    /// Mean gradients of the modules that have any.
+    pub fn means(&self) -> Vec<Gradients> {
+        let of = |s: &Gradients| {
+            let mut mean = s.clone();
+            let scale = 1.0 / s.count.max(1) as f32;
+            mean.a.stream_mut().iter_mut().for_each(|v| *v *= scale);
+            mean.b.stream_mut().iter_mut().for_each(|v| *v *= scale);
+            mean.magnitude.iter_mut().for_each(|v| *v *= scale);
+            mean
+        };
+        self.sums.iter().flatten().map(|s| of(s)).collect()
+    }
+
+    /// Mean of the last batch's losses.
+    pub fn mean_loss(&self) -> f32 {
+        let sum: f64 = self.losses.iter().map(|&l| f64::from(l)).sum();
+        (sum / self.losses.len().max(1) as f64) as f32
+    }
+
+    /// Most activation bytes alive at once in a chain's forward and backward: stored inputs, bottlenecks,
+    /// outputs and gradients between layers. A single layer keeps x, which the caller holds, and rank numbers
+    /// a row.
+    pub fn peak_activation_bytes(&self) -> usize {
+        self.pass.peak_bytes()
+    }
+}
+
 #[derive(Debug, Default)]
 struct Gathered {
     x: Vec<f32>,
@@ -275,8 +313,7 @@ pub fn train(
     }
     opt.check(lora)?;
     let mut log = Log::default();
-    ws.sums.resize_with(lora.names().len(), || None);
-    ws.sums.iter_mut().flatten().for_each(|s| s.clear());
+    ws.prepare(lora);
     tick(0, steps)?;
     for (step, order) in plan.order.chunks(per_step).enumerate() {
         let mut sum = 0.0f64;
@@ -287,7 +324,7 @@ pub fn train(
             let outcome = trainee.run(k, gathered.view(data), true, ws, observer.map(|e| e as _));
             ws.gathered = gathered;
             if let Err(bad) = outcome {
-                ws.sums.iter_mut().flatten().for_each(|s| s.clear());
+                ws.clear();
                 if let Some(e) = anchor.as_deref_mut().filter(|_| plan.observe) {
                     e.discard();
                 }
@@ -307,7 +344,7 @@ pub fn train(
         let done = match done {
             Ok(done) => done,
             Err(e) => {
-                ws.sums.iter_mut().flatten().for_each(|s| s.clear());
+                ws.clear();
                 if let Some(e) = anchor.as_deref_mut().filter(|_| plan.observe) {
                     e.discard();
                 }

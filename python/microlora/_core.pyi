@@ -647,9 +647,7 @@ class Chain:
         """
     def gradients(
         self, x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None
-    ) -> tuple[
-        float, int, list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]]
-    ]:
+    ) -> tuple[float, int, list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]]]:
         """Mean gradient of the loss over the rows; nothing is learned.
 
         Args:

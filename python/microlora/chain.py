@@ -202,7 +202,9 @@ class LoraChain(_core.Chain):
         """
         config = self._lora.config
         self._lora.restore(
-            Adapter.from_factors(factors, alpha=config.alpha, use_rslora=config.use_rslora, dtype=config.dtype)
+            Adapter.from_factors(
+                factors, alpha=config.alpha, use_rslora=config.use_rslora, dtype=config.dtype
+            )
         )
 
     def factors(self) -> dict[str, tuple[Floats, Floats]]:
@@ -242,4 +244,3 @@ def _floats(arg: str, v: ArrayLike) -> Floats:
     if a.dtype.kind != "f":
         raise DTypeError(f"{arg}: got dtype {a.dtype}, expected float32")
     return np.ascontiguousarray(a, dtype=np.float32)
-

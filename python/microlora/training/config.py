@@ -98,7 +98,7 @@ class TrainingConfig(_Json):
         epoch_decay: Factor on the rate after every epoch, above 0 and at most 1.
         optimizer: ``"sgd"``, ``"momentum"``, ``"adamw"``, or settings such as
             ``AdamW(lora_plus_ratio=16.0)``.
-        weight_decay: Decoupled weight decay in place of the optimiser's own; None leaves that.
+        weight_decay: Weight decay in place of the optimiser's own; None leaves that.
         gradient_accumulation: Batches of one optimiser step, 1 or more: the step is that of one batch
             of ``batch_size * gradient_accumulation``.
         max_grad_norm: Norm to which the mean gradient of all modules together is shortened; None does not.

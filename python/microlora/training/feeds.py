@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from microlora._core import Target
+from microlora._core import Optimizer, Target, evaluate
 from microlora.exceptions import ConfigError, NonFiniteError, SampleError, ShapeError
 from microlora.training import engine
 from microlora.training.events_in import InEvent, weighted
@@ -29,7 +29,7 @@ class Feed(Protocol):
 
     def steps(
         self,
-        optimizer: engine.Optimizer,
+        optimizer: Optimizer,
         ewc: engine.Ewc | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
@@ -54,7 +54,7 @@ class ArrayFeed:
 
     def steps(
         self,
-        optimizer: engine.Optimizer,
+        optimizer: Optimizer,
         ewc: engine.Ewc | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
@@ -83,13 +83,12 @@ class ArrayFeed:
         x, y = rows.arrays
         if len(rows) != rows.total:
             x, y = x[rows.kept], y[rows.kept]
-        options = {} if self._modules is None else {"modules": self._modules}
         try:
-            losses = engine.evaluate(self._target, x, y, cancel=cancel, **options).astype(np.float64)
+            losses = evaluate(self._target, x, y, modules=self._modules, cancel=cancel)
         except NonFiniteError:  # the arrays are finite, so it is the learner that is not
             return math.nan
         if rows.weights is None:
-            return float(losses.mean())
+            return float(losses.mean(dtype=np.float64))
         weights = rows.weights[rows.kept].astype(np.float64)
         return float((losses * weights).sum() / weights.sum())
 
@@ -112,7 +111,7 @@ class EventFeed:
             raise ConfigError(
                 "dataset: got feedback sample by sample for a chain, expected targets or labels"
             )
-        self._lora, self._rows, self._config = engine.lora_of(target), rows, config
+        self._lora, self._rows, self._config = engine.learner_of(target), rows, config
         waiting = [name for name in self._lora.modules() if self._lora[name].pending]
         if waiting:
             raise ConfigError(f"lora: got pending gradients in {', '.join(waiting)}, expected none")
@@ -132,7 +131,7 @@ class EventFeed:
 
     def steps(
         self,
-        optimizer: engine.Optimizer,
+        optimizer: Optimizer,
         ewc: engine.Ewc | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
@@ -227,7 +226,7 @@ def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] 
         if modules is not None:
             raise ConfigError("modules: got names with a chain, expected None: all its layers learn")
         return ArrayFeed(target, rows, config, None)
-    lora = engine.lora_of(target)
+    lora = engine.learner_of(target)
     x, y = rows.arrays
     if y.ndim != 2:
         raise ConfigError("dataset: got labels, expected target vectors (labels need a LoraChain)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from microlora.adapter import Snapshot
+from microlora._core import Optimizer
 from microlora.exceptions import CancelledError, SampleError
 from microlora.training import engine
 from microlora.training.callbacks import Callbacks, StepsEvent
@@ -51,7 +51,7 @@ class Place:
 class Best:
     """The weights of the lowest validation loss."""
 
-    snapshot: Snapshot
+    state: engine.State
     loss: float
     epoch: int
     step: int
@@ -67,17 +67,17 @@ class Loop:
     feed: Feed
     validation: Feed | None
     schedule: LearningRateSchedule
-    optimizer: engine.Optimizer
+    optimizer: Optimizer
     ewc: engine.Ewc | None
     callbacks: Callbacks
     progress: Progress | None
     cancel: CancelToken | None
     save_checkpoint: Callable[[], None] | None
-    on_best: Callable[[Snapshot], None] | None
+    on_best: Callable[[engine.State], None] | None
     total: int = 0
     place: Place = field(default_factory=Place)
     best: Best | None = None
-    start: Snapshot | None = None
+    start: engine.State | None = None
     epochs: list[EpochRecord] = field(default_factory=list)
     validations: list[ValidationRecord] = field(default_factory=list)
     stop_reason: str | None = None
@@ -90,15 +90,12 @@ class Loop:
         """Every epoch and look so far."""
         return TrainingHistory(tuple(self.epochs), tuple(self.validations))
 
-    @property
-    def lora(self) -> Any:
-        """The learner that holds the weights."""
-        return engine.lora_of(self.target)
-
     def run(self) -> str:
         """Goes on to the end; returns why it ended."""
         if self.start is None and self.best is None:
-            self.start = self.lora.snapshot()  # what a run that diverges at its first look goes back to
+            self.start = engine.snapshot(
+                self.target
+            )  # what a run that diverges at its first look goes back to
         self._report()
         while self.stop_reason is None:
             if self.place.epoch >= self.config.epochs:
@@ -209,9 +206,9 @@ class Loop:
         record = ValidationRecord(self.place.step, self.place.epoch, finite, improved)
         self.validations.append(record)
         if improved:
-            self.best = Best(self.lora.snapshot(), loss, self.place.epoch, self.place.step)
+            self.best = Best(engine.snapshot(self.target), loss, self.place.epoch, self.place.step)
             if self.on_best is not None:
-                self.on_best(self.best.snapshot)
+                self.on_best(self.best.state)
         if self.stopping.stop:
             self.stop_reason = "diverged" if self.stopping.diverged else "early_stopping"
         self.callbacks.validation(record)
@@ -243,13 +240,16 @@ class Loop:
 
     def checkpoint(self, about: dict[str, Any]) -> Checkpoint:
         """All that a later process needs to go on bit for bit."""
-        parts = {"snapshot": self.lora.snapshot().to_bytes(), "optimizer": self.optimizer.to_bytes()}
+        parts = {
+            "snapshot": engine.state_bytes(engine.snapshot(self.target)),
+            "optimizer": self.optimizer.to_bytes(),
+        }
         best = None
         if self.best is not None:
-            parts["best"] = self.best.snapshot.to_bytes()
+            parts["best"] = engine.state_bytes(self.best.state)
             best = {"loss": self.best.loss, "epoch": self.best.epoch, "step": self.best.step}
         elif self.start is not None:
-            parts["start"] = self.start.to_bytes()
+            parts["start"] = engine.state_bytes(self.start)
         if self.ewc is not None:
             parts["ewc"] = self.ewc.export_state()
         state = {
@@ -270,12 +270,12 @@ class Loop:
         stopping.restore(state["stopping"])
         best = None
         if state["best"] is not None:
-            best = Best(Snapshot(parts["best"]), **state["best"])
-        start = Snapshot(parts["start"]) if "start" in parts else None
+            best = Best(parts["best"], **state["best"])
+        start = parts.get("start")
         self.optimizer.restore(parts["optimizer"])
         if self.ewc is not None:
             self.ewc.import_state(parts["ewc"])
-        self.lora.restore(Snapshot(parts["snapshot"]))
+        engine.restore(self.target, parts["snapshot"])
         self.place, self.best, self.start, self.stopping = place, best, start, stopping
         self.epochs, self.validations = list(history.epochs), list(history.validations)
         self.stop_reason = state["stop_reason"]

@@ -27,7 +27,8 @@ class OptimizerSettings:
     """What all optimisers share; use one of `OPTIMIZERS`.
 
     Attributes:
-        weight_decay: Decoupled decay: every step also takes ``lr * weight_decay`` of each factor, 0 to 1e6.
+        weight_decay: 0 to 1e6; AdamW takes ``lr * weight_decay`` of each factor in every step, the others
+            add ``weight_decay * W`` to the gradient, as torch does.
         lora_plus_ratio: Learning rate of B over that of A, 1e-6 to 1e6.
 
     Raises:

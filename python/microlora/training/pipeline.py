@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from microlora._core import FeedbackBase, StepResult
+from microlora._core import FeedbackBase, Optimizer, StepResult
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.training import engine
 from microlora.training.config import TrainingConfig
@@ -109,7 +109,7 @@ class _Run:
     """What belongs to the learner that the pipeline was made ready for."""
 
     lora: MicroLoRA
-    optimizer: engine.Optimizer
+    optimizer: Optimizer
     ewc: engine.Ewc | None
     schedule: LearningRateSchedule
     reservoir: Reservoir
@@ -166,7 +166,7 @@ class TrainingPipeline:
             raise DTypeError("lora: got a LoraChain, expected a MicroLoRA (AdapterTrainer trains chains)")
         if ewc is not None and not config.ewc:
             raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
-        learner = engine.lora_of(lora)
+        learner = engine.learner_of(lora)
         self._run = _Run(
             lora=learner,
             optimizer=engine.make_optimizer(learner, config),

@@ -113,7 +113,8 @@ class TrainingResult:
             loss that was not finite).
         restored_best: Whether the learner ended with the weights of the best validation loss.
         history: Every epoch and every look at the validation set.
-        peak_activation_bytes: Most memory that one batch's activations took.
+        peak_activation_bytes: Most bytes of a chain's activations that were alive at once; 0 for single
+            layers, which keep none.
         task: Number of the task this run was, counted from 0: how many were anchored before it.
     """
 

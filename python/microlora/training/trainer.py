@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
-from microlora.adapter import Snapshot
 from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
 from microlora.training import bars, checkpoint, engine
 from microlora.training.callbacks import Callbacks
@@ -72,7 +71,7 @@ class AdapterTrainer(EventLog):
         super().reset()
         self._target: Any = None
         self._ewc: engine.Ewc | None = None
-        self._optimizer: engine.Optimizer | None = None
+        self._optimizer: _core.Optimizer | None = None
         self._task: str | None = None
         self._before_fisher: bytes | None = None
         self._history = TrainingHistory()
@@ -126,7 +125,7 @@ class AdapterTrainer(EventLog):
             OSError: A file could not be written; the one before it is whole.
         """
         training = self.config.training
-        learner = engine.lora_of(lora)
+        engine.learner_of(lora)
         rows = rows_of("dataset", dataset, training.quality_threshold)
         if validation is None:
             validation = getattr(dataset, "validation", None)
@@ -173,7 +172,7 @@ class AdapterTrainer(EventLog):
             except (CancelledError, KeyboardInterrupt) as error:
                 restored = self.config.save_best and loop.best is not None
                 if restored and loop.best is not None:
-                    learner.restore(loop.best.snapshot)
+                    engine.restore(lora, loop.best.state)
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 left = "best" if restored else "latest"
@@ -202,13 +201,13 @@ class AdapterTrainer(EventLog):
             yield
             return
         before = engine.storage_of(lora)
-        engine.set_storage(lora, wanted)
+        lora.set_storage(wanted)
         try:
             yield
         finally:
-            engine.set_storage(lora, before)
+            lora.set_storage(before)
 
-    def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[engine.Ewc | None, engine.Optimizer]:
+    def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[engine.Ewc | None, _core.Optimizer]:
         """The penalty and the optimiser of this run; other data than the last run's are a new task."""
         training = self.config.training
         if self._target is not lora:
@@ -250,14 +249,14 @@ class AdapterTrainer(EventLog):
         path = self._output(checkpoint.FILE_NAME)
         return path if path.exists() else None
 
-    def _on_best(self) -> Callable[[Snapshot], None] | None:
+    def _on_best(self) -> Callable[[engine.State], None] | None:
         """Writes the best adapter where there is a folder for it."""
         if self.config.output_dir is None or not self.config.save_best:
             return None
         path = self._output(BEST_FILE)
 
-        def write(snapshot: Snapshot) -> None:
-            checkpoint.write_atomic(path, [snapshot.to_bytes()])
+        def write(state: engine.State) -> None:
+            checkpoint.write_atomic(path, [engine.state_bytes(state)])
 
         return write
 
@@ -268,9 +267,9 @@ class AdapterTrainer(EventLog):
         best = loop.best
         restored = best is not None and (stopped or self.config.save_best)
         if restored and best is not None:
-            loop.lora.restore(best.snapshot)
+            engine.restore(loop.target, best.state)
         elif reason == "diverged" and loop.start is not None:
-            loop.lora.restore(loop.start)
+            engine.restore(loop.target, loop.start)
         if reason == "diverged":
             _log.warning("training diverged at step %d: the validation loss was not finite", loop.place.step)
         self._accumulate(loop, rows)
@@ -284,7 +283,7 @@ class AdapterTrainer(EventLog):
             stop_reason=reason,
             restored_best=restored,
             history=loop.history,
-            peak_activation_bytes=int(getattr(loop.optimizer, "peak_activation_bytes", 0)),
+            peak_activation_bytes=loop.optimizer.peak_activation_bytes,
             task=0 if self._ewc is None else self._ewc.task_count,
         )
 

@@ -21,7 +21,7 @@ class BreakthroughDetector:
 
     With the defaults, on independent normal noise: fewer than 2 in 100 runs of 1,000 losses have a false
     alarm (1.1 measured in 4,000 runs, the error of m and s included), and a drop by one s is found after 26
-    losses on average, within 50 in 95 of 100 runs. A loss that trends downwards is a drop too.
+    losses on average, within 55 in 95 of 100 runs. A loss that trends downwards is a drop too.
 
     Args:
         warmup: Losses of the reference, 10 or more.

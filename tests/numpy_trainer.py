@@ -87,7 +87,7 @@ class NumpyOptimizer:
                     cancel.raise_if_cancelled("training")
                 for row in rows:
                     if not (np.isfinite(x[row]).all() and np.isfinite(y[row]).all()):
-                        raise SampleError("x: not finite", int(row), done)
+                        raise SampleError("x: not finite", row=int(row), steps_done=done)
                 grads, loss = gradients(now, scale, x, y, rows, weights, base)
                 if ewc is not None:
                     ewc.add(now, grads)

@@ -57,13 +57,15 @@ def test_every_error_is_documented_and_empty_is_fine(error):
     assert str(error()) in ("", "()")
 
 
+def test_a_sample_error_carries_its_place():
+    raised = exceptions.SampleError("x: row 7 contains NaN", row=7, steps_done=3, sample_id="a")
+    again = pickle.loads(pickle.dumps(raised))
+    for error in (raised, again):
+        assert (error.row, error.steps_done, error.sample_id) == (7, 3, "a")
+        assert str(error) == "x: row 7 contains NaN"
+    assert exceptions.SampleError("text", 4, 2).row == 4
+
+
 def test_the_warning_is_a_warning():
     with pytest.warns(UnusedTensorWarning, match="x"):
         warnings.warn("x", UnusedTensorWarning, stacklevel=1)
-
-
-def test_a_sample_error_keeps_which_sample_it_was():
-    raised = exceptions.SampleError("x: NaN", row=7, sample_id="s-7", steps_done=3)
-    again = pickle.loads(pickle.dumps(raised))
-    assert isinstance(again, exceptions.NonFiniteError)
-    assert (str(again), again.row, again.sample_id, again.steps_done) == ("x: NaN", 7, "s-7", 3)

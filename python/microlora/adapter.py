@@ -49,7 +49,7 @@ class Adapter(_core.Adapter):
         cls,
         factors: Mapping[str, tuple[ArrayLike, ArrayLike]],
         *,
-        alpha: float,
+        alpha: float | Mapping[str, float],
         use_rslora: bool = False,
         dtype: str = "f32",
     ) -> Adapter:
@@ -57,7 +57,7 @@ class Adapter(_core.Adapter):
 
         Args:
             factors: ``{module: (lora_a (rank, in_features), lora_b (out_features, rank))}``, float32.
-            alpha: Scaling numerator of every module.
+            alpha: Scaling numerator of every module, or one per module by name.
             use_rslora: Scaling is ``alpha / sqrt(rank)``.
             dtype: How the weights are stored: ``"f32"``, ``"f16"`` or ``"bf16"`` (rounded to nearest even).
 
@@ -66,7 +66,8 @@ class Adapter(_core.Adapter):
             NonFiniteError: NaN or infinity.
             ConfigError: Unknown dtype, alpha out of range.
         """
-        rows = [(name, a, b, float(alpha)) for name, (a, b) in factors.items()]
+        of = alpha if isinstance(alpha, Mapping) else dict.fromkeys(factors, alpha)
+        rows = [(name, a, b, float(of[name])) for name, (a, b) in factors.items()]
         plain = cls(_core.adapter_from_factors(rows, use_rslora, dtype))
         return cls(plain.with_json(config_of(plain).to_json(), None))
 

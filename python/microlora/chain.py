@@ -26,20 +26,22 @@ def layer_name(i: int) -> str:
 
 
 class LoraChain(_core.Chain):
-    """Frozen linear layers ``z = h W^T + b``, each with its own LoRA, an activation between them, a loss at the end.
+    """Frozen linear layers ``z = h W^T + b``, each with a LoRA, activations between them, a loss at the end.
 
     Forward, backward and training run in the compiled core; :class:`AdapterTrainer` and
-    :class:`TrainingPipeline` take a chain wherever they take a :class:`MicroLoRA`. The first forward equals the
-    frozen network exactly, because every B starts at 0.
+    :class:`TrainingPipeline` take a chain wherever they take a :class:`MicroLoRA`. The first forward equals
+    the frozen network exactly, because every B starts at 0.
 
     Args:
-        layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or None.
-        rank: Rank of every layer's adapter.
-        alpha: Scaling numerator; None is ``2 * rank``.
+        layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or
+            None.
+        rank: Rank of every layer's adapter, cut to the smaller width where a layer is narrower; or one per
+            layer.
+        alpha: Scaling numerator of every layer; None is twice each layer's rank.
         activation: ``"relu"``, ``"gelu"`` (exact, arXiv 1606.08415) or ``"tanh"``, between layers.
         head: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets; ``1/2 |z - t|^2`` per row).
-        use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal to
-            PEFT's; its norms come from the factors, and backward holds them constant, as the paper does.
+        use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal
+            to PEFT's; norms come from the factors, and backward holds them constant, as the paper does.
         use_rslora: Scaling ``alpha / sqrt(rank)``.
         dtype: How A and B are stored: ``"f32"``, ``"f16"`` or ``"bf16"`` (learning stays in float32).
         seed: Seed of A.
@@ -67,7 +69,7 @@ class LoraChain(_core.Chain):
         cls,
         layers: Sequence[LayerLike],
         *,
-        rank: int = 8,
+        rank: int | Sequence[int] = 8,
         alpha: float | None = None,
         activation: str = "relu",
         head: str = "cross_entropy",
@@ -82,12 +84,20 @@ class LoraChain(_core.Chain):
         if not pairs:
             raise ConfigError("layers: got none, expected at least one")
         names = [layer_name(i) for i in range(len(pairs))]
+        cut = [min(w.shape) for w, _ in pairs]
+        ranks = [min(rank, most) for most in cut] if isinstance(rank, int) else list(rank)
+        if len(ranks) != len(pairs):
+            raise ConfigError(f"rank: got {len(ranks)} ranks, expected one, or {len(pairs)} (one per layer)")
+        first = ranks[0]
+        own = {n: r for n, r in zip(names, ranks, strict=True) if r != first}
         config = LoraConfig(
-            rank=rank,
-            alpha=2.0 * rank if alpha is None else alpha,
-            target_modules=names,  # type: ignore[arg-type]  # any sequence is parsed to a tuple
+            rank=first,
+            alpha=2.0 * first if alpha is None else alpha,
+            target_modules=tuple(names),
             use_rslora=use_rslora,
             dtype=dtype,
+            module_ranks=own,
+            module_alphas={n: 2.0 * r for n, r in own.items()} if alpha is None else {},
         )
         dims = {n: (w.shape[1], w.shape[0]) for n, (w, _) in zip(names, pairs, strict=True)}
         lora = MicroLoRA(config, dims=dims, seed=seed)
@@ -201,10 +211,12 @@ class LoraChain(_core.Chain):
             ShapeError: Shapes or layers that do not fit.
         """
         config = self._lora.config
+        unknown = [name for name in factors if name not in self._lora]
+        if unknown:
+            raise ShapeError(f"factors: got {', '.join(unknown)}, expected {', '.join(self._lora.modules())}")
+        alphas = {name: config.alpha_of(name) for name in factors}
         self._lora.restore(
-            Adapter.from_factors(
-                factors, alpha=config.alpha, use_rslora=config.use_rslora, dtype=config.dtype
-            )
+            Adapter.from_factors(factors, alpha=alphas, use_rslora=config.use_rslora, dtype=config.dtype)
         )
 
     def factors(self) -> dict[str, tuple[Floats, Floats]]:

@@ -29,13 +29,14 @@ class SampleError(NonFiniteError):
     """
 
     def __init__(
-        self, message: str = "", row: int = 0, steps_done: int = 0, sample_id: str | None = None
+        self, *args: object, row: int = 0, steps_done: int = 0, sample_id: str | None = None
     ) -> None:
-        super().__init__(message)
+        # The core raises with (message, row, steps_done); only the message is an argument of the exception.
+        if len(args) == 3 and isinstance(args[1], int) and isinstance(args[2], int):
+            row, steps_done = args[1], args[2]
+            args = args[:1]
+        super().__init__(*args)
         self.row, self.steps_done, self.sample_id = row, steps_done, sample_id
-
-    def __reduce__(self) -> tuple[type[SampleError], tuple[str, int, int, str | None]]:
-        return type(self), (str(self), self.row, self.steps_done, self.sample_id)
 
 
 class LayoutError(MicroLoraError, ValueError):

@@ -8,6 +8,7 @@ pub mod adapter;
 pub mod chain;
 pub mod dtype;
 pub mod error;
+pub mod ewc;
 pub mod factor;
 pub mod format;
 pub mod kernels;

@@ -168,7 +168,7 @@ class EventFeed:
                         lora.adapt(event.x, gradient, module, event.base)
                 except NonFiniteError as error:
                     lora.apply_updates(0.0)  # forgets the step's other rows
-                    raise SampleError(str(error), int(row), steps_done) from error
+                    raise SampleError(str(error), row=int(row), steps_done=steps_done) from error
                 if loss is not None:
                     found.append(event.weight * loss)
         return float(np.mean(found)) if found else 0.0

@@ -194,7 +194,8 @@ class Loop:
         """The same error with the sample's id and the run's step."""
         name, done = self.rows.ids()[error.row], self.place.step + error.steps_done
         self.place.step = done
-        return SampleError(f"{error} (sample {name!r}, after step {done})", error.row, done, name)
+        message = f"{error} (sample {name!r}, after step {done})"
+        return SampleError(message, row=error.row, steps_done=done, sample_id=name)
 
     def _validate(self) -> float | None:
         """Looks at the validation set; None where there is none."""

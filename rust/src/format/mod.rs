@@ -3,9 +3,9 @@
 //! What changes the maths and is not run here is [`Error::Unsupported`], what is broken is
 //! [`Error::Format`]; both name the file and the tensor or key. Pickle is never opened.
 
-mod atomic;
+pub(crate) mod atomic;
 pub(crate) mod container;
-mod json;
+pub(crate) mod json;
 mod pattern;
 pub mod peft;
 mod single;

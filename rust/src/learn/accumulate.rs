@@ -10,6 +10,7 @@ use super::feedback::{Feedback, Output};
 use super::learner::{Buffers, Event, Learner, Touched};
 use super::settings::Instant;
 use super::step::StepResult;
+use crate::ewc::{Ewc, Observed};
 
 /// Sums of dL/dA and dL/dB over the pending events.
 #[derive(Clone, Debug)]
@@ -54,14 +55,28 @@ impl Gradients {
     }
 }
 
+/// Who else learns from an event that is accumulated.
+pub(crate) struct Watch<'a> {
+    /// Takes the squares of the event's gradient.
+    pub ewc: &'a mut Ewc,
+    /// Position of the event's module.
+    pub module: usize,
+    /// Whether the gradient itself joins the pending sums as well.
+    pub learns: bool,
+}
+
 /// Adds one event's gradient (chain rule: `dL/dB = u^T g`, `dL/dA = s x^T (B g)` with `u = s x A`).
 pub(crate) fn accumulate(
     learner: &mut Learner,
     k: &Kernels,
     settings: &Instant,
     event: Event<'_>,
+    watch: Option<Watch<'_>>,
 ) -> Result<StepResult> {
     let mut result = StepResult::new("accumulate");
+    if let Some(watch) = &watch {
+        watch.ewc.check_feedback(Some(event.feedback))?;
+    }
     if let Some(base) = event.base
         && !k.dot(base, base).is_finite()
     {
@@ -98,9 +113,10 @@ pub(crate) fn accumulate(
         let at = Output { y: &scratch.y, delta: &scratch.y };
         event.feedback.evaluate(k, at, advantage, Some(&mut scratch.g))
     };
-    let outcome = add(learner, k, &layer, scratch, event, norm2, loss, result);
+    let learns = watch.as_ref().is_none_or(|w| w.learns);
+    let outcome = add(learner, k, &layer, scratch, event, norm2, loss, result, watch);
     let result = outcome?;
-    if let (Feedback::Reward { reward, .. }, true) = (event.feedback, result.applied) {
+    if let (Feedback::Reward { reward, .. }, true) = (event.feedback, result.applied && learns) {
         learner.baseline.update(*reward, settings.baseline_rate);
     }
     Ok(result)
@@ -116,6 +132,7 @@ fn add(
     norm2: f64,
     loss: Option<f32>,
     mut result: StepResult,
+    watch: Option<Watch<'_>>,
 ) -> Result<StepResult> {
     let Some(loss) = loss else {
         return Ok(result.skipped("the output is all zeros, so it has no direction yet: pass base="));
@@ -132,17 +149,26 @@ fn add(
         let arg = event.feedback.argument();
         return Err(Error::NonFinite { arg: arg.into(), detail: ": its gradient overflows float32".into() });
     }
-    let sums = learner.gradients.get_or_insert_with(|| Box::new(Gradients::new(layer)));
-    let bounds =
-        [sums.bounds[0] + f64::from(result.grad_norm_a), sums.bounds[1] + f64::from(result.grad_norm_b)];
-    if bounds.iter().any(|b| *b > super::learner::LIMIT) {
+    let learns = watch.as_ref().is_none_or(|w| w.learns);
+    let sums = learner.gradients.as_ref().map_or([0.0; 2], |g| g.bounds);
+    let bounds = [sums[0] + f64::from(result.grad_norm_a), sums[1] + f64::from(result.grad_norm_b)];
+    if learns && bounds.iter().any(|b| *b > super::learner::LIMIT) {
         let detail = ": the accumulated gradient would overflow float32".into();
         return Err(Error::NonFinite { arg: event.feedback.argument().into(), detail });
     }
-    sums.bounds = bounds;
-    sums.a.rank1(k, &scratch.gain, event.x);
-    sums.b.rank1(k, &scratch.u, &scratch.g);
-    sums.count += 1;
+    if let Some(Watch { ewc, module, .. }) = watch {
+        let Event { x, feedback, base } = event;
+        let (u, g, w) = (&scratch.u[..], &scratch.g[..], &scratch.gain[..]);
+        ewc.stage(k, module, &Observed { layer, x, u, g, w, feedback: Some(feedback), base })?;
+        ewc.commit(k);
+    }
+    if learns {
+        let sums = learner.gradients.get_or_insert_with(|| Box::new(Gradients::new(layer)));
+        sums.bounds = bounds;
+        sums.a.rank1(k, &scratch.gain, event.x);
+        sums.b.rank1(k, &scratch.u, &scratch.g);
+        sums.count += 1;
+    }
     if !loss.is_nan() {
         result.loss_before = Some(loss);
     }

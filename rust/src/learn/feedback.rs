@@ -324,7 +324,7 @@ pub(crate) struct Output<'a> {
     pub delta: &'a [f32],
 }
 
-fn sigmoid(m: f32) -> f32 {
+pub(crate) fn sigmoid(m: f32) -> f32 {
     1.0 / (1.0 + (-m).exp())
 }
 
@@ -333,7 +333,13 @@ fn softplus(m: f32) -> f32 {
 }
 
 /// `dL/dy` from `dL/dc_j` of cosines with unit rows: `(sum dc_j d_j - (sum dc_j c_j) y/|y|) / |y|`.
-fn angular_gradient(k: &Kernels, y: &[f32], norm: f32, terms: &[(&[f32], f32, f32)], g: &mut [f32]) {
+pub(crate) fn angular_gradient(
+    k: &Kernels,
+    y: &[f32],
+    norm: f32,
+    terms: &[(&[f32], f32, f32)],
+    g: &mut [f32],
+) {
     let inv = 1.0 / norm;
     let along: f32 = terms.iter().map(|(_, dc, c)| dc * c).sum();
     g.copy_from_slice(y);
@@ -341,6 +347,12 @@ fn angular_gradient(k: &Kernels, y: &[f32], norm: f32, terms: &[(&[f32], f32, f3
     for (d, dc, _) in terms {
         k.axpy(dc * inv, d, g);
     }
+}
+
+/// `|y|` and the cosines between y and unit rows; `None` where y is zero.
+pub(crate) fn cosines_of(k: &Kernels, y: &[f32], rows: &[f32]) -> Option<(f32, Vec<f32>)> {
+    let norm = k.dot(y, y).sqrt();
+    (norm != 0.0).then(|| (norm, rows.chunks_exact(y.len()).map(|d| k.dot(y, d) / norm).collect()))
 }
 
 /// Evaluates a loss of the cosines between y and unit rows; `loss(c, dc)` fills dL/dc and returns L.
@@ -351,11 +363,7 @@ fn cosines(
     g: Option<&mut [f32]>,
     loss: impl FnOnce(&[f32], &mut [f32]) -> f32,
 ) -> Option<f32> {
-    let norm = k.dot(y, y).sqrt();
-    if norm == 0.0 {
-        return None;
-    }
-    let c: Vec<f32> = rows.chunks_exact(y.len()).map(|d| k.dot(y, d) / norm).collect();
+    let (norm, c) = cosines_of(k, y, rows)?;
     let mut dc = vec![0.0; c.len()];
     let value = loss(&c, &mut dc);
     if let Some(g) = g {

@@ -52,10 +52,10 @@ fn norm2(k: &Kernels, v: &[f32]) -> f64 {
     f64::from(k.dot(v, v))
 }
 
-/// Norms of a module's gradient sum over A, B and magnitudes. One event has its norms in closed form,
-/// `|dA| = |w| |x|`, `|dB| = |u| |g|` (a rank-one gradient); a batch is summed up.
+/// Norms of a module's gradient sum over A, B and magnitudes. One event of `adapt` left its norms in closed
+/// form, `|dA| = |w| |x|`, `|dB| = |u| |g|` (a rank-one gradient); a batch is summed up.
 fn norms(k: &Kernels, s: &Gradients, closed: bool) -> [f64; 3] {
-    if closed && s.count == 1 {
+    if closed && s.count == 1 && s.bounds != [0.0; 2] {
         return [s.bounds[0], s.bounds[1], 0.0];
     }
     [s.a.stream(), s.b.stream(), &s.magnitude[..]].map(|v| norm2(k, v).sqrt())

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::adapter::{Adapter, unknown_module};
 use crate::error::{Error, Result};
+use crate::ewc::Ewc;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
 use crate::learn::accumulate;
@@ -201,6 +202,11 @@ impl MicroLora {
         (modules.iter().map(|&m| Arc::clone(state.learners[m].layer())).collect(), state.enabled)
     }
 
+    /// The f32 weights that learning acts on, in the order of the names and of one version.
+    pub fn masters(&self) -> Vec<Arc<Layer>> {
+        self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
+    }
+
     /// `(in_features, out_features)` of a module.
     #[inline]
     pub fn shape(&self, module: usize) -> (usize, usize) {
@@ -298,6 +304,21 @@ impl MicroLora {
         feedback: &Feedback,
         base: Option<&[f32]>,
     ) -> Result<StepResult> {
+        self.adapt_observed(module, x, feedback, base, None)
+    }
+
+    /// As [`MicroLora::adapt`]; the consolidation takes the squares of the same gradient in the same pass.
+    ///
+    /// # Errors
+    /// As [`MicroLora::adapt`], and feedback that the consolidation cannot use. Nothing changes then.
+    pub fn adapt_observed(
+        &self,
+        module: usize,
+        x: &[f32],
+        feedback: &Feedback,
+        base: Option<&[f32]>,
+        ewc: Option<&mut Ewc>,
+    ) -> Result<StepResult> {
         self.check_event(module, x, feedback, base)?;
         let state = &mut *self.write();
         let learner = &mut state.learners[module];
@@ -315,7 +336,8 @@ impl MicroLora {
             x
         };
         let event = Event { x, feedback, base };
-        let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event)?;
+        let watch = ewc.map(|ewc| accumulate::Watch { ewc, module, learns: true });
+        let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event, watch)?;
         if let Some(rng) = rng {
             state.rng = rng;
         }
@@ -326,6 +348,26 @@ impl MicroLora {
         }
         result.version = state.version;
         Ok(result)
+    }
+
+    /// Gives the squares of one event's gradient to a consolidation; the learner does not change.
+    ///
+    /// # Errors
+    /// As [`MicroLora::adapt_observed`].
+    pub fn observe(
+        &self,
+        module: usize,
+        x: &[f32],
+        feedback: &Feedback,
+        base: Option<&[f32]>,
+        ewc: &mut Ewc,
+    ) -> Result<StepResult> {
+        self.check_event(module, x, feedback, base)?;
+        // A copy of the learner shares its weights: readers and writers go on meanwhile.
+        let mut learner = self.read().learners[module].frozen();
+        let watch = Some(accumulate::Watch { ewc, module, learns: false });
+        let event = Event { x, feedback, base };
+        accumulate::accumulate(&mut learner, self.kernels, &self.settings.instant, event, watch)
     }
 
     /// `w -= lr * mean pending gradient` on every module with pending events; returns how many events.

@@ -6,12 +6,12 @@ compile_error!(
 );
 
 mod adapter;
+mod anchor;
 mod array;
 mod calls;
 mod chain;
 mod dataset;
 mod error;
-mod ewc;
 mod feedback;
 mod files;
 mod handle;

@@ -33,7 +33,7 @@ def test_run_json_and_back(config):
 
 def test_presets():
     plain = Config()
-    assert (plain.batch_size, plain.epochs, plain.learning_rate) == (4, 1, 3e-4)
+    assert (plain.batch_size, plain.epochs, plain.learning_rate) == (4, 1, 2e-3)
     assert (plain.quality_threshold, plain.max_grad_norm, plain.optimizer) == (0.5, 1.0, AdamW())
     assert (Config.fast().batch_size, Config.fast().epochs) == (8, 1)
     assert (Config.thorough().batch_size, Config.thorough().epochs) == (4, 3)
@@ -72,7 +72,7 @@ def test_the_schedule_of_a_config():
     assert config.bound_schedule(7).total == 7
     assert config.bound_schedule(70).total == 10
     decayed = Config(epoch_decay=0.95).bound_schedule(30, epoch_steps=10)
-    assert decayed.lrs([9, 10, 20]).tolist() == pytest.approx([3e-4, 3e-4 * 0.95, 3e-4 * 0.95**2])
+    assert decayed.lrs([9, 10, 20]).tolist() == pytest.approx([2e-3, 2e-3 * 0.95, 2e-3 * 0.95**2])
     own = Config(schedule=LearningRateSchedule("linear", total=50, min_lr=1e-5))
     assert own.bound_schedule(7).total == 50
     with pytest.raises(ConfigError, match=r"schedule\.total"):

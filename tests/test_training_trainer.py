@@ -132,7 +132,7 @@ def test_checkpointed_activations_are_fewer_and_the_weights_the_same():
         results.append(Trainer(config(gradient_checkpointing=flag, epochs=1)).train(net, data))
         weights.append(net.snapshot())
     assert weights[0] == weights[1]
-    assert results[1].peak_activation_bytes <= 0.6 * results[0].peak_activation_bytes
+    assert results[1].peak_activation_bytes <= 0.5 * results[0].peak_activation_bytes
     with pytest.raises(ConfigError, match="gradient_checkpointing: got True for a chain"):
         Trainer(config(gradient_checkpointing=True)).train(chain(), data)
     lora = learner()

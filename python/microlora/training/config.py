@@ -33,7 +33,9 @@ EWC_KINDS = ("delta", "factor", "l2", "si", "mas")
 FISHERS = ("exact", "sample", "empirical")
 STORAGE = ("f16", "bf16")
 
-DEFAULT_LEARNING_RATE = 3e-4
+# The usual 3e-4 leaves a quarter to three quarters of what can be learned after an epoch of 800 samples on the
+# synthetic tasks (widths 64 to 768, batches of 4); this leaves 1.3 % at most. See docs/training.md.
+DEFAULT_LEARNING_RATE = 2e-3
 
 
 class _Json:

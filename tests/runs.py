@@ -10,6 +10,14 @@ from support import make, normal, rng
 N = 16
 
 
+class Sample:
+    """A sample as the data room gives them, with feedback of its own."""
+
+    def __init__(self, x, feedback, name, module=None, quality=1.0):
+        self.input_embedding, self.feedback, self.id = x, feedback, name
+        self.output_embedding, self.module, self.weight, self.quality = None, module, 1.0, quality
+
+
 def problem(n=96, held=32, seed=0, rank=2, noise=0.05):
     """Training and validation arrays of a low-rank map with noise."""
     r = rng(seed)

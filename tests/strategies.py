@@ -97,7 +97,7 @@ def training_configs(draw):
         ewc_lambda=draw(st.none() | st.floats(0.0, 1e6)),
         ewc_kind=draw(st.sampled_from(["delta", "factor", "l2", "si", "mas"])),
         online_ewc_gamma=draw(st.floats(0.0, 1.0)),
-        fisher=draw(st.sampled_from(["exact", "sample", "empirical"])),
+        fisher=draw(st.sampled_from(["auto", "exact", "sample", "empirical"])),
         fisher_samples=draw(st.none() | st.integers(1, 10**6)),
         incremental_update=draw(st.booleans()),
         seed=draw(st.integers(0, 2**63 - 1)),

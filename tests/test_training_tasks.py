@@ -10,8 +10,8 @@ import microlora as ml
 from microlora.exceptions import CancelledError, ConfigError
 from microlora.training import engine
 from numpy_trainer import NumpyEwc, NumpyOptimizer
-from runs import config, learner, problem
-from support import make
+from runs import N, Sample, config, learner, problem
+from support import make, normal, rng, state_of
 
 Trainer = ml.AdapterTrainer
 
@@ -219,3 +219,46 @@ def test_what_the_caller_writes_to_its_arrays_later_does_not_matter(made):
     row[:] = 0.0
     pipeline.start_new_task(lora)
     assert made[0].calls[0][0] == x[0].tobytes()
+
+
+def test_feedback_without_a_likelihood_needs_the_empirical_estimate(made):
+    r = rng(6)
+    lora = learner()
+    reward = ml.Reward(0.5, response=normal(r, N))
+    x = normal(r, N)
+    pipeline = ml.TrainingPipeline(settings({"batch_size": 1}).training).init_for_lora(lora)
+    pipeline.train_step(lora, x, reward)
+    with pytest.raises(ConfigError, match=r"fisher='auto' can estimate.*fisher='empirical'"):
+        pipeline.start_new_task(lora)
+    pipeline.train_step(lora, x, ml.Preference(normal(r, N), normal(r, N)))
+    pipeline.start_new_task(lora)
+    assert [type(call[1]) for call in made[0].calls] == [ml.Preference]
+    how = settings({"batch_size": 1, "fisher": "empirical"}).training
+    pipeline = ml.TrainingPipeline(how).init_for_lora(lora)
+    pipeline.train_step(lora, x, reward)
+    pipeline.start_new_task(lora)
+    assert len(made[1].calls) == 1
+    samples = [Sample(x, reward, "a"), Sample(x, reward, "b")]
+    before = state_of(lora)
+    with pytest.raises(ConfigError, match=r"dataset: got no sample that fisher='auto'"):
+        Trainer(settings()).train(lora, samples)
+    assert state_of(lora) == before
+
+
+@pytest.mark.parametrize("kind", ["l2", "si"])
+def test_kinds_that_need_no_samples_get_none(kind, made):
+    lora = learner()
+    trainer = Trainer(settings({"ewc_kind": kind}))
+    trainer.train(lora, problem(seed=1)[0])
+    assert not made[0].calls
+
+
+def test_dora_has_no_penalty():
+    from runs import chain, classes
+
+    data, _ = classes()
+    trainer = Trainer(config({"ewc_lambda": None}))
+    trainer.train(chain(use_dora=True), data)
+    assert trainer.ewc is None
+    with pytest.raises(ConfigError, match=r"ewc_lambda: got 3\.0.*DoRA"):
+        Trainer(config({"ewc_lambda": 3.0})).train(chain(use_dora=True), data)

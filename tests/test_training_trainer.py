@@ -18,7 +18,7 @@ from microlora.exceptions import (
 )
 from microlora.training import AdamW, LearningRateSchedule
 from numpy_trainer import NumpyOptimizer, evaluate, f64
-from runs import N, chain, classes, comparable, config, learner, problem
+from runs import N, Sample, chain, classes, comparable, config, learner, problem
 from support import close, feedback_kinds, make, normal, rng, state_of
 
 Trainer = ml.AdapterTrainer
@@ -421,12 +421,6 @@ def test_storage_comes_back_after_an_error():
 # -- samples with feedback of their own --
 
 
-class Sample:
-    def __init__(self, x, feedback, name, module=None, quality=1.0):
-        self.input_embedding, self.feedback, self.id = x, feedback, name
-        self.output_embedding, self.module, self.weight, self.quality = None, module, 1.0, quality
-
-
 def test_targets_sample_by_sample_are_the_arrays():
     (x, y), (hx, hy) = problem(n=40)
     arrays, samples = learner(), learner()
@@ -556,3 +550,18 @@ def test_incremental_update_keeps_the_moments():
         trainer.train(lora, more)
         ends[keep] = lora.export_weights()
     assert ends[True] != ends[False]
+
+
+def test_bare_gradients_have_no_loss(tmp_path):
+    r = rng(8)
+    samples = [Sample(normal(r, N), ml.Gradient(normal(r, N)), str(i)) for i in range(12)]
+    lora = learner()
+    settings = config(checkpoint_every=1, output_dir=str(tmp_path))
+    result = Trainer(settings).train(lora, samples)
+    assert np.abs(lora["m"].lora_b).max() > 0
+    assert result.final_loss is None
+    assert result.history.train_losses == [None] * 3
+    with pytest.raises(ConfigError, match="validation: got bare gradients alone"):
+        Trainer(config()).train(lora, problem()[0], samples)
+    mixed = [*samples, Sample(normal(r, N), ml.Target(normal(r, N)), "t")]
+    assert Trainer(config()).train(learner(), mixed).final_loss > 0

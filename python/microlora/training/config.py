@@ -30,11 +30,11 @@ __all__ = ["AdapterTrainingConfig", "TrainingConfig"]
 SCHEMA_VERSION = 1
 MAX_COUNT = 2**31 - 1
 EWC_KINDS = ("delta", "factor", "l2", "si", "mas")
-FISHERS = ("exact", "sample", "empirical")
+FISHERS = ("auto", "exact", "sample", "empirical")
 STORAGE = ("f16", "bf16")
 
-# The usual 3e-4 leaves a quarter to three quarters of what can be learned after an epoch of 800 samples on the
-# synthetic tasks (widths 64 to 768, batches of 4); this leaves 1.3 % at most. See docs/training.md.
+# After an epoch of 800 samples of the synthetic tasks (widths 64 to 768, batches of 4) the usual 3e-4 has
+# still up to three quarters to learn, this 1.3 % at most: see docs/training.md.
 DEFAULT_LEARNING_RATE = 2e-3
 
 
@@ -108,11 +108,13 @@ class TrainingConfig(_Json):
             ``(q - threshold) / (1 - threshold)``; 0 up to but not including 1. Rewards and preferences are
             never dropped: a failure is their information.
         ewc_lambda: Strength of the penalty on what earlier tasks need, in the canonical unit (mean loss, mean
-            of per-sample squares, factor 1/2). None is the default of its kind, 0 turns it off.
+            of per-sample squares, factor 1/2). None is the default of its kind, or none for chains of DoRA,
+            which have no penalty; 0 turns it off.
         ewc_kind: ``"delta"``, ``"factor"``, ``"l2"``, ``"si"`` or ``"mas"``; see `EwcPlusPlus`.
         online_ewc_gamma: ``gamma`` of `EwcPlusPlus`: share of the older tasks' importance that is kept at a
             new task, 0 to 1. Below 1 the oldest task is forgotten first.
-        fisher: How importance is estimated: ``"exact"``, ``"sample"`` or ``"empirical"``.
+        fisher: How importance is estimated: ``"auto"``, ``"exact"``, ``"sample"`` or ``"empirical"``.
+            Rewards, bare gradients and cosine targets are no likelihood: only ``"empirical"`` counts them.
         fisher_samples: Most samples of a task that importance is estimated on; None takes all.
         incremental_update: Go on where the last run or task ended: the optimiser keeps its moments. Otherwise
             each run and each new task starts them afresh.
@@ -137,7 +139,7 @@ class TrainingConfig(_Json):
     ewc_lambda: float | None = None
     ewc_kind: str = "delta"
     online_ewc_gamma: float = 1.0
-    fisher: str = "exact"
+    fisher: str = "auto"
     fisher_samples: int | None = 1024
     incremental_update: bool = False
     seed: int = 0
@@ -201,6 +203,11 @@ class TrainingConfig(_Json):
     def ewc(self) -> bool:
         """Whether earlier tasks are protected at all."""
         return self.ewc_lambda != 0.0
+
+    @property
+    def measures_importance(self) -> bool:
+        """Whether the penalty needs samples of each task."""
+        return self.ewc and self.ewc_kind not in ("l2", "si")
 
     @property
     def step_size(self) -> int:

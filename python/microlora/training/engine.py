@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import microlora._core as _core
+from microlora._checks import wrong
+from microlora._core import Contrastive, FeedbackBase, Preference, Target
 from microlora.adapter import Snapshot
 from microlora.exceptions import ConfigError, DTypeError
 
@@ -61,15 +63,32 @@ def learner_of(target: Trainee) -> MicroLoRA:
     raise DTypeError(f"lora: got {type(target).__name__}, expected a MicroLoRA or a LoraChain")
 
 
+def can_estimate(config: TrainingConfig, feedback: FeedbackBase) -> bool:
+    """Whether the penalty can estimate importance from such feedback (a likelihood, unless empirical)."""
+    if config.ewc_kind == "mas" or config.fisher == "empirical":
+        return True
+    if isinstance(feedback, Target):
+        return feedback.loss == "mse"
+    return isinstance(feedback, Preference | Contrastive)
+
+
 def make_optimizer(target: Trainee, config: TrainingConfig) -> _core.Optimizer:
     """An optimiser without moments yet."""
     return _core.Optimizer(target, config.optimizer.kind, **config.optimizer_kwargs())
 
 
 def make_ewc(target: Trainee, config: TrainingConfig) -> Ewc | None:
-    """An EWC penalty without a task yet; None where the config turns it off."""
+    """An EWC penalty without a task yet; None where the config turns it off, or leaves it open for DoRA.
+
+    Raises:
+        ConfigError: A lambda for a chain of DoRA layers.
+    """
     if not config.ewc:
         return None
+    if is_chain(target) and cast("LoraChain", target).use_dora:
+        if config.ewc_lambda is None:
+            return None
+        raise wrong("ewc_lambda", config.ewc_lambda, "None or 0 for a chain of DoRA layers")
     import microlora
 
     return cast(Ewc, cast(Any, microlora).EwcPlusPlus(target, **config.ewc_kwargs()))

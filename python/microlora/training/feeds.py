@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from microlora._core import Optimizer, Target, evaluate
+from microlora._core import Gradient, Optimizer, Target, evaluate
 from microlora.exceptions import ConfigError, NonFiniteError, SampleError, ShapeError
 from microlora.training import engine
 from microlora.training.events_in import InEvent, weighted
@@ -25,7 +26,15 @@ __all__ = ["Feed", "feed_of"]
 
 
 class Feed(Protocol):
-    """What the loop needs of a dataset and a learner together."""
+    """What the loop needs of a dataset and a learner together.
+
+    Attributes:
+        estimates: Whether importance can be estimated from any of its rows.
+        has_loss: Whether any of its rows has a loss; bare gradients have none.
+    """
+
+    estimates: bool
+    has_loss: bool
 
     def steps(
         self,
@@ -36,17 +45,19 @@ class Feed(Protocol):
         progress: Progress | None,
         cancel: CancelToken | None,
     ) -> Log:
-        """Makes the steps of these rows: loss and gradient norm of each."""
+        """Makes the steps of these rows: loss (NaN where there is none) and gradient norm of each."""
 
     def evaluate(self, cancel: CancelToken | None) -> float:
         """Weighted mean loss of all rows; NaN where it is not finite."""
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64]) -> None:
-        """Adds these rows to the importance of the present task."""
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        """Adds the first ``most`` of these rows that can be used to the importance of the present task."""
 
 
 class ArrayFeed:
     """Rows of arrays through the core's own loop."""
+
+    estimates = has_loss = True
 
     def __init__(self, target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None) -> None:
         self._target, self._rows, self._config = target, rows, config
@@ -92,7 +103,8 @@ class ArrayFeed:
         weights = rows.weights[rows.kept].astype(np.float64)
         return float((losses * weights).sum() / weights.sum())
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64]) -> None:
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        rows = rows[:most]
         x, y = self._rows.arrays
         if engine.is_chain(self._target):
             ewc.accumulate_fisher(x[rows], y[rows])
@@ -120,6 +132,9 @@ class EventFeed:
         self._fits: dict[tuple[int, int], list[str]] = {}
         for row in rows.kept:
             self._modules(self._events[row])
+        feedback = [self._events[row].feedback for row in rows.kept]
+        self.estimates = any(engine.can_estimate(config, f) for f in feedback)
+        self.has_loss = any(not isinstance(f, Gradient) for f in feedback)
 
     def _modules(self, event: InEvent) -> list[str]:
         if event.module is not None:
@@ -171,7 +186,7 @@ class EventFeed:
                     raise SampleError(str(error), row=int(row), steps_done=steps_done) from error
                 if loss is not None:
                     found.append(event.weight * loss)
-        return float(np.mean(found)) if found else 0.0
+        return float(np.mean(found)) if found else math.nan
 
     def evaluate(self, cancel: CancelToken | None) -> float:
         if cancel is not None:
@@ -181,9 +196,10 @@ class EventFeed:
         except SampleError:
             return math.nan
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64]) -> None:
-        for row in rows:
-            event = self._events[row]
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        events = (self._events[row] for row in rows)
+        usable = (e for e in events if engine.can_estimate(self._config, e.feedback))
+        for event in islice(usable, most):
             for module in self._modules(event):
                 ewc.accumulate_fisher(event.x, event.feedback, module, event.base)
 

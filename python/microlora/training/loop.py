@@ -40,6 +40,7 @@ class Place:
     row: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    measured: int = 0
     norm_sum: float = 0.0
     steps: int = 0
     samples: int = 0
@@ -160,7 +161,9 @@ class Loop:
         counts[-1] = len(rows) - size * (steps - 1)
         # One addition per step, so that a resumed run sums up in the same order.
         for loss, count, norm in zip(losses.tolist(), counts.tolist(), norms.tolist(), strict=True):
-            place.loss_sum += loss * count
+            if not math.isnan(loss):
+                place.loss_sum += loss * count
+                place.measured += count
             place.norm_sum += norm
         place.step += steps
         place.steps += steps
@@ -225,7 +228,7 @@ class Loop:
         p = self.place
         record = EpochRecord(
             epoch=p.epoch,
-            train_loss=p.loss_sum / p.samples,
+            train_loss=p.loss_sum / p.measured if p.measured else None,
             val_loss=val_loss,
             learning_rate=p.lr,
             steps=p.steps,

@@ -114,6 +114,7 @@ class _Run:
     schedule: LearningRateSchedule
     reservoir: Reservoir
     pending: int = 0
+    learned: int = 0
     counts: _Counts = field(default_factory=_Counts)
 
 
@@ -172,7 +173,7 @@ class TrainingPipeline:
             optimizer=engine.make_optimizer(learner, config),
             ewc=engine.make_ewc(learner, config) if ewc is None else ewc,
             schedule=config.bound_schedule(None),
-            reservoir=Reservoir(config.fisher_samples if config.ewc else 0, config.seed),
+            reservoir=Reservoir(config.fisher_samples if config.measures_importance else 0, config.seed),
         )
         return self
 
@@ -236,7 +237,9 @@ class TrainingPipeline:
             counts.losses += 1
             counts.loss_sum += loss
             counts.last_loss = loss
-        run.reservoir.offer(lambda: Event.copy_of(x, feedback, module, base))
+        run.learned += 1
+        if run.ewc is not None and engine.can_estimate(self.config, feedback):
+            run.reservoir.offer(lambda: Event.copy_of(x, feedback, module, base))
         if run.pending < self.config.step_size:
             return StepOutcome(result, False, None, loss)
         return StepOutcome(result, True, self._step(run), loss)
@@ -324,12 +327,17 @@ class TrainingPipeline:
         Unless ``incremental_update`` is set the optimiser's moments start afresh.
 
         Raises:
-            ConfigError: Another learner; or no event was learned since the last task, so that nothing is
-                known about what it needs.
+            ConfigError: Another learner; no event was learned since the last task; or none of them says what
+                the task needs (rewards, gradients and cosine targets do with ``fisher="empirical"`` alone).
         """
         run = self._ready(lora)
-        if run.ewc is not None and not len(run.reservoir):
+        if not run.learned:
             raise ConfigError("start_new_task: got no event since the last task, expected one or more")
+        if run.ewc is not None and self.config.measures_importance and not len(run.reservoir):
+            raise ConfigError(
+                f"start_new_task: got no event that fisher={self.config.fisher!r} can estimate importance "
+                "from, expected some, or fisher='empirical'"
+            )
         self.flush(lora)
         if run.ewc is not None:
             for event in run.reservoir.drain():
@@ -337,6 +345,7 @@ class TrainingPipeline:
             run.ewc.start_new_task()
         if not self.config.incremental_update:
             run.optimizer = engine.make_optimizer(run.lora, self.config)
+        run.learned = 0
         run.counts.tasks += 1
 
     def stats(self) -> PipelineStats:

@@ -17,7 +17,8 @@ class EpochRecord:
 
     Attributes:
         epoch: Counted from 0.
-        train_loss: Mean loss of its samples, each before the step that it was part of, penalty not counted.
+        train_loss: Mean loss of its samples, each before the step that it was part of, penalty not counted;
+            None where they are bare gradients, which have none.
         val_loss: Validation loss after it; None without a validation set, or where it was not finite.
         learning_rate: Rate of its last step.
         steps: Optimiser steps.
@@ -27,7 +28,7 @@ class EpochRecord:
     """
 
     epoch: int
-    train_loss: float
+    train_loss: float | None
     val_loss: float | None
     learning_rate: float
     steps: int
@@ -71,7 +72,7 @@ class TrainingHistory:
     validations: tuple[ValidationRecord, ...] = ()
 
     @property
-    def train_losses(self) -> list[float]:
+    def train_losses(self) -> list[float | None]:
         """Training loss of every epoch."""
         return [e.train_loss for e in self.epochs]
 
@@ -103,7 +104,7 @@ class TrainingResult:
     """What `AdapterTrainer.train` did.
 
     Attributes:
-        final_loss: Training loss of the last epoch.
+        final_loss: Training loss of the last epoch; None where its samples have none.
         best_val_loss: Lowest validation loss; None without a validation set.
         best_epoch: Epoch of it, counted from 0; None without.
         best_step: Steps made when it was measured; None without.
@@ -118,7 +119,7 @@ class TrainingResult:
         task: Number of the task this run was, counted from 0: how many were anchored before it.
     """
 
-    final_loss: float
+    final_loss: float | None
     best_val_loss: float | None
     best_epoch: int | None
     best_step: int | None

@@ -133,6 +133,14 @@ class AdapterTrainer(EventLog):
         _refuse_shared(rows, held)
         names = None if modules is None else list(modules)
         feed = feed_of(lora, rows, training, names)
+        watched = None if held is None else feed_of(lora, held, training, names)
+        if training.measures_importance and not feed.estimates:
+            raise ConfigError(
+                f"dataset: got no sample that fisher={training.fisher!r} can estimate importance from, "
+                "expected some, or fisher='empirical', or ewc_lambda=0"
+            )
+        if watched is not None and not watched.has_loss:
+            raise ConfigError("validation: got bare gradients alone, expected feedback that has a loss")
         steps_per_epoch = -(-len(rows) // training.step_size)
         whole = steps_per_epoch * self.config.epochs
         schedule = training.bound_schedule(whole, steps_per_epoch)
@@ -150,7 +158,7 @@ class AdapterTrainer(EventLog):
                 target=lora,
                 rows=rows,
                 feed=feed,
-                validation=None if held is None else feed_of(lora, held, training, names),
+                validation=watched,
                 schedule=schedule,
                 optimizer=optimizer,
                 ewc=ewc,
@@ -293,8 +301,9 @@ class AdapterTrainer(EventLog):
             return
         training = self.config.training
         before = self._ewc.export_state()
-        order = rows.order(training.seed, self.config.epochs)[: training.fisher_samples]
-        loop.feed.accumulate_fisher(self._ewc, order)
+        if training.measures_importance:
+            order = rows.order(training.seed, self.config.epochs)
+            loop.feed.accumulate_fisher(self._ewc, order, training.fisher_samples)
         self._before_fisher = before
 
 

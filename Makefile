@@ -37,7 +37,7 @@ PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- Set-up ------------------------------------------------------------------------------------------------
 
@@ -157,10 +157,17 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science docs clean
+.PHONY: science science-learning docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
+	@$(PY) docs/build.py
+
+science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here and in NumPy, for docs/learning.md
+	@mkdir -p docs/data build
+	@PYTHONPATH=benches/science $(PY) -m continual.run --out build/continual.jsonl
+	@PYTHONPATH=benches/science $(PY) -m continual.table build/continual.jsonl --json docs/data/continual.json
+	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
 	@$(PY) docs/build.py
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md

@@ -29,17 +29,31 @@ from microlora.target import TargetModule
 if TYPE_CHECKING:
     from microlora import data as data
     from microlora import encoders as encoders
+    from microlora import training as training
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
+    from microlora.training import (
+        AdapterTrainer,
+        AdapterTrainingConfig,
+        LearningEvent,
+        LearningRateSchedule,
+        TrainingConfig,
+        TrainingPipeline,
+        TrainingResult,
+    )
 
 __all__ = [
     "Adapter",
     "AdapterDataset",
     "AdapterMetadata",
+    "AdapterTrainer",
+    "AdapterTrainingConfig",
     "CancelToken",
     "Contrastive",
     "Feedback",
     "Gradient",
     "InstantConfig",
+    "LearningEvent",
+    "LearningRateSchedule",
     "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
@@ -56,6 +70,9 @@ __all__ = [
     "SyntheticDataGenerator",
     "Target",
     "TargetModule",
+    "TrainingConfig",
+    "TrainingPipeline",
+    "TrainingResult",
     "TrainingSample",
     "__version__",
     "create_lora",
@@ -67,24 +84,32 @@ __all__ = [
     "presets",
     "save",
     "set_num_threads",
+    "training",
 ]
 
 
 _ROOMS = {
-    "encoders": "microlora.encoders",
-    "data": "microlora.data",
-    "AdapterDataset": "microlora.data",
-    "SyntheticDataGenerator": "microlora.data",
-    "TrainingSample": "microlora.data",
+    "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
+    "encoders": ("encoders",),
+    "training": (
+        "training",
+        "AdapterTrainer",
+        "AdapterTrainingConfig",
+        "LearningEvent",
+        "LearningRateSchedule",
+        "TrainingConfig",
+        "TrainingPipeline",
+        "TrainingResult",
+    ),
 }
 
 
 def __getattr__(name: str) -> object:
-    """Rooms that are only loaded when they are used."""
-    room = _ROOMS.get(name)
-    if room is not None:
-        import importlib
+    """Rooms, and names from them, that are only loaded when they are used."""
+    for room, names in _ROOMS.items():
+        if name in names:
+            import importlib
 
-        module = importlib.import_module(room)
-        return module if room == f"microlora.{name}" else getattr(module, name)
+            module = importlib.import_module(f"microlora.{room}")
+            return module if name == room else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -182,7 +182,9 @@ def _floats(name: str, value: Any) -> Array:
     out = np.ascontiguousarray(array, np.float32)
     flat = out.reshape(-1)
     # The sum of squares of finite numbers may overflow too, so it only ever spares the long look.
-    if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(out).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)
+    if not np.isfinite(squares) and not np.isfinite(out).all():
         row = int(np.argwhere(~np.isfinite(out))[0][0])
         raise NonFiniteError(f"{name}: got NaN or infinity in row {row}, expected finite numbers")
     return out

@@ -27,6 +27,7 @@ BUILTIN = {
     "UnsupportedVariantError": ValueError,
     "DeviceError": RuntimeError,
     "MissingExtraError": ImportError,
+    "LeakageError": ValueError,
 }
 
 

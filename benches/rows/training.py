@@ -85,7 +85,9 @@ def penalty(report: Report, clock: Clock) -> None:
         more = (ns[name] - ns["without"]) / n
         target = 8.0 if name == "eighth" else None
         peer = f"a forward {duration(ns['forward'])}"
-        report.add(f"penalty {every}, per step", duration(more), peer, more / ns["forward"], target, below=True)
+        report.add(
+            f"penalty {every}, per step", duration(more), peer, more / ns["forward"], target, below=True
+        )
 
 
 class TorchTraining:
@@ -202,7 +204,9 @@ def chain(report: Report, clock: Clock, *, smoke: bool) -> None:
     if peers:
         text = f"torch, fused AdamW {duration(ns['torch'])}"
         report.add("epoch", duration(ns["ours"]), text, ns["torch"] / ns["ours"], 1 / 1.2, headline=True)
-    report.add("epoch with DoRA", duration(ns["dora"]), f"LoRA {duration(ns['ours'])}", ns["dora"] / ns["ours"])
+    report.add(
+        "epoch with DoRA", duration(ns["dora"]), f"LoRA {duration(ns['ours'])}", ns["dora"] / ns["ours"]
+    )
 
 
 def checkpoints(report: Report, clock: Clock) -> None:

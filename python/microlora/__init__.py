@@ -27,18 +27,23 @@ from microlora.progress import CancelToken, Progress
 from microlora.target import TargetModule
 
 if TYPE_CHECKING:
+    from microlora import data as data
     from microlora import encoders as encoders
     from microlora import training as training
-    from microlora.training import AdapterTrainer as AdapterTrainer
-    from microlora.training import AdapterTrainingConfig as AdapterTrainingConfig
-    from microlora.training import LearningEvent as LearningEvent
-    from microlora.training import LearningRateSchedule as LearningRateSchedule
-    from microlora.training import TrainingConfig as TrainingConfig
-    from microlora.training import TrainingPipeline as TrainingPipeline
-    from microlora.training import TrainingResult as TrainingResult
+    from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
+    from microlora.training import (
+        AdapterTrainer,
+        AdapterTrainingConfig,
+        LearningEvent,
+        LearningRateSchedule,
+        TrainingConfig,
+        TrainingPipeline,
+        TrainingResult,
+    )
 
 __all__ = [
     "Adapter",
+    "AdapterDataset",
     "AdapterMetadata",
     "AdapterTrainer",
     "AdapterTrainingConfig",
@@ -62,13 +67,16 @@ __all__ = [
     "Reward",
     "Snapshot",
     "StepResult",
+    "SyntheticDataGenerator",
     "Target",
     "TargetModule",
     "TrainingConfig",
     "TrainingPipeline",
     "TrainingResult",
+    "TrainingSample",
     "__version__",
     "create_lora",
+    "data",
     "encoders",
     "exceptions",
     "load",
@@ -81,6 +89,7 @@ __all__ = [
 
 
 _ROOMS = {
+    "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "training": (
         "training",

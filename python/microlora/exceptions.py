@@ -86,5 +86,9 @@ class MissingExtraError(MicroLoraError, ImportError):
     """A command needs an optional dependency; the message is the pip line that brings it."""
 
 
+class LeakageError(MicroLoraError, ValueError):
+    """Data held out is in the training part as well: a sample, a text or a variation; names both samples."""
+
+
 class UnusedTensorWarning(UserWarning):
     """``strict=False`` found tensors that no adapter module uses; they are kept and listed."""

@@ -565,3 +565,19 @@ def test_bare_gradients_have_no_loss(tmp_path):
         Trainer(config()).train(lora, problem()[0], samples)
     mixed = [*samples, Sample(normal(r, N), ml.Target(normal(r, N)), "t")]
     assert Trainer(config()).train(learner(), mixed).final_loss > 0
+
+
+def test_dropout_acts_while_training_and_only_then(tmp_path):
+    data, held = problem()
+    weights = {}
+    for share in (0.0, 1e-7, 0.3):
+        lora = learner(dropout=share)
+        result = Trainer(config()).train(lora, data, held)
+        weights[share] = lora["m"].lora_b
+        assert evaluate(lora, *held).mean() == pytest.approx(result.best_val_loss, rel=1e-5)
+    close(weights[1e-7], weights[0.0], rtol=1e-5)
+    assert np.abs(weights[0.3] - weights[0.0]).max() > 1e-3
+    twice = [learner(dropout=0.3) for _ in range(2)]
+    for lora in twice:
+        Trainer(config()).train(lora, data, held)
+    assert twice[0].export_weights() == twice[1].export_weights()

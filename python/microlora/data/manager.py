@@ -244,8 +244,8 @@ def _counts(
         return parts
     total = math.fsum(weights)
     pairs = [(weight, size) for weight, size in zip(weights, sizes, strict=True) if weight]
-    most = min(sum(sizes), math.floor(min(size * total / weight for weight, size in pairs)) + len(sizes))
-    while True:  # rounding up can ask for one more than there is, so a few steps down are enough
+    most = min(sum(sizes), math.ceil(min((size + 1) * total / weight for weight, size in pairs)))
+    while True:  # a part is at most one above its exact share, so a few steps down are enough
         parts = apportion(most, weights)
         if all(part <= size for part, size in zip(parts, sizes, strict=True)):
             return parts

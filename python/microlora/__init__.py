@@ -16,6 +16,7 @@ from microlora._core import (
     set_num_threads,
 )
 from microlora.adapter import Adapter, ModuleInfo, Snapshot
+from microlora.chain import LoraChain
 from microlora.config import InstantConfig, LoraConfig, LoraConfigBuilder
 from microlora.exceptions import MicroLoraError
 from microlora.feedback import Feedback
@@ -36,6 +37,7 @@ __all__ = [
     "Feedback",
     "Gradient",
     "InstantConfig",
+    "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
     "Metric",

@@ -18,18 +18,22 @@ from microlora.progress import CancelToken, Progress
 
 __all__ = [
     "Adapter",
+    "Chain",
     "Contrastive",
     "FeedbackBase",
     "Gradient",
     "MicroLora",
     "ModuleHandle",
+    "Optimizer",
     "Preference",
     "Reward",
     "Snapshot",
     "StepResult",
     "Target",
     "__version__",
+    "adapter_from_factors",
     "available_isas",
+    "evaluate",
     "from_bytes",
     "isa",
     "load",
@@ -575,6 +579,17 @@ class MicroLora:
         """
     def adapter(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
         """The present weights, with these settings attached."""
+    def set_storage(self, dtype: str) -> None:
+        """What ``forward`` reads: the weights rounded to ``dtype``, while learning goes on in float32.
+
+        This is mixed precision while training; ``"f32"`` goes back to the float32 weights, bit for bit.
+
+        Args:
+            dtype: ``"f32"``, ``"f16"`` or ``"bf16"``.
+
+        Raises:
+            ConfigError: Another name.
+        """
     @property
     def param_count(self) -> int:
         """Numbers in all factors."""
@@ -593,6 +608,224 @@ class MicroLora:
     def counters(self) -> dict[str, int]:
         """Events so far: ``instant``, ``adapt``, ``apply`` and ``skipped``."""
     def __hash__(self) -> NoReturn: ...
+
+@disjoint_base
+class Chain:
+    """The compiled part of :class:`microlora.LoraChain`."""
+
+    def __new__(
+        cls,
+        lora: MicroLora,
+        layers: Sequence[tuple[ArrayLike, ArrayLike | None]],
+        *,
+        activation: str,
+        head: str,
+        use_dora: bool,
+        gradient_checkpointing: bool,
+    ) -> Self: ...
+    @property
+    def in_features(self) -> int:
+        """Width of a row of x."""
+    @property
+    def out_features(self) -> int:
+        """Width of an output."""
+    @property
+    def frozen_bytes(self) -> int:
+        """Resident bytes of the frozen layers: rows of W padded to 16 numbers, biases, norms of rows."""
+    def forward(self, x: ArrayLike) -> NDArray[np.float32]:
+        """Outputs of the network with its adapters.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features).
+
+        Returns:
+            float32 (out_features,) or (n, out_features), without softmax.
+
+        Raises:
+            ShapeError: Another width.
+            SampleError: A row with NaN or infinity.
+        """
+    def gradients(
+        self, x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None
+    ) -> tuple[
+        float, int, list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]]
+    ]:
+        """Mean gradient of the loss over the rows; nothing is learned.
+
+        Args:
+            x: float32 (n, in_features).
+            y: Integer labels (n,), or float32 targets (n, out_features) for the mse head.
+            weights: float32 (n,): weight of each row's loss.
+
+        Returns:
+            Mean loss, peak activation bytes, and per layer the gradients of A (rank, in), B (out, rank) and,
+            with DoRA, of the magnitudes (out,).
+
+        Raises:
+            SampleError: A row that cannot be used.
+        """
+    def fuse(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+        """The layers with their adapters fused in: W' (out, in) and b of each; they need no adapter."""
+    def magnitudes(self) -> list[NDArray[np.float32]]:
+        """DoRA's magnitudes (out,) of every layer; empty for plain LoRA."""
+    def set_magnitudes(self, values: Sequence[ArrayLike]) -> None:
+        """Replaces DoRA's magnitudes, whole or not at all.
+
+        Raises:
+            ConfigError: Not one per layer, or no DoRA.
+            ShapeError: Another width.
+        """
+    def export_state(self) -> bytes:
+        """All that learns, as bytes: factors, float32 masters, magnitudes and what rules remember."""
+    def import_state(self, data: bytes) -> None:
+        """Takes what :meth:`export_state` gave, whole or not at all.
+
+        Raises:
+            FormatError: Other bytes.
+            ShapeError: The state of another chain.
+            ConfigError: A state with magnitudes for a chain without, or the other way round.
+        """
+
+@final
+class Optimizer:
+    """Moments of one training run, and the compiled loop.
+
+    ``"sgd"`` and ``"momentum"`` are torch's ``SGD`` (weight decay added to the gradient), ``"adamw"`` is AdamW
+    (decoupled decay, arXiv 1711.05101). With ``lora_plus_ratio`` B learns at ratio times the rate of A (LoRA+,
+    arXiv 2402.12354).
+
+    Args:
+        lora: The learner or chain whose shapes the moments take.
+        kind: ``"sgd"``, ``"momentum"`` or ``"adamw"``.
+        momentum: Decay of the velocity, 0 up to but not including 1.
+        betas: Decays of AdamW's moments.
+        eps: Added to the root of the second moment.
+        weight_decay: 0 or above.
+        lora_plus_ratio: Above 0.
+
+    Raises:
+        ConfigError: A setting out of its range.
+    """
+
+    def __new__(
+        cls,
+        lora: MicroLora | Chain,
+        kind: str,
+        *,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        lora_plus_ratio: float = 1.0,
+    ) -> Self: ...
+    @property
+    def kind(self) -> Literal["sgd", "momentum", "adamw"]:
+        """The rule."""
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+    @property
+    def memory_bytes(self) -> int:
+        """Resident bytes of the moments: 8 per stored weight for AdamW, 4 for momentum, none for SGD."""
+    @property
+    def peak_activation_bytes(self) -> int:
+        """Most bytes of a chain's activations and their gradients that were alive at once in its calls."""
+    def step(
+        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Any = None
+    ) -> tuple[int, float]:
+        """One step along the mean of the gradients that ``lora.adapt`` left pending.
+
+        Args:
+            lora: The learner.
+            lr: Learning rate, 0 or above.
+            max_grad_norm: Global norm that the mean gradient is clipped to.
+            ewc: Penalty against forgetting.
+
+        Returns:
+            Events in the step (0: nothing was pending), and the gradient's norm before clipping.
+
+        Raises:
+            ConfigError: A learner of other shapes, a rate out of its range.
+            NonFiniteError: The step would overflow; nothing changes then.
+        """
+    def train(
+        self,
+        target: MicroLora | Chain,
+        x: ArrayLike,
+        y: ArrayLike,
+        order: ArrayLike,
+        lrs: Sequence[float] | NDArray[np.float64],
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        modules: Sequence[str] | None = None,
+        weights: ArrayLike | None = None,
+        base: ArrayLike | None = None,
+        max_grad_norm: float | None = None,
+        ewc: Any = None,
+        ewc_every: int = 1,
+        accumulate_fisher: bool = False,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Steps over rows in a given order; several calls in sequence give the bits of one.
+
+        Args:
+            target: A learner (each module learns the same targets from the same inputs) or a chain.
+            x: float32 (n, in).
+            y: float32 (n, out): targets with loss ``1/2 |base + dY - t|^2`` per row; or integers (n,): labels.
+            order: Integers: rows in the order of their visit.
+            lrs: One learning rate per step: ``ceil(len(order) / (batch_size * accumulation))`` of them.
+            batch_size: Rows of a batch; the last may be short.
+            accumulation: Batches of a step; the step is that of one large batch.
+            modules: Modules that learn; None takes those whose widths fit.
+            weights: float32 (n,): weight of each row's loss, 0 or above.
+            base: float32 (n, out): outputs of the frozen layer.
+            max_grad_norm: Global norm that the mean gradient is clipped to.
+            ewc: Penalty against forgetting.
+            ewc_every: Its gradient is added in every n-th step.
+            accumulate_fisher: Adds the batches' squared gradients to the penalty's importance.
+            progress: Called with (steps done, steps, what).
+            cancel: Ends the call between two steps; what was done stays.
+
+        Returns:
+            float32 (steps,): mean loss of each step's rows before the step, penalty not counted; and float32
+            (steps,): norm of the mean gradient before clipping.
+
+        Raises:
+            SampleError: A row that cannot be learned from; its step changed nothing.
+            ShapeError: Widths that do not fit.
+            ConfigError: Settings out of range, rows that do not exist.
+            NonFiniteError: A step that would overflow; it changed nothing.
+            CancelledError: The token was set.
+        """
+    def to_bytes(self) -> bytes:
+        """Moments, counts and settings, for :meth:`restore`."""
+    def restore(self, data: bytes) -> None:
+        """Goes on where :meth:`to_bytes` stood, bit for bit.
+
+        Raises:
+            FormatError: Other bytes, or a newer version.
+            ConfigError: Other settings or shapes. Nothing changes then.
+        """
+
+def evaluate(
+    target: MicroLora | Chain,
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    modules: Sequence[str] | None = None,
+    weights: ArrayLike | None = None,
+    base: ArrayLike | None = None,
+    progress: Progress | None = None,
+    cancel: CancelToken | None = None,
+) -> NDArray[np.float32]:
+    """Loss of every row, float32 (n,), mean over modules; nothing is learned. See :meth:`Optimizer.train`."""
+
+def adapter_from_factors(
+    modules: Sequence[tuple[str, ArrayLike, ArrayLike, float]], use_rslora: bool, dtype: str
+) -> Adapter:
+    """An adapter from (name, A (rank, in), B (out, rank), alpha); see :meth:`microlora.Adapter.from_factors`."""
 
 def load(path: str | PathLike[str], mmap: bool, strict: bool) -> tuple[Adapter, list[str], list[str]]:
     """Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.

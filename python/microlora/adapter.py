@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microlora._core as _core
@@ -10,7 +11,7 @@ from microlora.exceptions import FormatError
 from microlora.metadata import AdapterMetadata
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
 class ModuleInfo(NamedTuple):
@@ -42,6 +43,33 @@ class Adapter(_core.Adapter):
     Raises:
         FormatError: The bytes are not an adapter.
     """
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Mapping[str, tuple[ArrayLike, ArrayLike]],
+        *,
+        alpha: float | Mapping[str, float],
+        use_rslora: bool = False,
+        dtype: str = "f32",
+    ) -> Adapter:
+        """An adapter from arrays in PEFT's orientation.
+
+        Args:
+            factors: ``{module: (lora_a (rank, in_features), lora_b (out_features, rank))}``, float32.
+            alpha: Scaling numerator of every module, or one per module by name.
+            use_rslora: Scaling is ``alpha / sqrt(rank)``.
+            dtype: How the weights are stored: ``"f32"``, ``"f16"`` or ``"bf16"`` (rounded to nearest even).
+
+        Raises:
+            ShapeError: Factors of different ranks.
+            NonFiniteError: NaN or infinity.
+            ConfigError: Unknown dtype, alpha out of range.
+        """
+        of = alpha if isinstance(alpha, Mapping) else dict.fromkeys(factors, alpha)
+        rows = [(name, a, b, float(of[name])) for name, (a, b) in factors.items()]
+        plain = cls(_core.adapter_from_factors(rows, use_rslora, dtype))
+        return cls(plain.with_json(config_of(plain).to_json(), None))
 
     @property
     def config(self) -> LoraConfig:

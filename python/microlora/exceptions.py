@@ -19,6 +19,24 @@ class NonFiniteError(MicroLoraError, ValueError):
     """NaN or infinity in an input; nothing was changed."""
 
 
+class SampleError(NonFiniteError):
+    """A sample cannot be learned from; the step that it belongs to changed nothing.
+
+    Attributes:
+        row: Row of the sample in the data.
+        steps_done: Steps that the same call had done before.
+        sample_id: The sample's id, where the data have ids.
+    """
+
+    def __init__(self, message: str, row: int = 0, steps_done: int = 0, sample_id: str | None = None) -> None:
+        super().__init__(message, row, steps_done, sample_id)
+        self.row, self.steps_done, self.sample_id = row, steps_done, sample_id
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0])
+
+
 class LayoutError(MicroLoraError, ValueError):
     """A buffer is read-only, not C-contiguous, unaligned, byte-swapped or overlaps another."""
 

@@ -36,6 +36,18 @@ pub enum Error {
         /// Where, or what follows from it (may be empty).
         detail: String,
     },
+    /// A row of a data set that cannot be learned from; the step that it belongs to changed nothing.
+    #[error("{arg}: row {row} {reason}")]
+    Sample {
+        /// Argument name.
+        arg: String,
+        /// Row in the whole of the data.
+        row: usize,
+        /// What is wrong with it.
+        reason: String,
+        /// Steps done before, by the same call.
+        steps_done: usize,
+    },
     /// A buffer that cannot be used as it lies in memory.
     #[error("{arg}: {got}, expected {want}")]
     Layout {

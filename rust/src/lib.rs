@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod chain;
 pub mod dtype;
 pub mod error;
 pub mod ewc;

@@ -73,6 +73,11 @@ impl Snapshot {
                 parts.extra.push(factor_tensor(name("master_a"), &l.master().a));
                 parts.extra.push(factor_tensor(name("master_b"), &l.master().b));
             }
+            if let Some(m) = &l.magnitude {
+                let data = m.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>().into();
+                let shape = vec![m.len()];
+                parts.extra.push(Tensor { name: name("magnitude"), dtype: TensorDtype::F32, shape, data });
+            }
             if let Some(rls) = &l.rls {
                 let rank = l.layer().rank();
                 let data = f64_bytes(&rls.p).into();
@@ -155,11 +160,28 @@ impl Snapshot {
                 }
                 l.rls = Some(Rls { p, ridge });
             }
+            if let Some(t) = find(format!("{LEARNER_PREFIX}{i}/magnitude")) {
+                if t.dtype != TensorDtype::F32 || t.shape != [layer.out_features()] {
+                    return Err(bad("magnitude does not fit the outputs"));
+                }
+                let read = |c: &[u8]| f32::from_le_bytes([c[0], c[1], c[2], c[3]]);
+                let values: Vec<f32> = t.data.chunks_exact(4).map(read).collect();
+                if values.iter().any(|v| !v.is_finite()) {
+                    return Err(bad("magnitude is not finite"));
+                }
+                l.magnitude = Some(Arc::new(values));
+            }
             if m.pending > 0 {
                 let (Some(a), Some(b)) = (factor("grad_a", &layer.a)?, factor("grad_b", &layer.b)?) else {
                     return Err(bad("pending gradients are missing"));
                 };
-                l.gradients = Some(Box::new(Gradients { a, b, count: m.pending, bounds: m.pending_bounds }));
+                l.gradients = Some(Box::new(Gradients {
+                    a,
+                    b,
+                    magnitude: Vec::new(),
+                    count: m.pending,
+                    bounds: m.pending_bounds,
+                }));
             }
             let numbers =
                 [m.baseline_value, m.basis_unit.unwrap_or(1.0), m.pending_bounds[0], m.pending_bounds[1]];

@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
-use super::accumulator::{Accumulator, Dims, Samples};
-use super::fisher::{self, Labels, Passes};
+use super::accumulator::{Accumulator, Dims};
+use super::fisher;
 use super::settings::{Anchors, EwcSettings, Normalize, Step};
 use super::{Boundary, Memory, Path, Statistic};
+use crate::chain::Labels;
 use crate::error::{Error, Result};
 use crate::factor::Factor;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
-use crate::learn::Feedback;
+use crate::learn::regularizer::Pair;
+use crate::learn::{Feedback, Regularizer, Samples};
 use crate::micro_lora::MicroLora;
 use crate::rng::Rng;
 
@@ -105,21 +107,6 @@ impl Ewc {
         self.ignored
     }
 
-    /// Whether the penalty acts: there is an anchor, and lambda is above 0.
-    pub fn is_active(&self) -> bool {
-        self.settings.lambda > 0.0 && self.modules.iter().any(|m| m.memory.is_set())
-    }
-
-    /// Whether the penalty's gradient belongs into the step (else [`Ewc::proximal`] follows it).
-    pub fn uses_gradient(&self) -> bool {
-        self.settings.step == Step::Gradient
-    }
-
-    /// Whether the kind looks at every step (synaptic intelligence).
-    pub fn uses_path(&self) -> bool {
-        self.settings.kind.row().path
-    }
-
     /// Refuses a learner of other modules or shapes.
     ///
     /// # Errors
@@ -146,24 +133,6 @@ impl Ewc {
 
     // -- the pull --
 
-    /// `ga, gb += lambda dOmega/dtheta`; with the proximal step nothing is added.
-    ///
-    /// # Errors
-    /// None now; a kind may refuse.
-    pub fn add_gradient(
-        &mut self,
-        k: &Kernels,
-        module: usize,
-        layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
-    ) -> Result<()> {
-        if self.settings.lambda > 0.0 && self.uses_gradient() {
-            self.modules[module].memory.add_gradient(k, self.settings.lambda, layer, ga, gb);
-        }
-        Ok(())
-    }
-
     /// The gradient of the penalty of one module in new factors, whatever the kind of step.
     pub fn penalty_gradient(&mut self, k: &Kernels, module: usize, layer: &Layer) -> [Factor; 2] {
         let [mut ga, mut gb] = Dims::of(layer).pair();
@@ -182,27 +151,6 @@ impl Ewc {
         self.modules.iter_mut().zip(layers).map(|(m, l)| lambda * m.memory.penalty(k, l)).sum()
     }
 
-    /// The implicit step `th <- (th + lr lambda F th*) / (1 + lr lambda F)` after the optimiser's, where the
-    /// settings ask for it: stable whatever lambda.
-    pub fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
-        if self.settings.step == Step::Proximal && self.settings.lambda > 0.0 {
-            self.modules[module].memory.proximal(lr * self.settings.lambda, layer);
-        }
-    }
-
-    /// One optimiser step: the mean loss gradient without penalty, weights before and after.
-    pub fn path(
-        &mut self,
-        module: usize,
-        ga: &Factor,
-        gb: &Factor,
-        before: (&Factor, &Factor),
-        after: (&Factor, &Factor),
-    ) {
-        let step = Path { gradient: [ga, gb], before: [before.0, before.1], after: [after.0, after.1] };
-        self.modules[module].memory.path(&step);
-    }
-
     /// The largest importance F; explicit steps are stable while `lambda F lr < 2`. For kind "delta" F is
     /// that of the weight change, `s^2 a_i c_j`; with several anchors this is an upper bound.
     pub fn max_importance(&self) -> f64 {
@@ -210,15 +158,6 @@ impl Ewc {
     }
 
     // -- samples, batch by batch --
-
-    /// Adds one pass over a batch of one module; [`Ewc::seen`] closes it. Every pass until then is over the
-    /// same samples in the same order: the exact Fisher has one per class, with g scaled by `sqrt(p_c)`.
-    ///
-    /// # Errors
-    /// Shapes that do not fit, NaN, squares beyond f32. The open batch should be discarded then.
-    pub fn observe(&mut self, k: &Kernels, module: usize, s: &Samples<'_>) -> Result<()> {
-        self.modules[module].seen.observe(k, s)
-    }
 
     /// As [`Ewc::observe`], from inputs and output gradients alone.
     ///
@@ -241,44 +180,72 @@ impl Ewc {
         let (mut u, mut w) = (vec![0.0; rows * rank], vec![0.0; rows * rank]);
         layer.a.dots_batch(k, x, &mut u, s);
         layer.b.dots_batch(k, g, &mut w, s);
-        self.observe(k, module, &Samples { x, g, u: &u, w: &w })
+        self.observe(k, module, Samples { x, g, u: &u, w: &w })
     }
 
-    /// Closes the open batch of `n` samples in every module that observed it.
+    /// One batch for kind "mas", which needs no labels: the gradient of `|y|^2`, `y = base + dY`.
     ///
     /// # Errors
-    /// A module that observed another number of rows; nothing is closed then.
-    pub fn seen(&mut self, n: usize) -> Result<()> {
-        let mut counted = None;
-        for m in &mut self.modules {
-            if let Some(c) = m.seen.close(n)? {
-                counted = counted.max(Some(c));
+    /// Shapes that do not fit, NaN, squares beyond f32. Nothing changes then.
+    pub fn observe_outputs(
+        &mut self,
+        k: &Kernels,
+        module: usize,
+        layer: &Layer,
+        x: &[f32],
+        base: Option<&[f32]>,
+    ) -> Result<()> {
+        self.check_feedback(None)?;
+        let rows = x.len() / layer.in_features();
+        let mut g = vec![0.0; rows * layer.out_features()];
+        layer.forward_rows(k, x, &mut g, false)?;
+        if let Some(base) = base {
+            if base.len() != g.len() {
+                let want = format!("({rows}, {})", layer.out_features());
+                return Err(Error::shape("base", format!("{} numbers", base.len()), want));
+            }
+            k.axpy(1.0, base, &mut g);
+        }
+        k.scale(2.0, &mut g);
+        self.close_one(k, module, layer, x, &[&g])
+    }
+
+    /// One batch from inputs and passes of output gradients, whole or not at all.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, NaN, squares beyond f32. Nothing changes then.
+    pub fn close_one(
+        &mut self,
+        k: &Kernels,
+        module: usize,
+        layer: &Layer,
+        x: &[f32],
+        passes: &[&[f32]],
+    ) -> Result<()> {
+        if self.modules.iter().any(|m| m.seen.is_open()) {
+            return Err(Error::config("batch", "an open one", "none (training is in a step)"));
+        }
+        let outcome = passes.iter().try_for_each(|g| self.observe_gradients(k, module, layer, x, g));
+        match outcome {
+            Ok(()) => self.seen(x.len() / layer.in_features()),
+            Err(e) => {
+                self.discard();
+                Err(e)
             }
         }
-        if let Some(c) = counted {
-            self.samples += c;
-            self.ignored += n as u64 - c;
-        }
-        Ok(())
     }
 
-    /// Drops the open batch.
-    pub fn discard(&mut self) {
-        self.staged = None;
-        for m in &mut self.modules {
-            m.seen.discard();
+    /// What a chain with so many outputs is asked for, by the settings' Fisher.
+    pub fn labels(&self, outcomes: usize) -> Labels {
+        match self.settings.kind.row().statistic {
+            Statistic::Magnitudes => Labels::Output,
+            _ => self.settings.fisher.labels(outcomes),
         }
     }
 
-    /// Passes over a head's output rows, by the settings' Fisher (or `|y|^2` for kind "mas").
-    ///
-    /// # Errors
-    /// Labels that do not fit, NaN.
-    pub fn passes(&mut self, y: &[f32], width: usize, labels: Labels<'_>) -> Result<Passes> {
-        if self.settings.kind.row().statistic == Statistic::Magnitudes {
-            return Ok(Passes::of_norm(y, width));
-        }
-        Passes::of_head(self.settings.fisher, &mut self.rng, y, width, labels)
+    /// A generator of drawn labels that this consolidation goes on from.
+    pub fn rng(&mut self) -> &mut Rng {
+        &mut self.rng
     }
 
     // -- single events --
@@ -442,6 +409,71 @@ impl Ewc {
     /// Resident bytes; anchors count whole, though they share the learner's memory until its next step.
     pub fn memory_bytes(&self) -> usize {
         self.modules.iter().map(|m| m.seen.memory_bytes() + m.memory.memory_bytes()).sum()
+    }
+}
+
+impl Regularizer for Ewc {
+    fn is_active(&self) -> bool {
+        self.settings.lambda > 0.0 && self.modules.iter().any(|m| m.memory.is_set())
+    }
+
+    fn in_gradient(&self) -> bool {
+        self.settings.step == Step::Gradient
+    }
+
+    fn add_gradient(
+        &mut self,
+        k: &Kernels,
+        module: usize,
+        layer: &Layer,
+        ga: &mut Factor,
+        gb: &mut Factor,
+    ) -> Result<()> {
+        if self.settings.lambda > 0.0 && self.in_gradient() {
+            self.modules[module].memory.add_gradient(k, self.settings.lambda, layer, ga, gb);
+        }
+        Ok(())
+    }
+
+    /// `th <- (th + lr lambda F th*) / (1 + lr lambda F)` after the optimiser's step, where the settings ask
+    /// for it: stable whatever lambda.
+    fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
+        if self.settings.step == Step::Proximal && self.settings.lambda > 0.0 {
+            self.modules[module].memory.proximal(lr * self.settings.lambda, layer);
+        }
+    }
+
+    /// Adds rows to the open batch; a sample may have several, one per outcome of the exact Fisher, with g
+    /// scaled by the root of its probability. After an error the batch should be discarded.
+    fn observe(&mut self, k: &Kernels, module: usize, samples: Samples<'_>) -> Result<()> {
+        self.modules[module].seen.observe(k, &samples)
+    }
+
+    /// Closes the open batch in every module that observed; nothing is closed in an error.
+    fn seen(&mut self, n: usize) -> Result<()> {
+        self.modules.iter().try_for_each(|m| m.seen.check_close(n))?;
+        let counted = self.modules.iter_mut().filter_map(|m| m.seen.close(n)).max();
+        if let Some(c) = counted {
+            self.samples += c;
+            self.ignored += n as u64 - c;
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        self.staged = None;
+        for m in &mut self.modules {
+            m.seen.discard();
+        }
+    }
+
+    fn uses_path(&self) -> bool {
+        self.settings.kind.row().path
+    }
+
+    fn path(&mut self, module: usize, gradient: Pair<'_>, before: Pair<'_>, after: Pair<'_>) {
+        let step = Path { gradient: gradient.into(), before: before.into(), after: after.into() };
+        self.modules[module].memory.path(&step);
     }
 }
 

@@ -7,7 +7,7 @@ mod accumulator;
 mod consolidation;
 mod delta;
 mod factor;
-pub mod fisher;
+mod fisher;
 mod l2;
 mod mas;
 mod quadratic;
@@ -17,7 +17,6 @@ mod state;
 
 use std::fmt;
 
-pub use accumulator::Samples;
 pub use consolidation::Ewc;
 pub(crate) use consolidation::Observed;
 pub use settings::{Anchors, EwcSettings, Fisher, Normalize, Step};

@@ -71,6 +71,9 @@ type Dots<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32);
 type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
 type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
 type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
+type Pull = unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]);
+type AdamW = unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]);
+type Momentum = unsafe fn([f32; 4], &mut [f32], &mut [f32], &mut [f32]);
 type RlsGain = unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64;
 
 /// Read-path primitives for one stored element type.
@@ -99,9 +102,9 @@ pub struct Kernels {
     outer_batch: unsafe fn(*mut f32, Geometry, *const f32, *const f32, usize),
     squares: unsafe fn(&[f32], &mut [f32]),
     products: unsafe fn(&[f32], &[f32], &mut [f32]),
-    pull: unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]),
-    adamw: unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]),
-    momentum: unsafe fn([f32; 4], &mut [f32], &mut [f32], &mut [f32]),
+    pull: Pull,
+    adamw: AdamW,
+    momentum: Momentum,
     dot: unsafe fn(&[f32], &[f32]) -> f32,
     axpy: unsafe fn(f32, &[f32], &mut [f32]),
     scale: unsafe fn(f32, &mut [f32]),

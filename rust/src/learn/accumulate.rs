@@ -19,6 +19,8 @@ pub struct Gradients {
     pub a: Factor,
     /// Sum of dL/dB, in B's layout.
     pub b: Factor,
+    /// Sum of dL/dm of DoRA's magnitudes; empty for plain LoRA.
+    pub magnitude: Vec<f32>,
     /// Events in the sums.
     pub count: u64,
     /// Upper bounds of the norms of both sums.
@@ -29,12 +31,27 @@ impl Gradients {
     /// Empty sums for a layer.
     pub fn new(layer: &Layer) -> Self {
         let zeros = |f: &Factor| Factor::zeros(f.rank(), f.len(), Dtype::F32);
-        Gradients { a: zeros(&layer.a), b: zeros(&layer.b), count: 0, bounds: [0.0; 2] }
+        Gradients {
+            a: zeros(&layer.a),
+            b: zeros(&layer.b),
+            magnitude: Vec::new(),
+            count: 0,
+            bounds: [0.0; 2],
+        }
+    }
+
+    /// Empties the sums.
+    pub fn clear(&mut self) {
+        self.a.stream_mut().fill(0.0);
+        self.b.stream_mut().fill(0.0);
+        self.magnitude.fill(0.0);
+        self.count = 0;
+        self.bounds = [0.0; 2];
     }
 
     /// Resident bytes.
     pub fn memory_bytes(&self) -> usize {
-        self.a.memory_bytes() + self.b.memory_bytes()
+        self.a.memory_bytes() + self.b.memory_bytes() + 4 * self.magnitude.len()
     }
 }
 

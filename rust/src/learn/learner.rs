@@ -34,6 +34,8 @@ pub struct Learner {
     pub(crate) basis_unit: Option<f64>,
     pub(crate) gradients: Option<Box<Gradients>>,
     pub(crate) baseline: Baseline,
+    /// DoRA's magnitude of each output (arXiv 2402.09353); set by a chain, which holds the base weights.
+    pub(crate) magnitude: Option<Arc<Vec<f32>>>,
     /// Upper bounds of the largest |number| in A and B, kept without passes over them.
     pub(crate) bounds: [f64; 2],
 }
@@ -110,6 +112,7 @@ impl Learner {
             basis_unit: None,
             gradients: None,
             baseline: Baseline::default(),
+            magnitude: None,
             bounds: [0.0; 2],
         };
         learner.refresh_bounds();
@@ -135,6 +138,7 @@ impl Learner {
             basis_unit: self.basis_unit,
             gradients: self.gradients.as_ref().filter(|g| g.count > 0).cloned(),
             baseline: self.baseline,
+            magnitude: self.magnitude.clone(),
             bounds: self.bounds,
         }
     }
@@ -160,7 +164,8 @@ impl Learner {
         let master = self.master.as_ref().map_or(0, |m| m.memory_bytes());
         let rls = self.rls.as_ref().map_or(0, |r| r.p.len() * 8);
         let gradients = self.gradients.as_ref().map_or(0, |g| g.memory_bytes());
-        self.read.memory_bytes() + master + rls + gradients
+        let magnitude = self.magnitude.as_ref().map_or(0, |m| 4 * m.len());
+        self.read.memory_bytes() + master + rls + gradients + magnitude
     }
 
     pub(crate) fn refresh_bounds(&mut self) {
@@ -224,9 +229,22 @@ impl Learner {
         }
     }
 
+    /// Stores what readers see in `dtype`; the f32 weights stay what they are.
+    pub(crate) fn set_storage(&mut self, dtype: Dtype) {
+        let master = Arc::clone(self.master());
+        if dtype == Dtype::F32 {
+            self.read = master;
+            self.master = None;
+        } else {
+            self.read = Arc::new(master.cast(dtype));
+            self.master = Some(master);
+        }
+    }
+
     /// Replaces the weights and forgets every rule's state.
     pub(crate) fn replace(&mut self, layer: Arc<Layer>) {
-        *self = Learner::new(layer);
+        let magnitude = self.magnitude.take();
+        *self = Learner { magnitude, ..Learner::new(layer) };
     }
 
     /// `u = s x A`; returns `|u|^2`.

@@ -2,14 +2,23 @@
 
 pub mod accumulate;
 pub mod basis;
+pub mod batch;
 pub mod feedback;
 pub mod learner;
 pub mod nlms;
+pub mod optim;
+mod optim_state;
+pub mod regularizer;
 pub mod rls;
 pub mod settings;
 pub mod step;
+pub mod train;
+pub mod update;
 
 pub use feedback::{Feedback, TargetLoss};
 pub use learner::Learner;
+pub use optim::{Method, OptimSettings, Optimizer};
+pub use regularizer::{Regularizer, Samples};
 pub use settings::{Instant, Rule, Train};
 pub use step::StepResult;
+pub use update::{StepOptions, StepOutcome};

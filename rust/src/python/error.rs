@@ -9,6 +9,7 @@ use crate::error::Error;
 import_exception!(microlora.exceptions, ShapeError);
 import_exception!(microlora.exceptions, DTypeError);
 import_exception!(microlora.exceptions, NonFiniteError);
+import_exception!(microlora.exceptions, SampleError);
 import_exception!(microlora.exceptions, ConfigError);
 import_exception!(microlora.exceptions, LayoutError);
 import_exception!(microlora.exceptions, UnknownModuleError);
@@ -26,6 +27,7 @@ impl From<Error> for PyErr {
             Error::Shape { .. } => ShapeError::new_err(text),
             Error::Dtype { .. } => DTypeError::new_err(text),
             Error::NonFinite { .. } => NonFiniteError::new_err(text),
+            Error::Sample { row, steps_done, .. } => SampleError::new_err((text, row, steps_done)),
             Error::Layout { .. } => LayoutError::new_err(text),
             Error::Config { .. } => ConfigError::new_err(text),
             Error::UnknownModule { .. } => UnknownModuleError::new_err(text),

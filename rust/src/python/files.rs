@@ -2,12 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 
 use super::adapter::PyAdapter;
+use super::array::input;
 use crate::adapter::Adapter;
+use crate::dtype::Dtype;
+use crate::error::Error;
+use crate::factor::Factor;
 use crate::format::{self, LoadOptions, PeftOptions};
+use crate::layer::Layer;
 
 type Loaded = (PyAdapter, Vec<String>, Vec<String>);
 
@@ -25,6 +31,45 @@ pub(super) fn load(py: Python<'_>, path: PathBuf, mmap: bool, strict: bool) -> P
 #[pyfunction]
 pub(super) fn from_bytes(py: Python<'_>, data: &[u8], strict: bool) -> PyResult<Loaded> {
     wrap(py.detach(|| format::from_bytes(data, strict))?)
+}
+
+/// name, A (rank, in), B (out, rank), alpha.
+type FactorTuple<'py> = (String, Bound<'py, PyAny>, Bound<'py, PyAny>, f64);
+
+/// An adapter from factors in PEFT's orientation, float32, stored as `dtype`.
+#[pyfunction]
+pub(super) fn adapter_from_factors(
+    modules: Vec<FactorTuple<'_>>,
+    use_rslora: bool,
+    dtype: &str,
+) -> PyResult<PyAdapter> {
+    let dtype: Dtype = dtype.parse()?;
+    let mut layers = Vec::with_capacity(modules.len());
+    for (name, a, b, alpha) in modules {
+        let (arg_a, arg_b) = (format!("lora_a of {name}"), format!("lora_b of {name}"));
+        let a = input(&arg_a, &a, None, true)?;
+        let rank = a.rows.ok_or_else(|| Error::shape(&arg_a, "one dimension", "(rank, in_features)"))?;
+        let b = input(&arg_b, &b, Some(rank), true)?;
+        let n_out = b.rows.ok_or_else(|| Error::shape(&arg_b, "one dimension", "(out_features, rank)"))?;
+        for (arg, v) in [(&arg_a, &a), (&arg_b, &b)] {
+            if v.as_slice().iter().any(|v| !v.is_finite()) {
+                return Err(Error::non_finite(arg).into());
+            }
+        }
+        let columns = b.as_slice();
+        let rows: Vec<f32> = (0..rank * n_out).map(|i| columns[i % n_out * rank + i / n_out]).collect();
+        let layer = Layer::new(
+            Factor::from_rows(a.as_slice(), rank, a.as_slice().len() / rank, dtype),
+            Factor::from_rows(&rows, rank, n_out, dtype),
+            alpha,
+            use_rslora,
+        )?;
+        if layers.iter().any(|(n, _)| *n == name) {
+            return Err(Error::config("modules", format!("{name:?} twice"), "each module once").into());
+        }
+        layers.push((name, Arc::new(layer)));
+    }
+    Ok(PyAdapter::from(Adapter { modules: layers, ..Adapter::default() }))
 }
 
 /// Writes a single safetensors file through a temporary sibling and a rename.

@@ -33,6 +33,10 @@ pub(super) struct PyMicroLora {
 }
 
 impl PyMicroLora {
+    pub fn inner(&self) -> &Arc<MicroLora> {
+        &self.inner
+    }
+
     #[inline]
     fn find(&self, module: Option<&str>) -> PyResult<usize> {
         match module {
@@ -369,6 +373,12 @@ impl PyMicroLora {
     fn adapter(&self, config_json: Option<String>, metadata_json: Option<String>) -> PyAdapter {
         let adapter = self.inner.adapter();
         PyAdapter::from(crate::adapter::Adapter { config_json, metadata_json, ..adapter })
+    }
+
+    /// What forward reads: the weights in ``dtype``, while learning goes on in float32.
+    fn set_storage(&self, dtype: &str) -> PyResult<()> {
+        self.inner.set_storage(dtype.parse()?);
+        Ok(())
     }
 
     /// Numbers in all factors.

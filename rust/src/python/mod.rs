@@ -8,7 +8,10 @@ compile_error!(
 mod adapter;
 mod array;
 mod calls;
+mod chain;
+mod dataset;
 mod error;
+mod ewc;
 mod feedback;
 mod files;
 mod handle;
@@ -16,6 +19,7 @@ mod long;
 mod machine;
 mod micro_lora;
 mod step;
+mod train;
 
 use pyo3::prelude::*;
 
@@ -25,9 +29,13 @@ mod _core {
     #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
     #[pymodule_export]
+    use super::chain::PyChain;
+    #[pymodule_export]
+    use super::ewc::PyEwc;
+    #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
-    use super::files::{from_bytes, load, save_peft, save_single};
+    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]
@@ -39,6 +47,8 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
+    #[pymodule_export]
+    use super::train::{PyOptimizer, evaluate};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

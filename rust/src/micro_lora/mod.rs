@@ -5,39 +5,24 @@
 //! lock is ever held for long, and a snapshot costs no copy until the next step.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::adapter::{Adapter, unknown_module};
-use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::ewc::Ewc;
-use crate::factor::Factor;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
 use crate::learn::accumulate;
 use crate::learn::learner::Event;
 use crate::learn::{Feedback, Instant, Learner, StepResult, basis};
 use crate::rng::Rng;
-use crate::snapshot::Snapshot;
 
-/// What a new module is made from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModuleSpec {
-    /// Module name.
-    pub name: String,
-    /// Width of x.
-    pub in_features: usize,
-    /// Width of y.
-    pub out_features: usize,
-    /// Rank.
-    pub rank: usize,
-    /// Scaling numerator.
-    pub alpha: f64,
-    /// Scaling by `sqrt(rank)`.
-    pub rslora: bool,
-    /// Storage dtype.
-    pub dtype: Dtype,
-}
+mod spec;
+mod state;
+mod training;
+
+pub use spec::ModuleSpec;
+use spec::fresh_layer;
 
 /// Settings of a learner that are not weights.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,30 +70,6 @@ pub struct MicroLora {
 
 /// Up to this many names a scan beats a hash.
 const SCAN: usize = 16;
-
-/// A stream of its own for each module, so that its A does not depend on its neighbours (FNV-1a).
-fn stream_of(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
-}
-
-/// `A ~ U(-1/sqrt(in), 1/sqrt(in))` (kaiming uniform with a = sqrt 5, as PEFT), `B = 0`.
-fn fresh_layer(spec: &ModuleSpec, seed: u64) -> Result<Layer> {
-    // Draws, A and B in their layout, and the bottleneck's matrix of a later RLS.
-    let padded = |n: usize| n.checked_next_multiple_of(16)?.checked_mul(spec.rank)?.checked_mul(4);
-    let sizes = [padded(spec.in_features), padded(spec.in_features), padded(spec.out_features)];
-    let rls = spec.rank.checked_mul(spec.rank).and_then(|n| n.checked_mul(8));
-    let bytes = sizes.into_iter().chain([rls]).try_fold(0usize, |sum, n| sum.checked_add(n?));
-    Error::check_memory(&spec.name, bytes)?;
-    let mut rng = Rng::new(seed, stream_of(&spec.name));
-    let bound = 1.0 / (spec.in_features as f32).sqrt();
-    let a: Vec<f32> = (0..spec.rank * spec.in_features).map(|_| rng.symmetric(bound)).collect();
-    Layer::new(
-        Factor::from_rows(&a, spec.rank, spec.in_features, spec.dtype),
-        Factor::zeros(spec.rank, spec.out_features, spec.dtype),
-        spec.alpha,
-        spec.rslora,
-    )
-}
 
 impl MicroLora {
     /// Freshly initialised modules: outputs are exact zeros until something is learned.
@@ -241,11 +202,6 @@ impl MicroLora {
         (modules.iter().map(|&m| Arc::clone(state.learners[m].layer())).collect(), state.enabled)
     }
 
-    /// The f32 weights that learning acts on, in the order of the names and of one version.
-    pub fn masters(&self) -> Vec<Arc<Layer>> {
-        self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
-    }
-
     /// `(in_features, out_features)` of a module.
     #[inline]
     pub fn shape(&self, module: usize) -> (usize, usize) {
@@ -347,6 +303,7 @@ impl MicroLora {
     }
 
     /// As [`MicroLora::adapt`]; the consolidation takes the squares of the same gradient in the same pass.
+    /// Its lock is taken inside this learner's, as a training step does.
     ///
     /// # Errors
     /// As [`MicroLora::adapt`], and feedback that the consolidation cannot use. Nothing changes then.
@@ -356,7 +313,7 @@ impl MicroLora {
         x: &[f32],
         feedback: &Feedback,
         base: Option<&[f32]>,
-        ewc: Option<&mut Ewc>,
+        ewc: Option<&Mutex<Ewc>>,
     ) -> Result<StepResult> {
         self.check_event(module, x, feedback, base)?;
         let state = &mut *self.write();
@@ -375,7 +332,8 @@ impl MicroLora {
             x
         };
         let event = Event { x, feedback, base };
-        let watch = ewc.map(|ewc| accumulate::Watch { ewc, module, learns: true });
+        let mut ewc = ewc.map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
+        let watch = ewc.as_deref_mut().map(|ewc| accumulate::Watch { ewc, module, learns: true });
         let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event, watch)?;
         if let Some(rng) = rng {
             state.rng = rng;
@@ -399,11 +357,12 @@ impl MicroLora {
         x: &[f32],
         feedback: &Feedback,
         base: Option<&[f32]>,
-        ewc: &mut Ewc,
+        ewc: &Mutex<Ewc>,
     ) -> Result<StepResult> {
         self.check_event(module, x, feedback, base)?;
         // A copy of the learner shares its weights: readers and writers go on meanwhile.
         let mut learner = self.read().learners[module].frozen();
+        let ewc = &mut *ewc.lock().unwrap_or_else(PoisonError::into_inner);
         let watch = Some(accumulate::Watch { ewc, module, learns: false });
         let event = Event { x, feedback, base };
         accumulate::accumulate(&mut learner, self.kernels, &self.settings.instant, event, watch)
@@ -473,88 +432,5 @@ impl MicroLora {
             state.version += 1;
             return Ok(held);
         }
-    }
-
-    /// The present weights as a value, with what else the adapter held that this learner was made from.
-    pub fn adapter(&self) -> Adapter {
-        self.adapter_of(&self.read())
-    }
-
-    fn adapter_of(&self, state: &State) -> Adapter {
-        let layers = state.learners.iter().map(|l| Arc::clone(l.layer()));
-        Adapter { modules: self.names.iter().cloned().zip(layers).collect(), ..self.origin.clone() }
-    }
-
-    /// Weights and everything the rules remember; later steps copy what they change.
-    pub fn snapshot(&self) -> Snapshot {
-        let state = self.read();
-        Snapshot {
-            adapter: self.adapter_of(&state),
-            learners: state.learners.iter().map(Learner::frozen).collect(),
-            version: state.version,
-            rng: state.rng.state(),
-            counters: state.counters,
-        }
-    }
-
-    /// Goes back to a snapshot: outputs and later learning are bit-identical. The version moves on.
-    ///
-    /// # Errors
-    /// A snapshot of other modules or shapes. Nothing changes then.
-    pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
-        self.check_same(&snapshot.adapter)?;
-        let state = &mut *self.write();
-        for (name, learner) in self.names.iter().zip(&mut state.learners) {
-            // By name: a file may list the same modules in another order.
-            let at = snapshot.adapter.modules.iter().position(|(n, _)| n == name);
-            *learner = snapshot.learners[at.expect("names were compared")].clone();
-        }
-        state.rng = Rng::resume(snapshot.rng);
-        state.counters = snapshot.counters;
-        state.version += 1;
-        Ok(())
-    }
-
-    /// Takes an adapter's weights and forgets what the rules remember.
-    ///
-    /// # Errors
-    /// An adapter of other modules or shapes. Nothing changes then.
-    pub fn restore_adapter(&self, adapter: &Adapter) -> Result<()> {
-        self.check_same(adapter)?;
-        let state = &mut *self.write();
-        for (name, learner) in self.names.iter().zip(&mut state.learners) {
-            let layer = adapter.layer(name)?;
-            learner.replace(Arc::clone(layer));
-        }
-        state.rng = Rng::new(state.rng.state().seed, 0);
-        state.counters = Counters::default();
-        state.version += 1;
-        Ok(())
-    }
-
-    fn check_same(&self, adapter: &Adapter) -> Result<()> {
-        if adapter.modules.len() != self.names.len() {
-            let got: Vec<_> = adapter.modules.iter().map(|(n, _)| n.as_str()).collect();
-            return Err(Error::config("modules", got.join(", "), self.names.join(", ")));
-        }
-        for (i, name) in self.names.iter().enumerate() {
-            let (theirs, (ours, _)) = (adapter.layer(name)?, self.layer(i));
-            let describe = |l: &Layer| {
-                let (n_in, n_out) = (l.in_features(), l.out_features());
-                let kind = if l.rslora { "rslora " } else { "" };
-                format!(
-                    "{n_in} -> {n_out}, rank {}, {kind}alpha {}, {}/{}",
-                    l.rank(),
-                    l.alpha,
-                    l.a.dtype(),
-                    l.b.dtype()
-                )
-            };
-            let (got, want) = (describe(theirs), describe(&ours));
-            if got != want {
-                return Err(Error::shape(name, got, want));
-            }
-        }
-        Ok(())
     }
 }

@@ -1,0 +1,42 @@
+//! What training needs of a learner: its f32 weights, and one locked edit per step.
+
+use std::sync::Arc;
+
+use super::MicroLora;
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::layer::Layer;
+use crate::learn::Learner;
+
+impl MicroLora {
+    /// The f32 weights of every module, of one and the same version.
+    pub fn masters(&self) -> Vec<Arc<Layer>> {
+        self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
+    }
+
+    /// Looks at the learners, of one and the same version.
+    pub(crate) fn inspect<R>(&self, f: impl FnOnce(&[Learner]) -> R) -> R {
+        f(&self.read().learners)
+    }
+
+    /// Runs one edit of the learners under the lock; the version moves on when it says that weights changed.
+    pub(crate) fn edit<R>(&self, f: impl FnOnce(&mut [Learner]) -> Result<(bool, R)>) -> Result<R> {
+        let state = &mut *self.write();
+        let (changed, out) = f(&mut state.learners)?;
+        if changed {
+            state.version += 1;
+            state.counters.apply += 1;
+        }
+        Ok(out)
+    }
+
+    /// Lets readers see the weights rounded to `dtype` while learning goes on in f32 (mixed precision), or
+    /// the f32 weights themselves. Rules keep their state.
+    pub fn set_storage(&self, dtype: Dtype) {
+        let state = &mut *self.write();
+        for learner in &mut state.learners {
+            learner.set_storage(dtype);
+        }
+        state.version += 1;
+    }
+}

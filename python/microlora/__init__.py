@@ -18,9 +18,11 @@ from microlora._core import (
 from microlora.adapter import Adapter, ModuleInfo, Snapshot
 from microlora.chain import LoraChain
 from microlora.config import InstantConfig, LoraConfig, LoraConfigBuilder
+from microlora.ewc import EwcPlusPlus
 from microlora.exceptions import MicroLoraError
 from microlora.feedback import Feedback
 from microlora.files import load, save
+from microlora.gram import Gram, collect_gram
 from microlora.metadata import AdapterMetadata, Metric
 from microlora.micro_lora import MicroLoRA, create_lora
 from microlora.progress import CancelToken, Progress
@@ -34,8 +36,10 @@ __all__ = [
     "AdapterMetadata",
     "CancelToken",
     "Contrastive",
+    "EwcPlusPlus",
     "Feedback",
     "Gradient",
+    "Gram",
     "InstantConfig",
     "LoraChain",
     "LoraConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "Target",
     "TargetModule",
     "__version__",
+    "collect_gram",
     "create_lora",
     "encoders",
     "exceptions",

@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
-    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single};
+    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single, write_file};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]

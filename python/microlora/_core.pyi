@@ -649,9 +649,7 @@ class Chain:
         """
     def gradients(
         self, x: ArrayLike, y: ArrayLike, weights: ArrayLike | None = None
-    ) -> tuple[
-        float, int, list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]]
-    ]:
+    ) -> tuple[float, int, list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]]]:
         """Mean gradient of the loss over the rows; nothing is learned.
 
         Args:
@@ -988,9 +986,9 @@ class Ewc:
         :meth:`start_new_task`.
         """
     def penalty_grad(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Gradient of :meth:`penalty`: ``{module: (of A (rank, in), of B (out, rank))}``, read-only arrays."""
+        """Gradient of :meth:`penalty`: ``{module: (of A (rank, in), of B (out, rank))}``, read-only."""
     def start_new_task(self) -> None:
-        """Ends the running task: its importance joins the earlier ones, the anchor moves to the present weights.
+        """Ends the running task: its importance joins the earlier ones, the anchor moves to the weights.
 
         Raises:
             ConfigError: Nothing was accumulated since the last task (kinds "l2" and "si" need no samples).
@@ -1005,7 +1003,7 @@ class Ewc:
             UnknownModuleError: No module of that name.
         """
     def moments(self, module: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
-        """Second moments that merging weighs by: means of ``x^2`` (in,) and ``g^2`` (out,), and their samples.
+        """Second moments that merging weighs by: means of ``x^2`` (in,) and ``g^2`` (out,), and samples.
 
         They are over all tasks so far, kept for every kind.
 

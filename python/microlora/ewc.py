@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import microlora._core as _core
 from microlora._checks import integer, read_json, real, text, wrong
-from microlora.exceptions import DTypeError, FormatError, ShapeError
+from microlora.exceptions import DTypeError, FeedbackError, FormatError, ShapeError
 from microlora.files import PathLike
 from microlora.gram import Gram
 from microlora.progress import CancelToken, Progress
@@ -26,9 +26,9 @@ Floats = NDArray[np.float32]
 class EwcPlusPlus(_core.Ewc):
     """Elastic weight consolidation and its relatives, in one unit: mean loss + ``lambda/2 sum F d^2``.
 
-    F is a mean over samples of squared per-sample gradients (never the square of a batch's mean), so lambda means
-    the same whatever the batch size. Forgetting gets less; it does not stop, and class-incremental tasks (new
-    classes in one head) are beyond every kind here.
+    F is a mean over samples of squared per-sample gradients (never the square of a batch's mean), so lambda
+    means the same whatever the batch size. Forgetting gets less; it does not stop, and class-incremental tasks
+    (new classes in one head) are beyond every kind here.
 
     =========  =======  =====================================================================================
     kind       lambda   importance F, and what it is about
@@ -44,8 +44,8 @@ class EwcPlusPlus(_core.Ewc):
     With ``anchors="online"`` a task adds ``F <- gamma F + F_task`` and the anchor moves to the latest weights
     (Schwarz 2018, arXiv 1805.06370; "delta" sums a and averages c). ``"separate"`` keeps every task's anchor:
     the sum of penalties stays two vectors for kinds on A and B, and grows by one pair of factors a task for
-    "delta". With ``fisher_decay=d`` F is a moving average over calls (a call is a batch), ``F <- d F + (1 - d)
-    F_batch``, bias-corrected and taken as it stands at a boundary, neither summed nor reset (EWC++, Chaudhry
+    "delta". With ``fisher_decay=d`` F is a moving average over calls (a call is a batch, in training a step is),
+    ``F <- d F + (1 - d) F_batch``, bias-corrected and taken as it stands at a boundary, neither summed nor reset (EWC++, Chaudhry
     2018, arXiv 1801.10112): it forgets old tasks' importance.
 
     Explicit gradient steps need ``ewc_lambda * max_importance * lr < 2`` for kinds on A and B; with
@@ -54,7 +54,7 @@ class EwcPlusPlus(_core.Ewc):
     Args:
         lora: A :class:`MicroLoRA` or :class:`LoraChain`. Its present weights begin the first task.
         ewc_lambda: Strength, 0 or above; None takes the table's. Other systems: an F summed over N samples
-            needs lambda N here; one of squared means of batches of b about 2 lambda / b where there is no 1/2.
+            needs lambda N here; squared means of batches of b without a 1/2 need about 2 lambda / b.
         kind: A row of the table.
         gamma: Share of the earlier importance that a new task leaves, 0 to 1.
         fisher: Outcomes that the squares are averaged over: ``"exact"`` (all, weighted by the model's
@@ -62,8 +62,8 @@ class EwcPlusPlus(_core.Ewc):
             up to 32 outcomes, else sample. Squared error counts as unit Gaussian noise.
         fisher_normalize: ``"max"`` divides a task's F by its largest value over all modules.
         fisher_decay: d of the moving average, between 0 and 1; None is a mean per task.
-        step: ``"gradient"``, or ``"proximal"``: ``th <- (th + lr lambda F th*) / (1 + lr lambda F)`` after the
-            optimiser's step; not for "delta".
+        step: ``"gradient"``, or ``"proximal"``: ``th <- (th + lr lambda F th*) / (1 + lr lambda F)`` after
+            the optimiser's step; not for "delta".
         anchors: ``"online"`` or ``"separate"``.
         fisher_samples: Most samples per module and task; later ones are ignored and counted.
         seed: Seed of drawn outcomes.
@@ -111,7 +111,9 @@ class EwcPlusPlus(_core.Ewc):
             gamma=real("gamma", gamma, "0 <= gamma <= 1"),
             fisher=text("fisher", fisher),
             fisher_normalize=text("fisher_normalize", fisher_normalize),
-            fisher_decay=None if fisher_decay is None else real("fisher_decay", fisher_decay, "0 < decay < 1"),
+            fisher_decay=None
+            if fisher_decay is None
+            else real("fisher_decay", fisher_decay, "0 < decay < 1"),
             step=text("step", step),
             anchors=text("anchors", anchors),
             fisher_samples=(
@@ -156,8 +158,8 @@ class EwcPlusPlus(_core.Ewc):
             x: float32 (in_features,) or (n, in_features).
             feedback: On a learner: a feedback object for one x; or per-sample gradients ``dL/dy`` (n,
                 out_features), not divided by n, with ``fisher="empirical"``; or (passes, n, out_features) of
-                gradients that the caller has weighted by the roots of its own probabilities. On a chain: labels
-                (n,) or targets (n, out). Kind "mas" needs none.
+                gradients that the caller has weighted by the roots of its own probabilities. On a chain:
+                labels (n,) or targets (n, out). Kind "mas" needs none.
             module: Name of the module; None where there is only one. Chains take all their layers.
             base: float32 (out_features,) or (n, out_features): output of the frozen layer.
             progress: Called with ``(done, total, message)`` between batches of a chain.
@@ -167,8 +169,8 @@ class EwcPlusPlus(_core.Ewc):
             FeedbackError: Feedback that is no likelihood (a gradient, a cosine target, a reward) where the
                 Fisher is not empirical.
             ShapeError: Widths or rows that do not fit.
-            NonFiniteError: NaN or infinity, or squares beyond float32. Nothing is counted in any error, except
-                that a chain keeps its batches of 256 before the bad one.
+            NonFiniteError: NaN or infinity, or squares beyond float32. Nothing is counted in any error,
+                except that a chain keeps its batches of 256 before the bad one.
         """
         if isinstance(self._target, _core.Chain):
             if module is not None or base is not None:
@@ -202,8 +204,8 @@ class EwcPlusPlus(_core.Ewc):
         array = np.asarray(feedback)
         if array.dtype.kind != "f":
             raise DTypeError(
-                f"feedback: got {type(feedback).__name__} of dtype {array.dtype}, expected a feedback object or "
-                "an array of gradients"
+                f"feedback: got {type(feedback).__name__} of dtype {array.dtype}, expected a feedback object "
+                "or an array of gradients"
             )
         if array.ndim == 3 and len(array):
             return list(array)
@@ -211,12 +213,10 @@ class EwcPlusPlus(_core.Ewc):
             raise ShapeError(f"feedback: got shape {array.shape}, expected (n, out) or (passes, n, out)")
         mode = self.settings["fisher"]
         if mode != "empirical" and self.kind != "mas":
-            from microlora.exceptions import FeedbackError
-
             raise FeedbackError(
-                f"feedback: bare gradients are no likelihood, so fisher={mode!r} has no probabilities for them: "
-                'make the consolidation with fisher="empirical", or pass (passes, n, out) with each pass weighted '
-                "by the roots of your own probabilities"
+                f"feedback: bare gradients are no likelihood, so fisher={mode!r} has no probabilities for "
+                'them: make the consolidation with fisher="empirical", or pass (passes, n, out) with each pass '
+                "weighted by the roots of your own probabilities"
             )
         return [array]
 
@@ -272,8 +272,8 @@ class EwcPlusPlus(_core.Ewc):
     def import_state(self, data: bytes) -> None:
         """Goes on bit for bit from :meth:`export_state`.
 
-        Strength, gamma, Fisher, step, sample cap and seed stay this one's own; kind, anchors, moving average and
-        normalisation must be equal, because the numbers mean something else otherwise.
+        Strength, gamma, Fisher, step, sample cap and seed stay this one's own; kind, anchors, moving average
+        and normalisation must be equal, because the numbers mean something else otherwise.
 
         Args:
             data: The bytes.
@@ -296,8 +296,8 @@ class EwcPlusPlus(_core.Ewc):
     def __repr__(self) -> str:
         """Settings and sizes, never numbers of the state."""
         return (
-            f"{type(self).__name__}(kind={self.kind!r}, ewc_lambda={self.ewc_lambda:g}, tasks={self.task_count}, "
-            f"samples={self.n_samples}, {self.memory_bytes:,} bytes)"
+            f"{type(self).__name__}(kind={self.kind!r}, ewc_lambda={self.ewc_lambda:g}, "
+            f"tasks={self.task_count}, samples={self.n_samples}, {self.memory_bytes:,} bytes)"
         )
 
 

@@ -80,7 +80,9 @@ class Gram:
         """
         rows = np.asarray(v, np.float64)
         if rows.ndim not in (1, 2) or rows.shape[-1] != self.features:
-            raise ShapeError(f"v: got shape {rows.shape}, expected ({self.features},) or (k, {self.features})")
+            raise ShapeError(
+                f"v: got shape {rows.shape}, expected ({self.features},) or (k, {self.features})"
+            )
         if self.dense is not None:
             return np.asarray(rows @ self.dense, np.float32)
         low = self._low()
@@ -205,9 +207,7 @@ def _shrink(rows: Wide, q: int) -> tuple[Wide, float]:
     return kept[::-1], float(max(values[-q - 1], 0.0))
 
 
-def collect_gram(
-    lora: _core.MicroLora, x: ArrayLike, module: str | None = None, *, q: int = 64
-) -> Gram:
+def collect_gram(lora: _core.MicroLora, x: ArrayLike, module: str | None = None, *, q: int = 64) -> Gram:
     """Second moments of the inputs of a module, ``X.T @ X / n``.
 
     The same for every adapter of a layer, so that merging can weigh their changes by what the layer reads

@@ -272,7 +272,8 @@ impl Ewc {
             return Ok(true);
         }
         let row = |g, w| Samples { x: e.x, g, u: e.u, w };
-        let magnitudes = self.settings.kind.row().statistic == Statistic::Magnitudes;
+        let statistic = self.settings.kind.row().statistic;
+        let magnitudes = statistic == Statistic::Magnitudes;
         let seen = &mut self.modules[module].seen;
         let (layer, s) = (e.layer, e.layer.scaling());
         let (rank, n_out) = (layer.rank(), layer.out_features());
@@ -301,8 +302,10 @@ impl Ewc {
                 self.scratch.resize(n_out + rank, 1.0);
                 let (ones, w) = self.scratch.split_at_mut(n_out);
                 ones.fill(1.0);
-                row_norms(k, &layer.b, w);
-                k.scale(s, w);
+                if statistic.needs_factors() {
+                    row_norms(&layer.b, w);
+                    k.scale(s, w);
+                }
                 seen.stage(k, &[row(ones, w)])?;
             }
             Some(feedback) if mode != super::Fisher::Empirical => {
@@ -478,7 +481,7 @@ impl Regularizer for Ewc {
 }
 
 /// `|row r|` of a factor.
-fn row_norms(_k: &Kernels, f: &Factor, out: &mut [f32]) {
+fn row_norms(f: &Factor, out: &mut [f32]) {
     let (w, g) = (f.stream(), f.geometry());
     for (r, out) in out.iter_mut().enumerate() {
         let mut acc = [0.0f32; crate::kernels::TILE];

@@ -101,6 +101,7 @@ impl PyEwc {
         Ok(PyEwc { inner: Arc::new(Mutex::new(Ewc::new(&lora, settings)?)), lora })
     }
 
+    /// `MicroLora.adapt` on its learner, and the squares of the same gradient, in one pass.
     #[pyo3(signature = (x, feedback, module = None, base = None))]
     fn adapt(
         &self,
@@ -199,11 +200,13 @@ impl PyEwc {
         })
     }
 
+    /// ``lambda Omega`` at the learner's present weights.
     fn penalty(&self) -> f64 {
         let masters = self.lora.masters();
         lock(&self.inner).penalty(self.kernels(), &masters)
     }
 
+    /// Gradient of the penalty: ``{module: (of A (rank, in), of B (out, rank))}``.
     fn penalty_grad<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let (masters, k, out) = (self.lora.masters(), self.kernels(), PyDict::new(py));
         for (m, (name, layer)) in self.lora.names().iter().zip(&masters).enumerate() {
@@ -213,6 +216,7 @@ impl PyEwc {
         Ok(out)
     }
 
+    /// Ends the running task: its importance joins the earlier ones, the anchor moves to the present weights.
     fn start_new_task(&self) -> PyResult<()> {
         let masters = self.lora.masters();
         Ok(lock(&self.inner).start_new_task(self.kernels(), &masters)?)
@@ -240,6 +244,7 @@ impl PyEwc {
         Ok((array(a)?, array(c)?, n))
     }
 
+    /// The state as safetensors bytes, with float32 tensors and a text that travel along.
     fn export<'py>(
         &self,
         py: Python<'py>,
@@ -254,6 +259,7 @@ impl PyEwc {
         Ok(PyBytes::new(py, &bytes))
     }
 
+    /// Takes ``export``'s bytes; returns what travelled along.
     fn restore<'py>(
         &self,
         py: Python<'py>,
@@ -270,36 +276,43 @@ impl PyEwc {
         Ok(EwcSettings::of_state(bytes_of(data)?)?.to_json())
     }
 
+    /// Settings as JSON.
     #[getter]
     fn settings_json(&self) -> String {
         lock(&self.inner).settings().to_json()
     }
 
+    /// Tasks closed so far.
     #[getter]
     fn task_count(&self) -> u64 {
         lock(&self.inner).task_count()
     }
 
+    /// Samples of the running task that were counted.
     #[getter]
     fn n_samples(&self) -> u64 {
         lock(&self.inner).samples()
     }
 
+    /// Samples of the running task beyond ``fisher_samples``.
     #[getter]
     fn ignored_samples(&self) -> u64 {
         lock(&self.inner).ignored()
     }
 
+    /// Largest F over all weights.
     #[getter]
     fn max_importance(&self) -> f64 {
         lock(&self.inner).max_importance()
     }
 
+    /// Whether the penalty pulls: a task is closed and lambda is above 0.
     #[getter]
     fn is_active(&self) -> bool {
         lock(&self.inner).is_active()
     }
 
+    /// Bytes resident, summed over modules.
     #[getter]
     fn memory_bytes(&self) -> usize {
         lock(&self.inner).memory_bytes()

@@ -31,13 +31,15 @@ LINK := import pathlib, sys, sysconfig; \
 
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
 BUILT := $(VENV)/.built
+# What the tests of this project use in .venv.
+TESTED := $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot $(VENV)/.extra-data
 RUN_LOWEST := $(LOWEST)/bin/python
 RUN_ORACLE := $(ORACLE)/bin/python
 PYTHON_FILES := python tests benches examples docs .ci
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- Set-up ------------------------------------------------------------------------------------------------
 
@@ -73,7 +75,7 @@ $(BUILT): $(RUST_SOURCES) pyproject.toml $(VENV)/.maturin | tools
 
 $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 	@echo "== $(LOWEST): the lowest NumPy"
-	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot > $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot data > $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "$$($(LOWEST)/bin/python -c '$(PICK_LOWEST)')" -r $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
@@ -106,7 +108,7 @@ test-rust: tools ## Tests of the crate alone, without Python
 	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked; else cargo test --locked --lib --tests; fi
 	@cargo test --locked --doc
 
-test-python: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot
+test-python: $(BUILT) $(TESTED)
 	@$(PY) -c 'import numpy, microlora._core as c; print("== pytest, NumPy", numpy.__version__, "with", *c.available_isas())'
 	@$(PY) -m pytest -q
 
@@ -114,7 +116,7 @@ test-lowest: $(BUILT) $(LOWEST)/.ready
 	@$(RUN_LOWEST) -c 'import numpy; print("== pytest, NumPy", numpy.__version__)'
 	@$(RUN_LOWEST) -m pytest -q
 
-test-slow: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## Slow tests too, with 2,000 examples a property
+test-slow: $(BUILT) $(TESTED) ## Slow tests too, with 2,000 examples a property
 	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle' --timeout 3600
 
 test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
@@ -123,7 +125,7 @@ test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
 # --- Checks of the sources ---------------------------------------------------------------------------------
 
 .PHONY: lint format
-lint: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## rustfmt, clippy, ruff, mypy, stubtest, documented names
+lint: $(BUILT) $(TESTED) ## rustfmt, clippy, ruff, mypy, stubtest, documented names
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --all-targets --features python -- -D warnings
@@ -139,7 +141,7 @@ format: tools $(VENV)/.extra-test ## Rewrite the sources in the house format
 	$(PY) -m ruff format $(wildcard $(PYTHON_FILES))
 
 .PHONY: coverage
-coverage: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot ## Lines covered, Rust and Python together; fails under 90 %
+coverage: $(BUILT) $(TESTED) ## Lines covered, Rust and Python together; fails under 90 %
 	@$(PY) .ci/coverage.py --fail-under 90
 
 # --- Speed -------------------------------------------------------------------------------------------------
@@ -157,10 +159,17 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science docs clean
+.PHONY: science science-learning docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
+	@$(PY) docs/build.py
+
+science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here and in NumPy, for docs/learning.md
+	@mkdir -p docs/data build
+	@PYTHONPATH=benches/science $(PY) -m continual.run --out build/continual.jsonl
+	@PYTHONPATH=benches/science $(PY) -m continual.table build/continual.jsonl --json docs/data/continual.json
+	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
 	@$(PY) docs/build.py
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md

@@ -68,6 +68,44 @@ def feedback_block(lines: list[dict[str, Any]]) -> str:
     return table(["feedback, rule", "after 10 events", "after all", "share of target, RLS"], rows)
 
 
+def continual_block(data: dict[str, Any]) -> str:
+    """Task after task: accuracy, differences on the same seeds, time, and what was asked for."""
+    where, seeds = data["environment"], data["seeds"]
+    engine = {"native": "microlora", "reference": "the NumPy reference"}[data["shown"]]
+    targets = table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]])
+    parts = [
+        f"Accuracy of {engine}; mean ± standard deviation over seeds {seeds[0]} to {seeds[-1]}.",
+        table(data["accuracy"]["head"], data["accuracy"]["rows"]),
+        "The same seeds, splits, starts and batches against each other:",
+        table(data["paired"]["head"], data["paired"]["rows"]),
+        "microlora against the NumPy reference, and seconds of training and consolidation per run (median):",
+        table(data["engines"]["head"], data["engines"]["rows"]),
+        targets,
+        f"{data['runs']} runs, two at a time, one thread each, on {where['cpu']}; microlora "
+        f"{where['microlora']}, Python {where['python']}, NumPy {where['numpy']} with {where['blas']}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def presets_block(lines: list[dict[str, Any]]) -> str:
+    """Held-out loss of every adapter on every task, and how near its own one comes to the best possible."""
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        tasks.setdefault(line["task"], {})[line["adapter"]] = line
+    names, rows = list(tasks), []
+    for task, row in tasks.items():
+        lowest, own = min(r["loss"] for r in row.values()), row[task]
+        cells = [f"{row[n]['loss']:.3f}" for n in names]
+        cells = [f"**{c}**" if row[n]["loss"] == lowest else c for n, c in zip(names, cells, strict=True)]
+        reached = (own["untrained"] - own["loss"]) / (own["untrained"] - own["best"])
+        distance = f"{own['loss'] - own['best']:+.3f}"
+        rows.append(
+            [task, *cells, f"{own['untrained']:.3f}", f"{own['best']:.3f}", distance, f"{reached:.1%}"]
+        )
+    head = ["task", *names, "untrained", "best possible", "own above it", "of the way"]
+    return table(head, rows)
+
+
 def performance(data: dict[str, Any]) -> str:
     """The whole page of measurements."""
     out = [
@@ -112,6 +150,12 @@ def pages() -> dict[Path, str]:
     ]
     learning = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
     learning = inject(learning, "feedback", feedback_block(feedback))
+    if (DATA / "continual.json").exists():
+        continual = json.loads((DATA / "continual.json").read_text(encoding="utf-8"))
+        learning = inject(learning, "continual", continual_block(continual))
+    if (DATA / "presets.jsonl").exists():
+        presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
+        learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))

@@ -69,3 +69,55 @@ metadata = st.builds(
     created=st.just("") | st.datetimes().map(lambda when: when.isoformat() + "Z"),
     parents=tuples_of_texts,
 )
+
+
+@st.composite
+def training_configs(draw):
+    from microlora.training import OPTIMIZERS, LearningRateSchedule, TrainingConfig
+
+    schedule = draw(st.sampled_from(["constant", "warmup_constant", "linear", "cosine", "step", "one_cycle"]))
+    rate = draw(st.floats(1e-6, 1.0))
+    warm = {"constant": 0, "one_cycle": 0, "warmup_constant": 5}.get(schedule, draw(st.integers(0, 50)))
+    uses_low = schedule not in ("constant", "one_cycle")
+    low = rate * draw(st.floats(0.0, 1.0)) if uses_low else 0.0
+    optimizer = OPTIMIZERS[draw(st.sampled_from(sorted(OPTIMIZERS)))]
+    return TrainingConfig(
+        batch_size=draw(st.integers(1, 512)),
+        epochs=draw(st.integers(1, 10)),
+        max_steps=draw(st.none() | st.integers(1, 10**6)),
+        learning_rate=rate,
+        schedule=LearningRateSchedule(schedule, min_lr=low),
+        warmup=warm,
+        epoch_decay=draw(st.floats(0.1, 1.0)),
+        optimizer=optimizer(lora_plus_ratio=draw(st.floats(1e-3, 1e3))),
+        weight_decay=draw(st.none() | st.floats(0.0, 1.0)),
+        gradient_accumulation=draw(st.integers(1, 16)),
+        max_grad_norm=draw(st.none() | st.floats(1e-3, 1e3)),
+        quality_threshold=draw(st.floats(0.0, 1.0, exclude_max=True)),
+        ewc_lambda=draw(st.none() | st.floats(0.0, 1e6)),
+        ewc_kind=draw(st.sampled_from(["delta", "factor", "l2", "si", "mas"])),
+        online_ewc_gamma=draw(st.floats(0.0, 1.0)),
+        fisher=draw(st.sampled_from(["auto", "exact", "sample", "empirical"])),
+        fisher_samples=draw(st.none() | st.integers(1, 10**6)),
+        incremental_update=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**63 - 1)),
+    )
+
+
+@st.composite
+def run_configs(draw):
+    from microlora.training import AdapterTrainingConfig
+
+    folder = draw(st.none() | full_texts)
+    return AdapterTrainingConfig(
+        training=draw(training_configs()),
+        epochs=draw(st.integers(1, 100)),
+        validation_interval=draw(st.none() | st.integers(1, 1000)),
+        early_stopping_patience=draw(st.integers(0, 20)),
+        min_improvement=draw(st.floats(0.0, 1.0, exclude_max=True)),
+        gradient_checkpointing=draw(st.booleans()),
+        mixed_precision=draw(st.sampled_from([None, "bf16", "f16"])),
+        save_best=draw(st.booleans()),
+        output_dir=folder,
+        checkpoint_every=None if folder is None else draw(st.none() | st.integers(1, 1000)),
+    )

@@ -1,11 +1,13 @@
 """LoraChain: forward, gradients, DoRA, checkpoints and training against a float64 twin."""
 
+import itertools
+
 import numpy as np
 import pytest
-from reference_chain import Twin, adamw
 
 import microlora as ml
 from microlora import _core, exceptions
+from reference_chain import Twin, adamw
 
 F = np.float32
 
@@ -16,7 +18,7 @@ def layers_of(rng, widths, bias=True):
             (rng.standard_normal((o, i)) / np.sqrt(i)).astype(F),
             (0.1 * rng.standard_normal(o)).astype(F) if bias else None,
         )
-        for i, o in zip(widths, widths[1:], strict=False)
+        for i, o in itertools.pairwise(widths)
     ]
 
 
@@ -111,8 +113,8 @@ def test_checkpointing_halves_the_peak_of_a_deep_chain():
         x = rng.standard_normal((32, 64)).astype(F)
         return chain.gradients(x, rng.integers(0, 64, 32))[1]
 
-    assert peak(16, True) <= 0.55 * peak(16, False)
-    assert peak(36, True) <= 0.5 * peak(36, False)
+    assert peak(16, True) <= 0.5 * peak(16, False)
+    assert peak(36, True) <= 0.35 * peak(36, False)
 
 
 def test_training_is_adamw_on_the_mean_gradient():
@@ -191,9 +193,7 @@ def test_clipping_scales_the_mean_gradient_to_the_norm(rows):
     _, _, gradients = chain.gradients(x[:rows], y[:rows])
     norm = np.sqrt(sum(float((g.astype(float) ** 2).sum()) for pair in gradients for g in pair[:2]))
     optimizer = _core.Optimizer(chain, "sgd")
-    _, norms = optimizer.train(
-        chain, x, y, np.arange(rows), [1.0], batch_size=rows, max_grad_norm=norm / 4
-    )
+    _, norms = optimizer.train(chain, x, y, np.arange(rows), [1.0], batch_size=rows, max_grad_norm=norm / 4)
     assert norms[0] == pytest.approx(norm, rel=1e-5)
     for (name, old), (ga, gb, _) in zip(before.items(), gradients, strict=True):
         for now, was, g in zip(chain.factors()[name], old, (ga, gb), strict=True):
@@ -231,12 +231,13 @@ def test_refusals():
         ml.LoraChain([(layers[0][0] * np.inf, None)], rank=4)
     dora = ml.LoraChain(layers, rank=[5, 4], use_dora=True)
     with pytest.raises(exceptions.UnsupportedVariantError, match="fuse"):
-        dora.lora  # noqa: B018
+        dora.lora
     plain = ml.LoraChain(layers, rank=[5, 4])
     with pytest.raises(exceptions.ConfigError, match="rank"):
         ml.LoraChain(layers, rank=[5])
     with pytest.raises(exceptions.ConfigError, match="rank"):
-        ml.LoraChain(layers, rank=5)
+        ml.LoraChain(layers, rank=[5, 5])
+    assert [a.shape[0] for a, _ in ml.LoraChain(layers, rank=5).factors().values()] == [5, 4]
     with pytest.raises(exceptions.ConfigError, match="DoRA"):
         plain.restore(dora.snapshot())
     with pytest.raises(exceptions.ConfigError, match="magnitudes"):
@@ -248,7 +249,7 @@ def test_refusals():
 
 
 def test_narrow_storage_keeps_a_float32_master():
-    chain, x, y = chain_of(seed=7)
+    chain, x, _ = chain_of(seed=7)
     exact = chain.forward(x)
     chain.set_storage("bf16")
     rounded = chain.forward(x)

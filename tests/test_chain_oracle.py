@@ -1,5 +1,7 @@
 """LoraChain against torch autograd, and its DoRA against PEFT's."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def torch_network(activation="relu"):
     torch.manual_seed(0)
     act = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "tanh": torch.nn.Tanh}[activation]
     layers = []
-    for i, o in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for i, o in itertools.pairwise(WIDTHS):
         layers += [torch.nn.Linear(i, o), act()]
     return torch.nn.Sequential(*layers[:-1])
 

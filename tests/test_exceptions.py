@@ -17,6 +17,7 @@ BUILTIN = {
     "ShapeError": ValueError,
     "DTypeError": TypeError,
     "NonFiniteError": ValueError,
+    "SampleError": ValueError,
     "LayoutError": ValueError,
     "ConfigError": ValueError,
     "UnknownModuleError": KeyError,
@@ -26,6 +27,7 @@ BUILTIN = {
     "UnsupportedVariantError": ValueError,
     "DeviceError": RuntimeError,
     "MissingExtraError": ImportError,
+    "LeakageError": ValueError,
 }
 
 
@@ -54,6 +56,15 @@ def test_every_error_is_the_builtin_a_caller_expects(name):
 def test_every_error_is_documented_and_empty_is_fine(error):
     assert inspect.getdoc(error)
     assert str(error()) in ("", "()")
+
+
+def test_a_sample_error_carries_its_place():
+    raised = exceptions.SampleError("x: row 7 contains NaN", row=7, steps_done=3, sample_id="a")
+    again = pickle.loads(pickle.dumps(raised))
+    for error in (raised, again):
+        assert (error.row, error.steps_done, error.sample_id) == (7, 3, "a")
+        assert str(error) == "x: row 7 contains NaN"
+    assert exceptions.SampleError("text", 4, 2).row == 4
 
 
 def test_the_warning_is_a_warning():

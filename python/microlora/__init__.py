@@ -29,11 +29,26 @@ from microlora.progress import CancelToken, Progress
 from microlora.target import TargetModule
 
 if TYPE_CHECKING:
+    from microlora import data as data
     from microlora import encoders as encoders
+    from microlora import training as training
+    from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
+    from microlora.training import (
+        AdapterTrainer,
+        AdapterTrainingConfig,
+        LearningEvent,
+        LearningRateSchedule,
+        TrainingConfig,
+        TrainingPipeline,
+        TrainingResult,
+    )
 
 __all__ = [
     "Adapter",
+    "AdapterDataset",
     "AdapterMetadata",
+    "AdapterTrainer",
+    "AdapterTrainingConfig",
     "CancelToken",
     "Contrastive",
     "EwcPlusPlus",
@@ -41,6 +56,8 @@ __all__ = [
     "Gradient",
     "Gram",
     "InstantConfig",
+    "LearningEvent",
+    "LearningRateSchedule",
     "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
@@ -54,11 +71,17 @@ __all__ = [
     "Reward",
     "Snapshot",
     "StepResult",
+    "SyntheticDataGenerator",
     "Target",
     "TargetModule",
+    "TrainingConfig",
+    "TrainingPipeline",
+    "TrainingResult",
+    "TrainingSample",
     "__version__",
     "collect_gram",
     "create_lora",
+    "data",
     "encoders",
     "exceptions",
     "load",
@@ -66,13 +89,32 @@ __all__ = [
     "presets",
     "save",
     "set_num_threads",
+    "training",
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Rooms that are only loaded when they are used."""
-    if name == "encoders":
-        import importlib
+_ROOMS = {
+    "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
+    "encoders": ("encoders",),
+    "training": (
+        "training",
+        "AdapterTrainer",
+        "AdapterTrainingConfig",
+        "LearningEvent",
+        "LearningRateSchedule",
+        "TrainingConfig",
+        "TrainingPipeline",
+        "TrainingResult",
+    ),
+}
 
-        return importlib.import_module("microlora.encoders")
+
+def __getattr__(name: str) -> object:
+    """Rooms, and names from them, that are only loaded when they are used."""
+    for room, names in _ROOMS.items():
+        if name in names:
+            import importlib
+
+            module = importlib.import_module(f"microlora.{room}")
+            return module if name == room else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

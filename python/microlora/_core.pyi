@@ -690,9 +690,9 @@ class Chain:
 class Optimizer:
     """Moments of one training run, and the compiled loop.
 
-    ``"sgd"`` and ``"momentum"`` are torch's ``SGD`` (weight decay added to the gradient), ``"adamw"`` is AdamW
-    (decoupled decay, arXiv 1711.05101). With ``lora_plus_ratio`` B learns at ratio times the rate of A (LoRA+,
-    arXiv 2402.12354).
+    ``"sgd"`` and ``"momentum"`` are torch's ``SGD`` (weight decay added to the gradient), ``"adamw"`` is
+    AdamW (decoupled decay, arXiv 1711.05101). With ``lora_plus_ratio`` B learns at ratio times the rate of A
+    (LoRA+, arXiv 2402.12354).
 
     Args:
         lora: The learner or chain whose shapes the moments take.
@@ -713,7 +713,7 @@ class Optimizer:
         kind: str,
         *,
         momentum: float = 0.9,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = ...,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         lora_plus_ratio: float = 1.0,
@@ -773,7 +773,7 @@ class Optimizer:
         Args:
             target: A learner (each module learns the same targets from the same inputs) or a chain.
             x: float32 (n, in).
-            y: float32 (n, out): targets with loss ``1/2 |base + dY - t|^2`` per row; or integers (n,): labels.
+            y: float32 (n, out): targets, loss ``1/2 |base + dY - t|^2`` per row; or integers (n,), labels.
             order: Integers: rows in the order of their visit.
             lrs: One learning rate per step: ``ceil(len(order) / (batch_size * accumulation))`` of them.
             batch_size: Rows of a batch; the last may be short.
@@ -825,7 +825,7 @@ def evaluate(
 def adapter_from_factors(
     modules: Sequence[tuple[str, ArrayLike, ArrayLike, float]], use_rslora: bool, dtype: str
 ) -> Adapter:
-    """An adapter from (name, A (rank, in), B (out, rank), alpha); see :meth:`microlora.Adapter.from_factors`."""
+    """An adapter from (name, A (rank, in), B (out, rank), alpha); see `microlora.Adapter.from_factors`."""
 
 def load(path: str | PathLike[str], mmap: bool, strict: bool) -> tuple[Adapter, list[str], list[str]]:
     """Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.

@@ -26,20 +26,22 @@ def layer_name(i: int) -> str:
 
 
 class LoraChain(_core.Chain):
-    """Frozen linear layers ``z = h W^T + b``, each with its own LoRA, an activation between them, a loss at the end.
+    """Frozen linear layers ``z = h W^T + b``, each with a LoRA, activations between them, a loss at the end.
 
     Forward, backward and training run in the compiled core; :class:`AdapterTrainer` and
-    :class:`TrainingPipeline` take a chain wherever they take a :class:`MicroLoRA`. The first forward equals the
-    frozen network exactly, because every B starts at 0.
+    :class:`TrainingPipeline` take a chain wherever they take a :class:`MicroLoRA`. The first forward equals
+    the frozen network exactly, because every B starts at 0.
 
     Args:
-        layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or None.
-        rank: Rank of every layer's adapter, or one per layer; at most the layer's smaller width.
+        layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or
+            None.
+        rank: Rank of every layer's adapter, cut to the smaller width where a layer is narrower; or one per
+            layer.
         alpha: Scaling numerator of every layer; None is twice each layer's rank.
         activation: ``"relu"``, ``"gelu"`` (exact, arXiv 1606.08415) or ``"tanh"``, between layers.
         head: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets; ``1/2 |z - t|^2`` per row).
-        use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal to
-            PEFT's; its norms come from the factors, and backward holds them constant, as the paper does.
+        use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal
+            to PEFT's; norms come from the factors, and backward holds them constant, as the paper does.
         use_rslora: Scaling ``alpha / sqrt(rank)``.
         dtype: How A and B are stored: ``"f32"``, ``"f16"`` or ``"bf16"`` (learning stays in float32).
         seed: Seed of A.
@@ -82,7 +84,8 @@ class LoraChain(_core.Chain):
         if not pairs:
             raise ConfigError("layers: got none, expected at least one")
         names = [layer_name(i) for i in range(len(pairs))]
-        ranks = [rank] * len(pairs) if isinstance(rank, int) else list(rank)
+        cut = [min(w.shape) for w, _ in pairs]
+        ranks = [min(rank, most) for most in cut] if isinstance(rank, int) else list(rank)
         if len(ranks) != len(pairs):
             raise ConfigError(f"rank: got {len(ranks)} ranks, expected one, or {len(pairs)} (one per layer)")
         first = ranks[0]
@@ -253,4 +256,3 @@ def _floats(arg: str, v: ArrayLike) -> Floats:
     if a.dtype.kind != "f":
         raise DTypeError(f"{arg}: got dtype {a.dtype}, expected float32")
     return np.ascontiguousarray(a, dtype=np.float32)
-

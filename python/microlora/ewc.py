@@ -27,8 +27,8 @@ class EwcPlusPlus(_core.Ewc):
     """Elastic weight consolidation and its relatives, in one unit: mean loss + ``lambda/2 sum F d^2``.
 
     F is a mean over samples of squared per-sample gradients (never the square of a batch's mean), so lambda
-    means the same whatever the batch size. Forgetting gets less; it does not stop, and class-incremental tasks
-    (new classes in one head) are beyond every kind here.
+    means the same whatever the batch size. Forgetting gets less; it does not stop, and class-incremental
+    tasks (new classes in one head) are beyond every kind here.
 
     =========  =======  =====================================================================================
     kind       lambda   importance F, and what it is about
@@ -44,9 +44,9 @@ class EwcPlusPlus(_core.Ewc):
     With ``anchors="online"`` a task adds ``F <- gamma F + F_task`` and the anchor moves to the latest weights
     (Schwarz 2018, arXiv 1805.06370; "delta" sums a and averages c). ``"separate"`` keeps every task's anchor:
     the sum of penalties stays two vectors for kinds on A and B, and grows by one pair of factors a task for
-    "delta". With ``fisher_decay=d`` F is a moving average over calls (a call is a batch, in training a step is),
-    ``F <- d F + (1 - d) F_batch``, bias-corrected and taken as it stands at a boundary, neither summed nor reset (EWC++, Chaudhry
-    2018, arXiv 1801.10112): it forgets old tasks' importance.
+    "delta". With ``fisher_decay=d`` F is a moving average over calls (in training over steps), ``F <- d F +
+    (1 - d) F_batch``, bias-corrected and taken as it stands at a boundary, neither summed nor reset (EWC++,
+    Chaudhry 2018, arXiv 1801.10112): it forgets old tasks' importance.
 
     Explicit gradient steps need ``ewc_lambda * max_importance * lr < 2`` for kinds on A and B; with
     ``step="proximal"`` any lambda is stable.
@@ -215,8 +215,8 @@ class EwcPlusPlus(_core.Ewc):
         if mode != "empirical" and self.kind != "mas":
             raise FeedbackError(
                 f"feedback: bare gradients are no likelihood, so fisher={mode!r} has no probabilities for "
-                'them: make the consolidation with fisher="empirical", or pass (passes, n, out) with each pass '
-                "weighted by the roots of your own probabilities"
+                'them: make the consolidation with fisher="empirical", or pass (passes, n, out) with each '
+                "pass weighted by the roots of your own probabilities"
             )
         return [array]
 

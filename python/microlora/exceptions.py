@@ -28,13 +28,15 @@ class SampleError(NonFiniteError):
         sample_id: The sample's id, where the data have ids.
     """
 
-    def __init__(self, message: str, row: int = 0, steps_done: int = 0, sample_id: str | None = None) -> None:
-        super().__init__(message, row, steps_done, sample_id)
+    def __init__(
+        self, *args: object, row: int = 0, steps_done: int = 0, sample_id: str | None = None
+    ) -> None:
+        # The core raises with (message, row, steps_done); only the message is an argument of the exception.
+        if len(args) == 3 and isinstance(args[1], int) and isinstance(args[2], int):
+            row, steps_done = args[1], args[2]
+            args = args[:1]
+        super().__init__(*args)
         self.row, self.steps_done, self.sample_id = row, steps_done, sample_id
-
-    def __str__(self) -> str:
-        """The message alone."""
-        return str(self.args[0])
 
 
 class LayoutError(MicroLoraError, ValueError):
@@ -82,6 +84,10 @@ class CancelledError(MicroLoraError):
 
 class MissingExtraError(MicroLoraError, ImportError):
     """A command needs an optional dependency; the message is the pip line that brings it."""
+
+
+class LeakageError(MicroLoraError, ValueError):
+    """Data held out is in the training part as well: a sample, a text or a variation; names both samples."""
 
 
 class UnusedTensorWarning(UserWarning):

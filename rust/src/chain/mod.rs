@@ -23,7 +23,6 @@ mod pass;
 pub use activation::Activation;
 pub use frozen::Frozen;
 pub use head::Head;
-pub use importance::Labels;
 pub use pass::Pass;
 
 /// Layers one after another; the weights that learn live in a [`MicroLora`] with one module per layer.

@@ -3,15 +3,13 @@
 use std::sync::Arc;
 
 use super::accumulator::{Accumulator, Dims};
-use super::fisher;
-use super::settings::{Anchors, EwcSettings, Normalize, Step};
-use super::{Boundary, Memory, Path, Statistic};
-use crate::chain::Labels;
+use super::fisher::{self, Labels, Passes};
+use super::settings::{Anchors, EwcSettings, Normalize};
+use super::{Boundary, Memory, Statistic};
 use crate::error::{Error, Result};
 use crate::factor::Factor;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
-use crate::learn::regularizer::Pair;
 use crate::learn::{Feedback, Regularizer, Samples};
 use crate::micro_lora::MicroLora;
 use crate::rng::Rng;
@@ -40,7 +38,7 @@ pub struct Ewc {
     pub(super) ignored: u64,
     pub(super) rng: Rng,
     /// Module of a staged event.
-    staged: Option<usize>,
+    pub(super) staged: Option<usize>,
     /// Work space of one event.
     scratch: Vec<f32>,
 }
@@ -107,25 +105,22 @@ impl Ewc {
         self.ignored
     }
 
-    /// Refuses a learner of other modules or shapes.
+    /// Refuses a learner of other modules or shapes. Its layers come as an argument, because a learner's lock
+    /// is always taken before a consolidation's.
     ///
     /// # Errors
     /// The first difference.
-    pub fn check_same(&self, lora: &MicroLora) -> Result<()> {
-        let names: Vec<_> = self.modules.iter().map(|m| m.name.as_str()).collect();
-        if names != lora.names().iter().map(String::as_str).collect::<Vec<_>>() {
-            return Err(Error::config(
-                "lora",
-                lora.names().join(", "),
-                format!("modules {}", names.join(", ")),
-            ));
+    pub fn check_same(&self, names: &[String], layers: &[Arc<Layer>]) -> Result<()> {
+        if !self.modules.iter().map(|m| &m.name).eq(names) {
+            let mine: Vec<_> = self.modules.iter().map(|m| m.name.as_str()).collect();
+            return Err(Error::config("ewc", format!("modules {}", mine.join(", ")), names.join(", ")));
         }
-        for (m, layer) in self.modules.iter().zip(lora.masters()) {
-            if m.seen.dims != Dims::of(&layer) || m.scaling != layer.scaling() {
+        for (m, layer) in self.modules.iter().zip(layers) {
+            if m.seen.dims != Dims::of(layer) || m.scaling != layer.scaling() {
                 let text =
                     |d: Dims, s: f32| format!("{} -> {}, rank {}, scaling {s}", d.n_in, d.n_out, d.rank);
-                let got = text(Dims::of(&layer), layer.scaling());
-                return Err(Error::shape(&m.name, got, text(m.seen.dims, m.scaling)));
+                let want = text(Dims::of(layer), layer.scaling());
+                return Err(Error::shape(format!("ewc: {}", m.name), text(m.seen.dims, m.scaling), want));
             }
         }
         Ok(())
@@ -222,9 +217,7 @@ impl Ewc {
         x: &[f32],
         passes: &[&[f32]],
     ) -> Result<()> {
-        if self.modules.iter().any(|m| m.seen.is_open()) {
-            return Err(Error::config("batch", "an open one", "none (training is in a step)"));
-        }
+        self.need_closed()?;
         let outcome = passes.iter().try_for_each(|g| self.observe_gradients(k, module, layer, x, g));
         match outcome {
             Ok(()) => self.seen(x.len() / layer.in_features()),
@@ -235,17 +228,23 @@ impl Ewc {
         }
     }
 
-    /// What a chain with so many outputs is asked for, by the settings' Fisher.
-    pub fn labels(&self, outcomes: usize) -> Labels {
-        match self.settings.kind.row().statistic {
-            Statistic::Magnitudes => Labels::Output,
-            _ => self.settings.fisher.labels(outcomes),
+    /// Passes over a head's output rows, by the settings' Fisher (or of `|y|^2` for kind "mas").
+    ///
+    /// # Errors
+    /// Labels that do not fit, NaN; another batch is open.
+    pub fn passes(&mut self, y: &[f32], width: usize, labels: Labels<'_>) -> Result<Passes> {
+        self.need_closed()?;
+        if self.settings.kind.row().statistic == Statistic::Magnitudes {
+            return Ok(Passes::of_norm(y, width));
         }
+        Passes::of_head(self.settings.fisher, &mut self.rng, y, width, labels)
     }
 
-    /// A generator of drawn labels that this consolidation goes on from.
-    pub fn rng(&mut self) -> &mut Rng {
-        &mut self.rng
+    fn need_closed(&self) -> Result<()> {
+        if self.modules.iter().any(|m| m.seen.is_open()) {
+            return Err(Error::config("batch", "an open one", "none (training is in a step)"));
+        }
+        Ok(())
     }
 
     // -- single events --
@@ -352,9 +351,7 @@ impl Ewc {
     /// Nothing was accumulated, and the kind measures samples ("l2" and "si" need none); an open batch;
     /// weights that are not finite. Nothing changes then.
     pub fn start_new_task(&mut self, k: &Kernels, layers: &[Arc<Layer>]) -> Result<()> {
-        if self.modules.iter().any(|m| m.seen.is_open()) {
-            return Err(Error::config("batch", "an open one", "seen(n) or discard() after observe"));
-        }
+        self.need_closed()?;
         let measures = self.settings.kind.row().statistic != Statistic::None;
         if measures && self.modules.iter().all(|m| m.seen.count() == 0) {
             return Err(Error::config(
@@ -412,71 +409,6 @@ impl Ewc {
     /// Resident bytes; anchors count whole, though they share the learner's memory until its next step.
     pub fn memory_bytes(&self) -> usize {
         self.modules.iter().map(|m| m.seen.memory_bytes() + m.memory.memory_bytes()).sum()
-    }
-}
-
-impl Regularizer for Ewc {
-    fn is_active(&self) -> bool {
-        self.settings.lambda > 0.0 && self.modules.iter().any(|m| m.memory.is_set())
-    }
-
-    fn in_gradient(&self) -> bool {
-        self.settings.step == Step::Gradient
-    }
-
-    fn add_gradient(
-        &mut self,
-        k: &Kernels,
-        module: usize,
-        layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
-    ) -> Result<()> {
-        if self.settings.lambda > 0.0 && self.in_gradient() {
-            self.modules[module].memory.add_gradient(k, self.settings.lambda, layer, ga, gb);
-        }
-        Ok(())
-    }
-
-    /// `th <- (th + lr lambda F th*) / (1 + lr lambda F)` after the optimiser's step, where the settings ask
-    /// for it: stable whatever lambda.
-    fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
-        if self.settings.step == Step::Proximal && self.settings.lambda > 0.0 {
-            self.modules[module].memory.proximal(lr * self.settings.lambda, layer);
-        }
-    }
-
-    /// Adds rows to the open batch; a sample may have several, one per outcome of the exact Fisher, with g
-    /// scaled by the root of its probability. After an error the batch should be discarded.
-    fn observe(&mut self, k: &Kernels, module: usize, samples: Samples<'_>) -> Result<()> {
-        self.modules[module].seen.observe(k, &samples)
-    }
-
-    /// Closes the open batch in every module that observed; nothing is closed in an error.
-    fn seen(&mut self, n: usize) -> Result<()> {
-        self.modules.iter().try_for_each(|m| m.seen.check_close(n))?;
-        let counted = self.modules.iter_mut().filter_map(|m| m.seen.close(n)).max();
-        if let Some(c) = counted {
-            self.samples += c;
-            self.ignored += n as u64 - c;
-        }
-        Ok(())
-    }
-
-    fn discard(&mut self) {
-        self.staged = None;
-        for m in &mut self.modules {
-            m.seen.discard();
-        }
-    }
-
-    fn uses_path(&self) -> bool {
-        self.settings.kind.row().path
-    }
-
-    fn path(&mut self, module: usize, gradient: Pair<'_>, before: Pair<'_>, after: Pair<'_>) {
-        let step = Path { gradient: gradient.into(), before: before.into(), after: after.into() };
-        self.modules[module].memory.path(&step);
     }
 }
 

@@ -1,10 +1,9 @@
-//! Over which outcomes an event's squared gradient is averaged: gradient rows of `-log p(outcome)`.
+//! Over which outcomes a squared gradient is averaged: gradient rows of `-log p(outcome)`, pass by pass.
 //!
-//! `F = E_x E_{y ~ model} [(d log p(y|x) / d th)^2]`. Rows of the exact Fisher carry the square root of their
-//! outcome's probability, so that the sum of their squares is the sample's share of F.
+//! `F = E_x E_{y ~ model} [(d log p(y|x) / d th)^2]`. A pass is one gradient row per sample; rows of the exact
+//! Fisher carry the square root of their outcome's probability, so that sums of squares over passes are F.
 
 use super::Fisher;
-use crate::chain::Labels;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::learn::feedback::{angular_gradient, cosines_of, sigmoid};
@@ -14,6 +13,33 @@ use crate::rng::Rng;
 /// Up to this many outcomes "auto" takes all of them.
 pub const EXACT_CLASSES: usize = 32;
 
+/// What a head's rows are compared with.
+#[derive(Clone, Copy, Debug)]
+pub enum Labels<'a> {
+    /// Class of each row, for a softmax head.
+    Classes(&'a [i64]),
+    /// Target rows `(n, width)`, for a head of unit Gaussians.
+    Targets(&'a [f32]),
+}
+
+#[derive(Debug)]
+enum Rows {
+    /// Probabilities, and the classes to take instead of all.
+    Classes { p: Vec<f32>, one: Option<Vec<usize>> },
+    /// Unit vectors in turn.
+    Units,
+    /// One given row per sample.
+    Given(Vec<f32>),
+}
+
+/// The passes of one batch.
+#[derive(Debug)]
+pub struct Passes {
+    n: usize,
+    width: usize,
+    rows: Rows,
+}
+
 impl Fisher {
     /// The mode that "auto" stands for with so many outcomes.
     pub fn resolve(self, outcomes: usize) -> Fisher {
@@ -21,15 +47,6 @@ impl Fisher {
             Fisher::Auto if outcomes <= EXACT_CLASSES => Fisher::Exact,
             Fisher::Auto => Fisher::Sample,
             other => other,
-        }
-    }
-
-    /// What a chain with so many outputs is asked for.
-    pub(super) fn labels(self, outcomes: usize) -> Labels {
-        match self.resolve(outcomes) {
-            Fisher::Sample => Labels::Sample,
-            Fisher::Empirical => Labels::Empirical,
-            Fisher::Exact | Fisher::Auto => Labels::Exact,
         }
     }
 }
@@ -62,6 +79,90 @@ fn draw(p: &[f32], rng: &mut Rng) -> usize {
 /// A vector of +1 and -1: the second moments of a unit Gaussian without its spread.
 fn signs(rng: &mut Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| if rng.uniform() < 0.5 { -1.0 } else { 1.0 }).collect()
+}
+
+impl Passes {
+    /// Passes of a head with output rows `y`, `(n, width)`: logits for classes, means for targets.
+    ///
+    /// # Errors
+    /// Labels that do not fit `y`, a class out of range; NaN or infinity.
+    pub fn of_head(mode: Fisher, rng: &mut Rng, y: &[f32], width: usize, labels: Labels<'_>) -> Result<Self> {
+        let n = y.len() / width;
+        let fits = |got: usize, want: usize| match got == want {
+            true => Ok(()),
+            false => Err(Error::shape("y", format!("{got} numbers"), format!("{want}"))),
+        };
+        if y.iter().any(|v| !v.is_finite()) {
+            return Err(Error::non_finite("x"));
+        }
+        let rows = match (labels, mode.resolve(width)) {
+            (Labels::Classes(labels), mode) => {
+                fits(labels.len(), n)?;
+                let p = softmax(y, width);
+                let in_range = |&c: &i64| match usize::try_from(c) {
+                    Ok(c) if c < width => Ok(c),
+                    _ => Err(Error::config("y", c, format!("a class from 0 to {}", width - 1))),
+                };
+                let observed = labels.iter().map(in_range).collect::<Result<Vec<_>>>()?;
+                let one = match mode {
+                    Fisher::Empirical => Some(observed),
+                    Fisher::Sample => Some(p.chunks_exact(width).map(|p| draw(p, rng)).collect()),
+                    _ => None,
+                };
+                Rows::Classes { p, one }
+            }
+            (Labels::Targets(t), mode) => {
+                fits(t.len(), y.len())?;
+                if t.iter().any(|v| !v.is_finite()) {
+                    return Err(Error::non_finite("y"));
+                }
+                match mode {
+                    Fisher::Empirical => Rows::Given(y.iter().zip(t).map(|(y, t)| y - t).collect()),
+                    Fisher::Sample => Rows::Given(signs(rng, y.len())),
+                    _ => Rows::Units,
+                }
+            }
+        };
+        Ok(Passes { n, width, rows })
+    }
+
+    /// The one pass of `|y|^2`, for kind "mas".
+    pub fn of_norm(y: &[f32], width: usize) -> Self {
+        let rows = Rows::Given(y.iter().map(|v| 2.0 * v).collect());
+        Passes { n: y.len() / width, width, rows }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match &self.rows {
+            Rows::Classes { one: None, .. } | Rows::Units => self.width,
+            _ => 1,
+        }
+    }
+
+    /// Gradient rows `(n, width)` of one pass.
+    ///
+    /// # Panics
+    /// When `out` has another length.
+    pub fn gradient(&self, pass: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.n * self.width);
+        match &self.rows {
+            Rows::Classes { p, one } => {
+                out.copy_from_slice(p);
+                for (i, row) in out.chunks_exact_mut(self.width).enumerate() {
+                    let class = one.as_ref().map_or(pass, |one| one[i]);
+                    let weight = if one.is_some() { 1.0 } else { row[class].sqrt() };
+                    row[class] -= 1.0;
+                    row.iter_mut().for_each(|v| *v *= weight);
+                }
+            }
+            Rows::Units => {
+                out.fill(0.0);
+                out.iter_mut().skip(pass).step_by(self.width).for_each(|v| *v = 1.0);
+            }
+            Rows::Given(rows) => out.copy_from_slice(rows),
+        }
+    }
 }
 
 /// Refuses feedback that is no likelihood where outcomes of the model are asked for.

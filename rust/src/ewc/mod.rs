@@ -7,16 +7,18 @@ mod accumulator;
 mod consolidation;
 mod delta;
 mod factor;
-mod fisher;
+pub mod fisher;
 mod l2;
 mod mas;
 mod quadratic;
+mod regularizer;
 mod settings;
 mod si;
 mod state;
 
 use std::fmt;
 
+pub use crate::learn::Samples;
 pub use consolidation::Ewc;
 pub(crate) use consolidation::Observed;
 pub use settings::{Anchors, EwcSettings, Fisher, Normalize, Step};

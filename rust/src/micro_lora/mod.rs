@@ -202,6 +202,11 @@ impl MicroLora {
         (modules.iter().map(|&m| Arc::clone(state.learners[m].layer())).collect(), state.enabled)
     }
 
+    /// The f32 weights that learning acts on, in the order of the names and of one version.
+    pub fn masters(&self) -> Vec<Arc<Layer>> {
+        self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
+    }
+
     /// `(in_features, out_features)` of a module.
     #[inline]
     pub fn shape(&self, module: usize) -> (usize, usize) {

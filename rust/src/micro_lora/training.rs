@@ -1,19 +1,11 @@
 //! What training needs of a learner: its f32 weights, and one locked edit per step.
 
-use std::sync::Arc;
-
 use super::MicroLora;
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::layer::Layer;
 use crate::learn::Learner;
 
 impl MicroLora {
-    /// The f32 weights of every module, of one and the same version.
-    pub fn masters(&self) -> Vec<Arc<Layer>> {
-        self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
-    }
-
     /// Looks at the learners, of one and the same version.
     pub(crate) fn inspect<R>(&self, f: impl FnOnce(&[Learner]) -> R) -> R {
         f(&self.read().learners)

@@ -73,21 +73,25 @@ impl PyChain {
         Ok(PyChain { inner, pass: Mutex::default() })
     }
 
+    /// Width of a row of x.
     #[getter]
     fn in_features(&self) -> usize {
         self.inner.in_features()
     }
 
+    /// Width of an output.
     #[getter]
     fn out_features(&self) -> usize {
         self.inner.out_features()
     }
 
+    /// Resident bytes of the frozen layers.
     #[getter]
     fn frozen_bytes(&self) -> usize {
         self.inner.frozen_bytes()
     }
 
+    /// Outputs of the network with its adapters.
     fn forward<'py>(&self, py: Python<'py>, x: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let x = input("x", x, Some(self.inner.in_features()), true)?;
         let data = x.as_slice();
@@ -134,6 +138,7 @@ impl PyChain {
         Ok((ws.mean_loss(), ws.peak_activation_bytes(), out))
     }
 
+    /// The layers with their adapters fused in.
     fn fuse<'py>(&self, py: Python<'py>) -> PyResult<Vec<ArrayPair<'py>>> {
         let fused = py.detach(|| self.inner.fuse());
         let arrays = fused.into_iter().zip(self.inner.frozen()).map(|((w, b), f)| {
@@ -148,6 +153,7 @@ impl PyChain {
         self.inner.magnitudes().iter().map(|m| read_only(py, m.to_vec(), &[m.len()])).collect()
     }
 
+    /// Replaces DoRA's magnitudes.
     fn set_magnitudes(&self, values: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let mut magnitudes = Vec::with_capacity(values.len());
         for (i, v) in values.iter().enumerate() {
@@ -161,6 +167,7 @@ impl PyChain {
         Ok(PyBytes::new(py, &self.inner.lora().snapshot().to_bytes()?))
     }
 
+    /// Takes what ``export_state`` gave.
     fn import_state(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let bytes = data
             .cast::<PyBytes>()

@@ -18,9 +18,7 @@ use crate::ewc::{Ewc, EwcSettings, Kind};
 use crate::factor::Factor;
 use crate::format::{Tensor, TensorDtype};
 use crate::kernels::Kernels;
-use crate::layer::Layer;
-use crate::learn::regularizer::Pair;
-use crate::learn::{Regularizer, Samples};
+use crate::learn::Regularizer;
 use crate::micro_lora::MicroLora;
 
 /// Name, shape and float32 bytes of a tensor that travels along.
@@ -31,12 +29,12 @@ type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 /// The compiled part of `microlora.EwcPlusPlus`.
 #[pyclass(name = "Ewc", module = "microlora._core", frozen, subclass)]
 pub(super) struct PyEwc {
-    inner: Arc<Mutex<Ewc>>,
+    pub inner: Arc<Mutex<Ewc>>,
     lora: Arc<MicroLora>,
 }
 
 // No call holds this lock while it waits for the GIL, so it may be waited for with the GIL held.
-fn lock(inner: &Mutex<Ewc>) -> MutexGuard<'_, Ewc> {
+pub(super) fn lock(inner: &Mutex<Ewc>) -> MutexGuard<'_, Ewc> {
     inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -184,19 +182,10 @@ impl PyEwc {
         cancel: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let chain = chain.get().inner();
-        lock(&self.inner).check_same(chain.lora())?;
         let rows = Rows::of(x, y, None, None)?;
         let data = rows.data();
         long_call(py, "accumulate_fisher", progress, cancel, |tick| {
-            let (labels, mut rng) = {
-                let ewc = &mut *lock(&self.inner);
-                (ewc.labels(chain.out_features()), ewc.rng().clone())
-            };
-            let mut shared = Shared(Arc::clone(&self.inner));
-            let outcome =
-                chain.accumulate_importance(&data, labels, &mut rng, &mut shared, &mut Pass::default(), tick);
-            *lock(&self.inner).rng() = rng;
-            outcome
+            chain.accumulate_importance(&data, &self.inner, &mut Pass::default(), tick)
         })
     }
 
@@ -323,66 +312,5 @@ fn bytes_of<'a>(data: &'a Bound<'_, PyAny>) -> PyResult<&'a [u8]> {
     match data.cast::<PyBytes>() {
         Ok(bytes) => Ok(bytes.as_bytes()),
         Err(_) => Err(DTypeError::new_err(format!("data: got {}, expected bytes", data.get_type()))),
-    }
-}
-
-/// A consolidation that training shares with its owner: locked call by call, inside the learner's lock.
-struct Shared(Arc<Mutex<Ewc>>);
-
-impl Regularizer for Shared {
-    fn is_active(&self) -> bool {
-        lock(&self.0).is_active()
-    }
-    fn in_gradient(&self) -> bool {
-        lock(&self.0).in_gradient()
-    }
-    fn add_gradient(
-        &mut self,
-        k: &Kernels,
-        module: usize,
-        layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
-    ) -> crate::Result<()> {
-        lock(&self.0).add_gradient(k, module, layer, ga, gb)
-    }
-    fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
-        lock(&self.0).proximal(module, lr, layer);
-    }
-    fn observe(&mut self, k: &Kernels, module: usize, samples: Samples<'_>) -> crate::Result<()> {
-        lock(&self.0).observe(k, module, samples)
-    }
-    fn seen(&mut self, n: usize) -> crate::Result<()> {
-        lock(&self.0).seen(n)
-    }
-    fn discard(&mut self) {
-        lock(&self.0).discard();
-    }
-    fn uses_path(&self) -> bool {
-        lock(&self.0).uses_path()
-    }
-    fn path(&mut self, module: usize, gradient: Pair<'_>, before: Pair<'_>, after: Pair<'_>) {
-        lock(&self.0).path(module, gradient, before, after);
-    }
-}
-
-/// The `ewc=` of a training call.
-pub(super) struct Anchor(Option<Shared>);
-
-impl Anchor {
-    /// Takes None or a consolidation of a learner with the same modules.
-    pub fn of(ewc: Option<&Bound<'_, PyAny>>, lora: &MicroLora) -> PyResult<Self> {
-        let Some(ewc) = ewc else { return Ok(Anchor(None)) };
-        let Ok(ewc) = ewc.cast::<PyEwc>() else {
-            let kind = ewc.get_type();
-            return Err(DTypeError::new_err(format!("ewc: got {kind}, expected an EwcPlusPlus or None")));
-        };
-        let inner = &ewc.get().inner;
-        lock(inner).check_same(lora)?;
-        Ok(Anchor(Some(Shared(Arc::clone(inner)))))
-    }
-
-    pub fn get(&mut self) -> Option<&mut dyn Regularizer> {
-        self.0.as_mut().map(|s| s as _)
     }
 }

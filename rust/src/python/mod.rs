@@ -6,6 +6,7 @@ compile_error!(
 );
 
 mod adapter;
+mod anchor;
 mod array;
 mod calls;
 mod chain;

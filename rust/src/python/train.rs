@@ -6,9 +6,9 @@ use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::anchor::Anchor;
 use super::dataset::{Rows, Target, integers};
 use super::error::ConfigError;
-use super::ewc::Anchor;
 use super::long::long_call;
 use super::micro_lora::PyMicroLora;
 use crate::error::Error;
@@ -71,6 +71,7 @@ impl PyOptimizer {
         Ok(PyOptimizer { inner: Mutex::new(Inner { optimizer, workspace: Workspace::default() }) })
     }
 
+    /// The rule.
     #[getter]
     fn kind(&self) -> &'static str {
         match self.lock().optimizer.settings.method {
@@ -80,21 +81,25 @@ impl PyOptimizer {
         }
     }
 
+    /// Steps taken.
     #[getter]
     fn steps(&self) -> u64 {
         self.lock().optimizer.steps
     }
 
+    /// Resident bytes of the moments.
     #[getter]
     fn memory_bytes(&self) -> usize {
         self.lock().optimizer.memory_bytes()
     }
 
+    /// Most bytes of a chain's activations that were alive at once.
     #[getter]
     fn peak_activation_bytes(&self) -> usize {
         self.lock().workspace.peak_activation_bytes()
     }
 
+    /// One step along the mean of the pending gradients.
     #[pyo3(signature = (lora, lr, *, max_grad_norm=None, ewc=None))]
     fn step(
         &self,
@@ -110,6 +115,7 @@ impl PyOptimizer {
         Ok((done.events, done.grad_norm))
     }
 
+    /// Steps over rows in a given order.
     #[pyo3(signature = (target, x, y, order, lrs, *, batch_size, accumulation=1, modules=None, weights=None,
         base=None, max_grad_norm=None, ewc=None, ewc_every=1, accumulate_fisher=false, progress=None, cancel=None))]
     #[allow(clippy::too_many_arguments)]
@@ -162,10 +168,12 @@ impl PyOptimizer {
         Ok((log.losses.into_pyarray(py), log.grad_norms.into_pyarray(py)))
     }
 
+    /// Moments, counts and settings.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &self.lock().optimizer.to_bytes()?))
     }
 
+    /// Goes on where ``to_bytes`` stood.
     fn restore(&self, data: &[u8]) -> PyResult<()> {
         self.lock().optimizer.restore(data)?;
         Ok(())

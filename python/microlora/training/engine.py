@@ -1,0 +1,127 @@
+"""What the loops ask of learners, chains, the optimiser and EWC, in one place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import microlora._core as _core
+from microlora._checks import wrong
+from microlora._core import Contrastive, FeedbackBase, Preference, Target
+from microlora.adapter import Snapshot
+from microlora.exceptions import ConfigError, DTypeError
+
+if TYPE_CHECKING:
+    from microlora.chain import LoraChain
+    from microlora.micro_lora import MicroLoRA
+    from microlora.training.config import TrainingConfig
+
+__all__ = ["Ewc", "Trainee", "learner_of", "make_ewc", "make_optimizer", "restore", "snapshot", "state_bytes"]
+
+Trainee = Any
+"""A `MicroLoRA` or a `LoraChain`."""
+
+State = Snapshot | bytes
+"""What `snapshot` gives: a learner's costs no copy until its next step, a chain's is bytes."""
+
+
+class Ewc(Protocol):
+    """What the loops use of `EwcPlusPlus`."""
+
+    @property
+    def task_count(self) -> int:
+        """Tasks that are anchored."""
+
+    def accumulate_fisher(self, x: Any, feedback: Any, module: str | None = None, base: Any = None) -> Any:
+        """Adds samples of the present task."""
+
+    def start_new_task(self) -> None:
+        """Anchors the present weights."""
+
+    def export_state(self) -> bytes:
+        """All of it."""
+
+    def import_state(self, data: bytes) -> None:
+        """Goes on from `export_state`."""
+
+
+def is_chain(target: object) -> bool:
+    """Whether ``target`` is a chain of layers."""
+    return isinstance(target, _core.Chain)
+
+
+def learner_of(target: Trainee) -> MicroLoRA:
+    """The learner that holds the weights: the target itself, or a chain's.
+
+    Raises:
+        DTypeError: ``target`` is neither.
+    """
+    if isinstance(target, _core.MicroLora):
+        return cast("MicroLoRA", target)
+    if is_chain(target):
+        # The public property refuses DoRA, whose factors mean nothing alone; here only dtypes are asked.
+        return cast("LoraChain", target)._lora
+    raise DTypeError(f"lora: got {type(target).__name__}, expected a MicroLoRA or a LoraChain")
+
+
+def can_estimate(config: TrainingConfig, feedback: FeedbackBase) -> bool:
+    """Whether the penalty can estimate importance from such feedback (a likelihood, unless empirical)."""
+    if config.ewc_kind == "mas" or config.fisher == "empirical":
+        return True
+    if isinstance(feedback, Target):
+        return feedback.loss == "mse"
+    return isinstance(feedback, Preference | Contrastive)
+
+
+def make_optimizer(target: Trainee, config: TrainingConfig) -> _core.Optimizer:
+    """An optimiser without moments yet."""
+    return _core.Optimizer(target, config.optimizer.kind, **config.optimizer_kwargs())
+
+
+def make_ewc(target: Trainee, config: TrainingConfig) -> Ewc | None:
+    """An EWC penalty without a task yet; None where the config turns it off, or leaves it open for DoRA.
+
+    Raises:
+        ConfigError: A lambda for a chain of DoRA layers.
+    """
+    if not config.ewc:
+        return None
+    if is_chain(target) and cast("LoraChain", target).use_dora:
+        if config.ewc_lambda is None:
+            return None
+        raise wrong("ewc_lambda", config.ewc_lambda, "None or 0 for a chain of DoRA layers")
+    import microlora
+
+    return cast(Ewc, cast(Any, microlora).EwcPlusPlus(target, **config.ewc_kwargs()))
+
+
+def snapshot(target: Trainee) -> State:
+    """The weights and all that learning remembers."""
+    if is_chain(target):
+        return cast("LoraChain", target).snapshot()
+    return learner_of(target).snapshot()
+
+
+def restore(target: Trainee, state: State) -> None:
+    """Goes back to a snapshot, or to the bytes of one; whole or not at all."""
+    if is_chain(target):
+        cast("LoraChain", target).restore(state_bytes(state))
+    else:
+        learner_of(target).restore(Snapshot(state) if isinstance(state, bytes) else state)
+
+
+def state_bytes(state: State) -> bytes:
+    """A snapshot as bytes."""
+    return state if isinstance(state, bytes) else state.to_bytes()
+
+
+def storage_of(target: Trainee) -> str:
+    """The storage dtype of all modules.
+
+    Raises:
+        ConfigError: They differ, so that it could not be put back after a run.
+    """
+    lora = learner_of(target)
+    dtypes = {lora[name].dtype for name in lora.modules()}
+    if len(dtypes) != 1:
+        raise ConfigError(f"mixed_precision: got modules of {', '.join(sorted(dtypes))}, expected one dtype")
+    return dtypes.pop()

@@ -1,0 +1,260 @@
+"""How rows reach the core: arrays in whole stretches of steps, other feedback sample by sample."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from microlora._core import Gradient, Optimizer, Target, evaluate
+from microlora.exceptions import ConfigError, NonFiniteError, SampleError, ShapeError
+from microlora.training import engine
+from microlora.training.events_in import InEvent, weighted
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from microlora.progress import CancelToken, Progress
+    from microlora.training.config import TrainingConfig
+    from microlora.training.rows import Rows
+
+    Log = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+__all__ = ["Feed", "feed_of"]
+
+
+class Feed(Protocol):
+    """What the loop needs of a dataset and a learner together.
+
+    Attributes:
+        estimates: Whether importance can be estimated from any of its rows.
+        has_loss: Whether any of its rows has a loss; bare gradients have none.
+    """
+
+    estimates: bool
+    has_loss: bool
+
+    def steps(
+        self,
+        optimizer: Optimizer,
+        ewc: engine.Ewc | None,
+        order: NDArray[np.int64],
+        lrs: NDArray[np.float64],
+        progress: Progress | None,
+        cancel: CancelToken | None,
+    ) -> Log:
+        """Makes the steps of these rows: loss (NaN where there is none) and gradient norm of each."""
+
+    def evaluate(self, cancel: CancelToken | None) -> float:
+        """Weighted mean loss of all rows; NaN where it is not finite."""
+
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        """Adds the first ``most`` of these rows that can be used to the importance of the present task."""
+
+
+class ArrayFeed:
+    """Rows of arrays through the core's own loop."""
+
+    estimates = has_loss = True
+
+    def __init__(self, target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None) -> None:
+        self._target, self._rows, self._config = target, rows, config
+        self._modules = None if engine.is_chain(target) else modules
+
+    def steps(
+        self,
+        optimizer: Optimizer,
+        ewc: engine.Ewc | None,
+        order: NDArray[np.int64],
+        lrs: NDArray[np.float64],
+        progress: Progress | None,
+        cancel: CancelToken | None,
+    ) -> Log:
+        x, y = self._rows.arrays
+        return optimizer.train(
+            self._target,
+            x,
+            y,
+            order,
+            lrs,
+            batch_size=self._config.batch_size,
+            accumulation=self._config.gradient_accumulation,
+            modules=self._modules,
+            weights=self._rows.weights,
+            max_grad_norm=self._config.max_grad_norm,
+            ewc=ewc,
+            progress=progress,
+            cancel=cancel,
+        )
+
+    def evaluate(self, cancel: CancelToken | None) -> float:
+        rows = self._rows
+        x, y = rows.arrays
+        if len(rows) != rows.total:
+            x, y = x[rows.kept], y[rows.kept]
+        try:
+            losses = evaluate(self._target, x, y, modules=self._modules, cancel=cancel)
+        except NonFiniteError:  # the arrays are finite, so it is the learner that is not
+            return math.nan
+        if rows.weights is None:
+            return float(losses.mean(dtype=np.float64))
+        weights = rows.weights[rows.kept].astype(np.float64)
+        return float((losses * weights).sum() / weights.sum())
+
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        rows = rows[:most]
+        x, y = self._rows.arrays
+        if engine.is_chain(self._target):
+            ewc.accumulate_fisher(x[rows], y[rows])
+            return
+        for row in rows:
+            feedback = Target(y[row])
+            for module in self._modules or ():
+                ewc.accumulate_fisher(x[row], feedback, module)
+
+
+class EventFeed:
+    """Samples with their own feedback through ``adapt``."""
+
+    def __init__(self, target: Any, rows: Rows, config: TrainingConfig) -> None:
+        if engine.is_chain(target):
+            raise ConfigError(
+                "dataset: got feedback sample by sample for a chain, expected targets or labels"
+            )
+        self._lora, self._rows, self._config = engine.learner_of(target), rows, config
+        waiting = [name for name in self._lora.modules() if self._lora[name].pending]
+        if waiting:
+            raise ConfigError(f"lora: got pending gradients in {', '.join(waiting)}, expected none")
+        assert rows.events is not None
+        self._events = rows.events
+        self._fits: dict[tuple[int, int], list[str]] = {}
+        for row in rows.kept:
+            self._modules(self._events[row])
+        feedback = [self._events[row].feedback for row in rows.kept]
+        self.estimates = any(engine.can_estimate(config, f) for f in feedback)
+        self.has_loss = any(not isinstance(f, Gradient) for f in feedback)
+
+    def _modules(self, event: InEvent) -> list[str]:
+        if event.module is not None:
+            return [event.module]
+        shape = (len(event.x), event.feedback.width)
+        if shape not in self._fits:
+            self._fits[shape] = fitting(self._lora, *shape)
+        return self._fits[shape]
+
+    def steps(
+        self,
+        optimizer: Optimizer,
+        ewc: engine.Ewc | None,
+        order: NDArray[np.int64],
+        lrs: NDArray[np.float64],
+        progress: Progress | None,
+        cancel: CancelToken | None,
+    ) -> Log:
+        losses = np.zeros(len(lrs), np.float32)
+        norms = np.zeros(len(lrs), np.float32)
+        size = self._config.step_size
+        for step, lr in enumerate(lrs):
+            if cancel is not None:
+                cancel.raise_if_cancelled("training")
+            rows = order[step * size : (step + 1) * size]
+            losses[step] = self._adapt(self._lora, rows, step)
+            _, norm = optimizer.step(self._lora, float(lr), max_grad_norm=self._config.max_grad_norm, ewc=ewc)
+            norms[step] = norm
+            if progress is not None:
+                progress(step + 1, len(lrs), "training")
+        return losses, norms
+
+    def _adapt(self, lora: Any, rows: NDArray[np.int64], steps_done: int) -> float:
+        """Shows rows to ``adapt``: their weighted mean loss, over modules and over those that have one."""
+        found: list[float] = []
+        for row in rows:
+            event = self._events[row]
+            for module in self._modules(event):
+                try:
+                    if event.weight == 1.0:
+                        loss = lora.adapt(event.x, event.feedback, module, event.base).loss_before
+                    else:
+                        loss, gradient = weighted(
+                            lora, event.x, event.feedback, module, event.base, event.weight
+                        )
+                        lora.adapt(event.x, gradient, module, event.base)
+                except NonFiniteError as error:
+                    lora.apply_updates(0.0)  # forgets the step's other rows
+                    raise SampleError(str(error), row=int(row), steps_done=steps_done) from error
+                if loss is not None:
+                    found.append(event.weight * loss)
+        return float(np.mean(found)) if found else math.nan
+
+    def evaluate(self, cancel: CancelToken | None) -> float:
+        if cancel is not None:
+            cancel.raise_if_cancelled("validation")
+        try:
+            return self._adapt(self._lora.copy(), self._rows.kept, 0)
+        except SampleError:
+            return math.nan
+
+    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+        events = (self._events[row] for row in rows)
+        usable = (e for e in events if engine.can_estimate(self._config, e.feedback))
+        for event in islice(usable, most):
+            for module in self._modules(event):
+                ewc.accumulate_fisher(event.x, event.feedback, module, event.base)
+
+
+def fitting(lora: Any, n_in: int, n_out: int) -> list[str]:
+    """The modules of these widths.
+
+    Raises:
+        ShapeError: None has them; the message lists the widths there are.
+    """
+    shapes = {name: (lora[name].in_features, lora[name].out_features) for name in lora.modules()}
+    found = [name for name, shape in shapes.items() if shape == (n_in, n_out)]
+    if not found:
+        have = ", ".join(f"{name} {i} -> {o}" for name, (i, o) in shapes.items())
+        raise ShapeError(f"dataset: got widths {n_in} -> {n_out}, expected those of a module: {have}")
+    return found
+
+
+def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None) -> Feed:
+    """The way these rows take to this learner.
+
+    Args:
+        target: A learner or a chain.
+        rows: The samples.
+        config: Batch sizes.
+        modules: The modules that learn from arrays; None takes those whose widths fit.
+
+    Raises:
+        ShapeError: No module has these widths.
+        UnknownModuleError: No such module.
+        ConfigError: Samples that this learner cannot take.
+    """
+    if rows.events is not None:
+        if modules is not None:
+            raise ConfigError(
+                "modules: got names with samples that have feedback of their own, expected None"
+            )
+        return EventFeed(target, rows, config)
+    if engine.is_chain(target):
+        if modules is not None:
+            raise ConfigError("modules: got names with a chain, expected None: all its layers learn")
+        return ArrayFeed(target, rows, config, None)
+    lora = engine.learner_of(target)
+    x, y = rows.arrays
+    if y.ndim != 2:
+        raise ConfigError("dataset: got labels, expected target vectors (labels need a LoraChain)")
+    if modules is None and rows.module is not None:
+        modules = [rows.module]
+    if modules is None:
+        modules = fitting(lora, x.shape[1], y.shape[1])
+    for name in modules:
+        handle = lora[name]
+        if (handle.in_features, handle.out_features) != (x.shape[1], y.shape[1]):
+            raise ShapeError(
+                f"dataset: got widths {x.shape[1]} -> {y.shape[1]}, expected those of {name}: "
+                f"{handle.in_features} -> {handle.out_features}"
+            )
+    return ArrayFeed(target, rows, config, list(modules))

@@ -1,0 +1,198 @@
+"""A dataset as the trainer sees it: arrays, or samples with feedback of their own; with ids and a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from microlora.exceptions import ConfigError, DTypeError, NonFiniteError, ShapeError
+from microlora.training.events_in import InEvent, event_weight, imitation_weights, of_sample
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Order = NDArray[np.int64]
+
+__all__ = ["Rows", "rows_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Samples to train or validate on.
+
+    Attributes:
+        x: float32 (n, in_features); None where the samples are ``events``.
+        y: float32 (n, out_features) targets or int64 (n,) labels; None likewise.
+        weights: float32 (n,), the quality's part included; None where all are 1.
+        events: Samples with their own feedback or module; None where there are arrays.
+        ids: Name of every row.
+        kept: int64: rows that count; the others have a quality below the threshold.
+        shuffled: The order of one epoch from seed and epoch.
+        fingerprint: Digest of all that is learned from.
+        module: The one module that every sample names; None where none does.
+        named: Whether the ids are the samples' own, and not their place in an array.
+    """
+
+    x: Array | None
+    y: Array | None
+    weights: NDArray[np.float32] | None
+    events: tuple[InEvent, ...] | None
+    ids: Callable[[], list[str]]
+    kept: Order
+    shuffled: Callable[[int, int], Order]
+    fingerprint: str
+    module: str | None = None
+    named: bool = True
+
+    def __len__(self) -> int:
+        """How many rows count."""
+        return len(self.kept)
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return len(self.events) if self.events is not None else len(self._x)
+
+    @property
+    def _x(self) -> Array:
+        assert self.x is not None
+        return self.x
+
+    @property
+    def arrays(self) -> tuple[Array, Array]:
+        """Inputs and targets of a dataset of arrays."""
+        assert self.y is not None
+        return self._x, self.y
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """The rows that count in the order of one epoch."""
+        order = np.asarray(self.shuffled(seed, epoch), np.int64)
+        if len(self.kept) == self.total:
+            return order
+        counts = np.zeros(self.total, np.bool_)
+        counts[self.kept] = True
+        return order[counts[order]]
+
+
+def permutation(n: int) -> Callable[[int, int], Order]:
+    """Orders of n rows: PCG64 of (seed, epoch)."""
+
+    def order(seed: int, epoch: int) -> Order:
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+        return generator.permutation(n).astype(np.int64)
+
+    return order
+
+
+def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
+    """The rows of an `AdapterDataset`, of ``(x, y)`` or ``(x, y, weights)``, or of a sequence of samples.
+
+    Raises:
+        ConfigError: No samples, none of enough quality, or samples that hold nothing to learn from.
+        ShapeError: Arrays of other shapes than these.
+        DTypeError: Not a dataset.
+        NonFiniteError: NaN or infinity in an array.
+    """
+    if isinstance(dataset, Rows):
+        return dataset
+    if isinstance(dataset, tuple) and len(dataset) in (2, 3):
+        rows = _of_arrays(name, *dataset)
+    elif hasattr(dataset, "arrays"):
+        rows = _of_dataset(dataset, threshold)
+    elif isinstance(dataset, list | tuple):
+        rows = _of_samples([of_sample(s) for s in dataset], [str(s.id) for s in dataset], threshold)
+    else:
+        raise DTypeError(
+            f"{name}: got {type(dataset).__name__}, expected an AdapterDataset, (x, y) or a list of samples"
+        )
+    if not rows.total:
+        raise ConfigError(f"{name}: got no samples, expected one or more")
+    if not len(rows):
+        raise ConfigError(f"{name}: got no sample of quality {threshold:g} or more, expected some")
+    return rows
+
+
+def _of_arrays(name: str, x: Any, y: Any, weights: Any = None) -> Rows:
+    inputs, targets = _floats(f"{name}[0]", x), np.asarray(y)
+    if inputs.ndim != 2:
+        raise ShapeError(f"{name}[0]: got shape {inputs.shape}, expected (n, in_features)")
+    if targets.dtype.kind in "iu" and targets.ndim == 1:
+        targets = np.ascontiguousarray(targets, np.int64)
+    else:
+        targets = _floats(f"{name}[1]", y)
+        if targets.ndim != 2:
+            raise ShapeError(
+                f"{name}[1]: got shape {targets.shape}, expected (n, out_features) or labels (n,)"
+            )
+    given = None if weights is None else _floats(f"{name}[2]", weights)
+    for i, array in ((1, targets), (2, given)):
+        if array is not None and array.shape[0] != len(inputs):
+            raise ShapeError(f"{name}[{i}]: got {array.shape[0]} rows, expected {len(inputs)} as in x")
+    n = len(inputs)
+    return Rows(
+        inputs, targets, given, None, lambda: [str(i) for i in range(n)], np.arange(n), permutation(n),
+        _digest([inputs, targets, given]), None, False,
+    )  # fmt: skip
+
+
+def _of_dataset(dataset: Any, threshold: float) -> Rows:
+    names = [m for m in dataset.modules if m is not None]
+    if not dataset.has_arrays or len(dataset.modules) > 1:
+        ids = dataset.texts("id")
+        events = [of_sample(sample) for sample in dataset]
+        return _of_samples(events, ids, threshold, dataset.order)
+    x, y, weights = dataset.arrays()
+    parts = imitation_weights(dataset.columns.quality[dataset.rows], threshold)
+    total = (weights * parts).astype(np.float32)
+    return Rows(
+        x, y, None if (total == 1.0).all() else total, None, lambda: dataset.texts("id"),
+        np.flatnonzero(parts > 0.0), dataset.order, _digest([x, y, total]), names[0] if names else None,
+    )  # fmt: skip
+
+
+def _of_samples(
+    events: list[InEvent],
+    ids: list[str],
+    threshold: float,
+    shuffled: Callable[[int, int], Order] | None = None,
+) -> Rows:
+    weights = [event_weight(e.quality, e.weight, e.feedback, threshold) for e in events]
+    weighed = tuple(e._replace(weight=w, quality=None) for e, w in zip(events, weights, strict=True))
+    kept = np.flatnonzero(np.asarray(weights) > 0.0)
+    digest = hashlib.blake2b(digest_size=16)
+    for event in weighed:
+        kind, values = event.feedback.__reduce__()
+        digest.update(np.asarray(event.x, np.float32).tobytes())
+        digest.update(f"{kind.__name__};{event.module};{event.weight};".encode())
+        for value in values:
+            digest.update(np.asarray(value).tobytes() if not isinstance(value, str) else value.encode())
+    order = permutation(len(events)) if shuffled is None else shuffled
+    return Rows(None, None, None, weighed, lambda: ids, kept, order, digest.hexdigest())
+
+
+def _floats(name: str, value: Any) -> Array:
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        raise DTypeError(f"{name}: got dtype {array.dtype}, expected floating point")
+    out = np.ascontiguousarray(array, np.float32)
+    finite = np.isfinite(out)
+    if not finite.all():
+        row = int(np.argwhere(~finite)[0][0])
+        raise NonFiniteError(f"{name}: got NaN or infinity in row {row}, expected finite numbers")
+    return out
+
+
+def _digest(arrays: list[Array | None]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        if array is None:
+            digest.update(b"none;")
+            continue
+        digest.update(f"{array.dtype.str}{array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,343 @@
+"""Whole training runs over a dataset: `AdapterTrainer`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import microlora._core as _core
+from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
+from microlora.training import bars, checkpoint, engine
+from microlora.training.callbacks import Callbacks
+from microlora.training.config import AdapterTrainingConfig
+from microlora.training.events import EventLog
+from microlora.training.feeds import feed_of
+from microlora.training.loop import Loop
+from microlora.training.result import TrainingHistory, TrainingResult
+from microlora.training.rows import Rows, rows_of
+
+if TYPE_CHECKING:
+    from microlora.progress import CancelToken, Progress
+
+__all__ = ["AdapterTrainer"]
+
+BEST_FILE = "best.safetensors"
+# What may differ between a run and the one that resumes it: it has no say in what is learned.
+_PLACES = ("output_dir", "checkpoint_every")
+
+_log = logging.getLogger(__name__)
+
+
+class AdapterTrainer(EventLog):
+    """Trains learners and chains on datasets, with validation, early stopping and checkpoints.
+
+    A trainer remembers what it trained: a further `train` of the same learner on other data is a new task, so
+    that with ``ewc_lambda`` above 0 the weights are first anchored where the earlier data need them. The
+    same data again go on with the same task.
+
+    Args:
+        config: Settings; None takes the defaults.
+        ewc: An `EwcPlusPlus` of the learner that will be trained, which knows earlier tasks.
+
+    Raises:
+        DTypeError: ``config`` is none.
+        ConfigError: ``ewc`` with ``ewc_lambda`` 0, which would not use it.
+
+    Example:
+        >>> import numpy as np, microlora as ml
+        >>> lora = ml.MicroLoRA(ml.LoraConfig(rank=2, target_modules=["q_proj"]), hidden_dim=8)
+        >>> x = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+        >>> result = ml.AdapterTrainer(ml.AdapterTrainingConfig.quick()).train(lora, (x, 0.1 * x))
+        >>> result.total_steps, result.stop_reason
+        (16, 'completed')
+    """
+
+    def __init__(self, config: AdapterTrainingConfig | None = None, ewc: engine.Ewc | None = None) -> None:
+        self.config = AdapterTrainingConfig() if config is None else config
+        if not isinstance(self.config, AdapterTrainingConfig):
+            raise DTypeError(f"config: got {type(config).__name__}, expected AdapterTrainingConfig")
+        if ewc is not None and not self.config.training.ewc:
+            raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
+        self._given_ewc = ewc
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets earlier runs, tasks and events; the learner keeps its weights."""
+        super().reset()
+        self._target: Any = None
+        self._ewc: engine.Ewc | None = None
+        self._optimizer: _core.Optimizer | None = None
+        self._task: str | None = None
+        self._before_fisher: bytes | None = None
+        self._history = TrainingHistory()
+
+    def history(self) -> TrainingHistory:
+        """Every epoch and every look at the validation set of the last run, whole or not."""
+        return self._history
+
+    @property
+    def ewc(self) -> engine.Ewc | None:
+        """The EWC penalty of the learner trained last; None where it is off."""
+        return self._ewc
+
+    def train(
+        self,
+        lora: Any,
+        dataset: Any,
+        validation: Any = None,
+        callbacks: Sequence[Any] | Callable[..., Any] = (),
+        progress: Progress | bool | None = None,
+        cancel: CancelToken | None = None,
+        resume: bool | str | os.PathLike[str] | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> TrainingResult:
+        """Trains on a dataset.
+
+        Args:
+            lora: A `MicroLoRA` or a `LoraChain`; its weights change step by step, while others may read it.
+            dataset: An `AdapterDataset`, ``(x, y)`` or ``(x, y, weights)`` with x float32 (n, in_features)
+                and y float32 (n, out_features) or int64 labels (n,), or a list of samples. A module's target
+                is that of dY, so the frozen layer's output is subtracted from it beforehand.
+            validation: The same for held-out data; None takes ``dataset.validation``, if there is one.
+            callbacks: See `microlora.training.callbacks`.
+            progress: A callable of ``(done, total, message)``, or True for a bar.
+            cancel: Looked at every few steps.
+            resume: The checkpoint of a run that was cut short, with the same settings, data and kind of
+                learner; True takes the one in ``output_dir`` and starts anew where there is none.
+            modules: Modules that learn from arrays; None takes all whose widths fit.
+
+        Returns:
+            What was done and measured.
+
+        Raises:
+            SampleError: A sample that cannot be learned from. Its step changed nothing, earlier ones stand.
+            CancelledError: ``cancel`` was set. The learner has the best weights by validation so far with
+                ``save_best``, otherwise the latest.
+            ConfigError: Settings that do not fit, shared samples in training and validation data, or a
+                checkpoint of other settings or data.
+            ShapeError: No module has the data's widths.
+            FormatError: A damaged checkpoint, or one of a newer version.
+            OSError: A file could not be written; the one before it is whole.
+        """
+        training = self.config.training
+        engine.learner_of(lora)
+        rows = rows_of("dataset", dataset, training.quality_threshold)
+        if validation is None:
+            validation = getattr(dataset, "validation", None)
+        held = None if validation is None else rows_of("validation", validation, training.quality_threshold)
+        _refuse_shared(rows, held)
+        names = None if modules is None else list(modules)
+        feed = feed_of(lora, rows, training, names)
+        watched = None if held is None else feed_of(lora, held, training, names)
+        if training.measures_importance and not feed.estimates:
+            raise ConfigError(
+                f"dataset: got no sample that fisher={training.fisher!r} can estimate importance from, "
+                "expected some, or fisher='empirical', or ewc_lambda=0"
+            )
+        if watched is not None and not watched.has_loss:
+            raise ConfigError("validation: got bare gradients alone, expected feedback that has a loss")
+        steps_per_epoch = -(-len(rows) // training.step_size)
+        whole = steps_per_epoch * self.config.epochs
+        schedule = training.bound_schedule(whole, steps_per_epoch)
+        self._check_flags(lora)
+        path = self._checkpoint_path(resume)
+        found = None if path is None else checkpoint.read(path)
+        about = self._about(rows, held)
+        if found is not None:
+            _refuse_other(str(path), found, about)
+        watchers = Callbacks(callbacks)
+        with bars.bar(progress) as report, self._storage(lora):
+            ewc, optimizer = self._begin(lora, rows, resumed=found is not None)
+            loop = Loop(
+                config=self.config,
+                target=lora,
+                rows=rows,
+                feed=feed,
+                validation=watched,
+                schedule=schedule,
+                optimizer=optimizer,
+                ewc=ewc,
+                callbacks=watchers,
+                progress=report,
+                cancel=cancel,
+                save_checkpoint=None,
+                on_best=self._on_best(),
+                total=whole if training.max_steps is None else min(whole, training.max_steps),
+            )
+            if self.config.checkpoint_every is not None:
+                place = self._output(checkpoint.FILE_NAME)
+                loop.save_checkpoint = lambda: checkpoint.write(place, loop.checkpoint(about))
+            if found is not None:
+                loop.resume(found)
+                self._before_fisher = None
+            try:
+                reason = loop.run()
+            except (CancelledError, KeyboardInterrupt) as error:
+                restored = self.config.save_best and loop.best is not None
+                if restored and loop.best is not None:
+                    engine.restore(lora, loop.best.state)
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                left = "best" if restored else "latest"
+                raise CancelledError(
+                    f"training was cancelled after step {loop.place.step}; the learner has the {left} weights"
+                ) from error
+            finally:
+                self._history = loop.history
+            return self._finish(loop, rows, reason)
+
+    # -- before a run --
+
+    def _check_flags(self, lora: Any) -> None:
+        """Flags that this learner cannot follow are refused."""
+        if engine.is_chain(lora) and self.config.gradient_checkpointing and not lora.gradient_checkpointing:
+            raise ConfigError(
+                "gradient_checkpointing: got True for a chain that was made without, "
+                "expected LoraChain(..., gradient_checkpointing=True)"
+            )
+
+    @contextlib.contextmanager
+    def _storage(self, lora: Any) -> Iterator[None]:
+        """Mixed precision for the run alone."""
+        wanted = self.config.mixed_precision
+        if wanted is None:
+            yield
+            return
+        before = engine.storage_of(lora)
+        lora.set_storage(wanted)
+        try:
+            yield
+        finally:
+            lora.set_storage(before)
+
+    def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[engine.Ewc | None, _core.Optimizer]:
+        """The penalty and the optimiser of this run; other data than the last run's are a new task."""
+        training = self.config.training
+        if self._target is not lora:
+            given, self._given_ewc = self._given_ewc, None
+            self._target, self._task, self._before_fisher, self._optimizer = lora, None, None, None
+            self._ewc = engine.make_ewc(lora, training) if given is None else given
+        elif self._ewc is not None and self._before_fisher is not None and not resumed:
+            if self._task == rows.fingerprint:
+                self._ewc.import_state(self._before_fisher)
+            else:
+                self._ewc.start_new_task()
+        self._before_fisher, self._task = None, rows.fingerprint
+        if self._optimizer is None or not training.incremental_update:
+            self._optimizer = engine.make_optimizer(lora, training)
+        return self._ewc, self._optimizer
+
+    def _about(self, rows: Rows, held: Rows | None) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _PLACES}
+        return {
+            "config": config,
+            "dataset": rows.fingerprint,
+            "validation": None if held is None else held.fingerprint,
+            "version": _core.__version__,
+            "isa": _core.isa(),
+        }
+
+    def _output(self, name: str) -> Path:
+        assert self.config.output_dir is not None
+        return Path(self.config.output_dir) / name
+
+    def _checkpoint_path(self, resume: bool | str | os.PathLike[str] | None) -> Path | None:
+        if resume is None or resume is False:
+            return None
+        if resume is not True:
+            return Path(resume)
+        if self.config.output_dir is None:
+            raise ConfigError("resume: got True without output_dir, expected one, or a checkpoint's path")
+        path = self._output(checkpoint.FILE_NAME)
+        return path if path.exists() else None
+
+    def _on_best(self) -> Callable[[engine.State], None] | None:
+        """Writes the best adapter where there is a folder for it."""
+        if self.config.output_dir is None or not self.config.save_best:
+            return None
+        path = self._output(BEST_FILE)
+
+        def write(state: engine.State) -> None:
+            checkpoint.write_atomic(path, [engine.state_bytes(state)])
+
+        return write
+
+    # -- after it --
+
+    def _finish(self, loop: Loop, rows: Rows, reason: str) -> TrainingResult:
+        stopped = reason in ("early_stopping", "diverged")
+        best = loop.best
+        restored = best is not None and (stopped or self.config.save_best)
+        if restored and best is not None:
+            engine.restore(loop.target, best.state)
+        elif reason == "diverged" and loop.start is not None:
+            engine.restore(loop.target, loop.start)
+        if reason == "diverged":
+            _log.warning("training diverged at step %d: the validation loss was not finite", loop.place.step)
+        self._accumulate(loop, rows)
+        return TrainingResult(
+            final_loss=loop.epochs[-1].train_loss,
+            best_val_loss=None if best is None else best.loss,
+            best_epoch=None if best is None else best.epoch,
+            best_step=None if best is None else best.step,
+            epochs_completed=loop.place.epoch,
+            total_steps=loop.place.step,
+            stop_reason=reason,
+            restored_best=restored,
+            history=loop.history,
+            peak_activation_bytes=loop.optimizer.peak_activation_bytes,
+            task=0 if self._ewc is None else self._ewc.task_count,
+        )
+
+    def _accumulate(self, loop: Loop, rows: Rows) -> None:
+        """Estimates what this task needs, at the weights that it ended with."""
+        if self._ewc is None:
+            return
+        training = self.config.training
+        before = self._ewc.export_state()
+        if training.measures_importance:
+            order = rows.order(training.seed, self.config.epochs)
+            loop.feed.accumulate_fisher(self._ewc, order, training.fisher_samples)
+        self._before_fisher = before
+
+
+def _refuse_shared(rows: Rows, held: Rows | None) -> None:
+    if held is None:
+        return
+    if held is rows or held.fingerprint == rows.fingerprint:
+        raise ConfigError("validation: got the training data themselves, expected other samples")
+    if not (rows.named and held.named):
+        return
+    shared = sorted(set(rows.ids()) & set(held.ids()))
+    if shared:
+        shown = ", ".join(map(repr, shared[:3])) + (", ..." if len(shared) > 3 else "")
+        raise ConfigError(
+            f"validation: got {len(shared)} samples that are training data too ({shown}), expected none"
+        )
+
+
+def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another run."""
+    missing = [key for key in (*about, "place", "stopping", "best", "history") if key not in found.state]
+    if missing:
+        raise FormatError(f"{path}: a checkpoint without {', '.join(missing)}")
+    theirs = found.state["config"]
+    ours = about["config"]
+    if theirs != ours:
+        changed = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
+        raise ConfigError(f"resume: {path} is of a run with other settings ({', '.join(changed)})")
+    for key in ("dataset", "validation"):
+        if found.state[key] != about[key]:
+            raise ConfigError(f"resume: {path} is of a run on other data ({key})")
+    for key in ("version", "isa"):
+        if found.state[key] != about[key]:
+            _log.warning(
+                "resume: %s was written with %s %s, this is %s: results agree, but not bit for bit",
+                path, key, found.state[key], about[key],
+            )  # fmt: skip

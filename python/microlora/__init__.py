@@ -18,9 +18,11 @@ from microlora._core import (
 from microlora.adapter import Adapter, ModuleInfo, Snapshot
 from microlora.chain import LoraChain
 from microlora.config import InstantConfig, LoraConfig, LoraConfigBuilder
+from microlora.ewc import EwcPlusPlus
 from microlora.exceptions import MicroLoraError
 from microlora.feedback import Feedback
 from microlora.files import load, save
+from microlora.gram import Gram, collect_gram
 from microlora.metadata import AdapterMetadata, Metric
 from microlora.micro_lora import MicroLoRA, create_lora
 from microlora.progress import CancelToken, Progress
@@ -49,8 +51,10 @@ __all__ = [
     "AdapterTrainingConfig",
     "CancelToken",
     "Contrastive",
+    "EwcPlusPlus",
     "Feedback",
     "Gradient",
+    "Gram",
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
@@ -75,6 +79,7 @@ __all__ = [
     "TrainingResult",
     "TrainingSample",
     "__version__",
+    "collect_gram",
     "create_lora",
     "data",
     "encoders",

@@ -20,6 +20,7 @@ __all__ = [
     "Adapter",
     "Chain",
     "Contrastive",
+    "Ewc",
     "FeedbackBase",
     "Gradient",
     "MicroLora",
@@ -44,6 +45,7 @@ __all__ = [
     "save_peft",
     "save_single",
     "set_num_threads",
+    "write_file",
 ]
 
 __version__: str
@@ -729,7 +731,7 @@ class Optimizer:
     def peak_activation_bytes(self) -> int:
         """Most bytes of a chain's activations and their gradients that were alive at once in its calls."""
     def step(
-        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Any = None
+        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Ewc | None = None
     ) -> tuple[int, float]:
         """One step along the mean of the gradients that ``lora.adapt`` left pending.
 
@@ -760,7 +762,7 @@ class Optimizer:
         weights: ArrayLike | None = None,
         base: ArrayLike | None = None,
         max_grad_norm: float | None = None,
-        ewc: Any = None,
+        ewc: Ewc | None = None,
         ewc_every: int = 1,
         accumulate_fisher: bool = False,
         progress: Progress | None = None,
@@ -896,3 +898,174 @@ def probe_fma_gflops(seconds: float) -> float:
 
 def probe_forward_ns(handle: ModuleHandle, seconds: float) -> float:
     """Nanoseconds of one forward of a module without Python, in ``seconds``."""
+
+def write_file(path: str | PathLike[str], data: bytes) -> None:
+    """Writes bytes through a temporary sibling and a rename.
+
+    Raises:
+        OSError: The system refused; an older file is left whole.
+    """
+
+@disjoint_base
+class Ewc:
+    """The compiled part of :class:`microlora.EwcPlusPlus`."""
+
+    def __new__(
+        cls,
+        lora: MicroLora,
+        *,
+        ewc_lambda: float | None,
+        kind: str,
+        gamma: float,
+        fisher: str,
+        fisher_normalize: str,
+        fisher_decay: float | None,
+        step: str,
+        anchors: str,
+        fisher_samples: int | None,
+        seed: int,
+    ) -> Self: ...
+    def adapt(
+        self, x: ArrayLike, feedback: FeedbackBase, module: str | None = None, base: ArrayLike | None = None
+    ) -> StepResult:
+        """:meth:`MicroLora.adapt` on its learner, and the squares of the same gradient, in one pass.
+
+        Args:
+            x: float32 (in_features,): the layer's input.
+            feedback: As in :meth:`MicroLora.instant`; with an exact or sampled Fisher a likelihood
+                (squared-error target, preference, contrastive).
+            module: Name of the module; None where there is only one.
+            base: float32 (out_features,): output of the frozen layer.
+
+        Returns:
+            Loss and gradient norms of the event; one that is not applied is not counted either.
+
+        Raises:
+            FeedbackError: Feedback that the Fisher cannot use; the message names the way out.
+            MicroLoraError: As :meth:`MicroLora.adapt`; nothing changes then.
+        """
+    def observe_event(
+        self, x: ArrayLike, feedback: FeedbackBase, module: str | None, base: ArrayLike | None
+    ) -> bool:
+        """One event for the importance alone; whether it had a direction and was counted.
+
+        Raises:
+            MicroLoraError: As :meth:`adapt`.
+        """
+    def observe_batch(
+        self,
+        x: ArrayLike,
+        passes: Sequence[ArrayLike] | None,
+        module: str | None,
+        base: ArrayLike | None,
+    ) -> None:
+        """One batch from per-sample output gradients, an array (n, out) a pass; None takes ``|y|^2``'s.
+
+        Raises:
+            ShapeError: Widths or rows that do not fit.
+            NonFiniteError: NaN or infinity, or squares beyond float32. Nothing changes in either error.
+        """
+    def observe_chain(
+        self,
+        chain: Chain,
+        x: ArrayLike,
+        y: ArrayLike,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        """Rows through a chain, with as many backwards as the Fisher has outcomes.
+
+        Raises:
+            SampleError: A row that is not finite; its batch is dropped.
+            CancelledError: The token was set; batches before stay counted.
+        """
+    def penalty(self) -> float:
+        """``lambda Omega`` at the learner's present weights.
+
+        Exactly 0 before the first task is closed, with lambda 0 and, with one anchor, right after
+        :meth:`start_new_task`.
+        """
+    def penalty_grad(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Gradient of :meth:`penalty`: ``{module: (of A (rank, in), of B (out, rank))}``, read-only."""
+    def start_new_task(self) -> None:
+        """Ends the running task: its importance joins the earlier ones, the anchor moves to the weights.
+
+        Raises:
+            ConfigError: Nothing was accumulated since the last task (kinds "l2" and "si" need no samples).
+            NonFiniteError: Weights that are not finite. Nothing changes in either error.
+        """
+    def task_fisher(self, module: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Importance measured so far in the running task: of A (rank, in) and of B (out, rank).
+
+        Means of squares for kind "factor", of magnitudes for "mas"; None without samples and for other kinds.
+
+        Raises:
+            UnknownModuleError: No module of that name.
+        """
+    def moments(self, module: str | None) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+        """Second moments that merging weighs by: means of ``x^2`` (in,) and ``g^2`` (out,), and samples.
+
+        They are over all tasks so far, kept for every kind.
+
+        Raises:
+            UnknownModuleError: No module of that name.
+        """
+    def export(self, extra: Sequence[tuple[str, Sequence[int], bytes]], note: str | None) -> bytes:
+        """The state as safetensors bytes, with float32 tensors and a text that travel along.
+
+        Raises:
+            ConfigError: A name twice.
+        """
+    def restore(self, data: bytes) -> tuple[list[tuple[str, list[int], bytes]], str | None]:
+        """Takes :meth:`export`'s bytes; returns what travelled along.
+
+        Raises:
+            FormatError: Not a state, or one of a newer version.
+            ConfigError: Another kind or other modules.
+            ShapeError: Other shapes. Nothing changes in any error.
+        """
+    @staticmethod
+    def settings_of(data: bytes) -> str:
+        """Settings of a state, as JSON.
+
+        Raises:
+            FormatError: Not a state, or one of a newer version.
+        """
+    @property
+    def settings_json(self) -> str:
+        """Settings as JSON."""
+    @property
+    def task_count(self) -> int:
+        """Tasks closed so far."""
+    @property
+    def n_samples(self) -> int:
+        """Samples of the running task that were counted."""
+    @property
+    def ignored_samples(self) -> int:
+        """Samples of the running task beyond ``fisher_samples``."""
+    @property
+    def max_importance(self) -> float:
+        """Largest F over all weights (for "delta" of the weight change; several anchors: an upper bound).
+
+        Explicit steps are stable while ``ewc_lambda * max_importance * lr < 2``.
+        """
+    @property
+    def is_active(self) -> bool:
+        """Whether the penalty pulls: a task is closed and lambda is above 0."""
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes resident, summed over modules.
+
+        With ``d = in + out``, ``t = 16 ceil(in / 16) + 16 ceil(out / 16)`` and ``p = 4 rank t``, a pair of
+        factors as they lie in memory:
+
+        - ``16 d + 4 t``: means of x^2 and g^2, and the open batch's sums;
+        - ``2 p`` more for "factor" and "mas": means of squares and the open batch's sums;
+        - ``2 p`` more for "si": path and the task's first weights;
+        - ``2 p`` more from the first closed task on for "factor", "l2", "si", "mas": importance and anchor,
+          whatever the number of tasks; ``p + 4 d`` an anchor for "delta" (one, or with separate anchors one
+          a task);
+        - ``128 d + 256 rank + 128`` more from the first single event on: 32 waiting rows.
+
+        Anchors count whole, though they share the learner's memory until its next step.
+        """

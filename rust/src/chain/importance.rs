@@ -1,28 +1,33 @@
 //! Importance of a chain's weights for data it has learned: per-sample gradients over model labels.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{Chain, Pass};
 use crate::error::{Error, Result};
 use crate::ewc::Ewc;
 use crate::ewc::fisher::Labels;
+use crate::learn::Regularizer;
 use crate::learn::train::{Data, Targets, Tick, Trainee};
 
 /// Rows that run at once.
 const BLOCK: usize = 256;
 
 impl Chain {
-    /// Runs forward and as many backwards as the Fisher has passes over all rows, into `ewc`.
+    /// Runs forward and as many backwards as the Fisher has passes over all rows, into `ewc`, which is locked
+    /// block by block.
     ///
     /// # Errors
     /// Data that do not fit, a row that is not finite (its block is not counted), a tick that refuses.
     pub fn accumulate_importance(
         &self,
         data: &Data<'_>,
-        ewc: &mut Ewc,
+        ewc: &Mutex<Ewc>,
         pass: &mut Pass,
         tick: &mut Tick<'_>,
     ) -> Result<()> {
         self.check(data)?;
-        ewc.check_same(&self.lora)?;
+        let masters = self.lora.masters();
+        ewc.lock().unwrap_or_else(PoisonError::into_inner).check_same(self.lora.names(), &masters)?;
         let (n_in, n_out) = (self.in_features(), self.out_features());
         for first in (0..data.rows).step_by(BLOCK) {
             tick(first, data.rows)?;
@@ -32,11 +37,10 @@ impl Chain {
                 Targets::Values(y) => Labels::Targets(&y[first * n_out..last * n_out]),
                 Targets::Labels(y) => Labels::Classes(&y[first..last]),
             };
-            let outcome = self.importance_of(x, labels, ewc, pass);
+            let outcome = self.importance_of(x, labels, last - first, ewc, pass);
             pass.hold = false;
             pass.clear();
             if let Err(e) = outcome {
-                ewc.discard();
                 return Err(match e {
                     Error::Sample { arg, row, reason, .. } => {
                         Error::Sample { arg, row: first + row, reason, steps_done: 0 }
@@ -44,28 +48,45 @@ impl Chain {
                     other => other,
                 });
             }
-            ewc.seen(last - first)?;
         }
         tick(data.rows, data.rows)
     }
 
-    fn importance_of(&self, x: &[f32], labels: Labels<'_>, ewc: &mut Ewc, pass: &mut Pass) -> Result<()> {
+    fn importance_of(
+        &self,
+        x: &[f32],
+        labels: Labels<'_>,
+        n: usize,
+        ewc: &Mutex<Ewc>,
+        pass: &mut Pass,
+    ) -> Result<()> {
+        // The learner's lock is never taken inside the consolidation's: its version is had before.
         let (k, version) = (self.lora.kernels(), self.version());
         let z = self.forward_tape(k, &version, x, true, pass)?;
+        let ewc = &mut *ewc.lock().unwrap_or_else(PoisonError::into_inner);
         let passes = ewc.passes(&z, self.out_features(), labels);
         pass.give(z);
         let passes = passes?;
-        for c in 0..passes.count() {
-            let mut g = pass.take(x.len() / self.in_features() * self.out_features());
-            passes.gradient(c, &mut g);
-            // With checkpoints a backward gives up its segments, so that forward has to lay them anew.
-            pass.hold = self.segment == 1;
-            self.backward(k, &version, x, g, pass, None, Some(&mut *ewc))?;
-            if self.segment > 1 && c + 1 < passes.count() {
-                let again = self.forward_tape(k, &version, x, true, pass)?;
-                pass.give(again);
+        let mut run = || -> Result<()> {
+            for c in 0..passes.count() {
+                let mut g = pass.take(n * self.out_features());
+                passes.gradient(c, &mut g);
+                // With checkpoints a backward gives up its segments, so that forward has to lay them anew.
+                pass.hold = self.segment == 1;
+                self.backward(k, &version, x, g, pass, None, Some(&mut *ewc))?;
+                if self.segment > 1 && c + 1 < passes.count() {
+                    let again = self.forward_tape(k, &version, x, true, pass)?;
+                    pass.give(again);
+                }
+            }
+            Ok(())
+        };
+        match run() {
+            Ok(()) => ewc.seen(n),
+            Err(e) => {
+                ewc.discard();
+                Err(e)
             }
         }
-        Ok(())
     }
 }

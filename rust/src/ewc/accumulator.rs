@@ -18,22 +18,20 @@ pub(crate) const ROWS: usize = 32;
 /// Products of sums of squares beyond this would leave f32 somewhere on the way.
 const LIMIT: f64 = 1e36;
 
-impl Samples<'_> {
-    /// Refuses what is not finite or cannot be squared in f32.
-    pub(crate) fn check(&self, k: &Kernels) -> Result<()> {
-        let [x, g, u, w] = [self.x, self.g, self.u, self.w].map(|v| f64::from(k.dot(v, v)));
-        for (arg, sum) in [("x", x), ("gradient", g)] {
-            if !sum.is_finite() && !k.all_finite(if arg == "x" { self.x } else { self.g }) {
-                return Err(Error::non_finite(arg));
-            }
+/// Refuses rows that are not finite or cannot be squared in f32.
+pub(crate) fn check(k: &Kernels, s: &Samples<'_>) -> Result<()> {
+    let [x, g, u, w] = [s.x, s.g, s.u, s.w].map(|v| f64::from(k.dot(v, v)));
+    for (arg, sum, v) in [("x", x, s.x), ("gradient", g, s.g)] {
+        if !sum.is_finite() && !k.all_finite(v) {
+            return Err(Error::non_finite(arg));
         }
-        // `!(a <= b)` also refuses NaN.
-        if !(x <= LIMIT && g <= LIMIT && x * w <= LIMIT && u * g <= LIMIT) {
-            let detail = ": the squares of its gradient would overflow float32".into();
-            return Err(Error::NonFinite { arg: "gradient".into(), detail });
-        }
-        Ok(())
     }
+    // `!(a <= b)` also refuses NaN.
+    if !(x <= LIMIT && g <= LIMIT && x * w <= LIMIT && u * g <= LIMIT) {
+        let detail = ": the squares of its gradient would overflow float32".into();
+        return Err(Error::NonFinite { arg: "gradient".into(), detail });
+    }
+    Ok(())
 }
 
 /// Widths of a module.
@@ -110,8 +108,8 @@ pub(crate) struct Accumulator {
     open: Option<[Factor; 2]>,
     /// Column sums of x^2 and g^2 of the open batch.
     columns: [Factor; 2],
-    /// Rows of each pass of the open batch, and passes.
-    batch: Option<(usize, usize, usize)>,
+    /// Rows of the open batch over all its passes, and how many of them were taken.
+    batch: Option<(usize, usize)>,
     /// Running means of the task.
     fisher: Option<[Factor; 2]>,
     /// Running means of x^2 and g^2.
@@ -178,7 +176,7 @@ impl Accumulator {
 
     // -- batches --
 
-    /// Adds one pass over a batch; between two [`Accumulator::close`] every pass is over the same samples.
+    /// Adds rows to the open batch; [`Accumulator::close`] tells how many samples they were.
     pub fn observe(&mut self, k: &Kernels, s: &Samples<'_>) -> Result<()> {
         let Dims { rank, n_in, n_out } = self.dims;
         let rows = s.x.len() / n_in;
@@ -190,23 +188,13 @@ impl Accumulator {
                 return Err(Error::shape(arg, got, format!("({}, {width})", rows.max(1))));
             }
         }
-        let passes = match self.batch {
-            Some((n, _, _)) if n != rows => {
-                return Err(Error::shape(
-                    "x",
-                    format!("{rows} rows"),
-                    format!("{n} rows, as the open batch"),
-                ));
-            }
-            Some((_, _, passes)) => passes,
-            None => 0,
-        };
-        s.check(k)?;
-        if passes == 0 {
+        check(k, s)?;
+        if self.batch.is_none() {
             self.flush(k);
         }
-        let take = rows.min(usize::try_from(self.cap - self.task_n).unwrap_or(usize::MAX));
-        self.batch = Some((rows, take, passes + 1));
+        let take = rows.min(usize::try_from(self.cap.saturating_sub(self.task_n)).unwrap_or(usize::MAX));
+        let (all, taken) = self.batch.unwrap_or_default();
+        self.batch = Some((all + rows, taken + take));
         let mut buffer = Buffer::new(self.dims, take.min(ROWS));
         for from in (0..take).step_by(ROWS) {
             let m = ROWS.min(take - from);
@@ -220,33 +208,43 @@ impl Accumulator {
                 };
                 buffer.put(k, self.dims, self.statistic, i, &row);
             }
-            // x is the same in every pass, and counts once.
-            let fresh = if passes == 0 { 1.0 } else { 0.0 };
-            self.add(k, &buffer, m, &[fresh; ROWS], &[1.0; ROWS]);
+            self.add(k, &buffer, m, &[1.0; ROWS], &[1.0; ROWS]);
         }
         Ok(())
     }
 
-    /// Closes the open batch of `n` samples; returns how many were counted, or `None` without one.
-    pub fn close(&mut self, n: usize) -> Result<Option<u64>> {
-        let Some((rows, take, _)) = self.batch else { return Ok(None) };
-        if rows != n {
-            return Err(Error::config("n", n, format!("{rows}, the rows of the open batch")));
+    /// Whether the open batch, if there is one, can be of `n` samples.
+    pub fn check_close(&self, n: usize) -> Result<()> {
+        match self.batch {
+            Some((rows, _)) if n == 0 || rows % n != 0 => {
+                Err(Error::config("n", n, format!("the samples of an open batch of {rows} rows")))
+            }
+            _ => Ok(()),
         }
-        self.batch = None;
-        if take == 0 {
-            return Ok(Some(0));
+    }
+
+    /// Closes the open batch of `n` samples; returns how many were counted, or `None` without one. Every
+    /// sample may have several rows of gradients, and its x counts once.
+    pub fn close(&mut self, n: usize) -> Option<u64> {
+        let (rows, taken) = self.batch.take()?;
+        let passes = rows / n;
+        let taken = taken / passes;
+        if taken == 0 {
+            return Some(0);
         }
-        let total = (self.n + take as u64) as f64;
+        if passes > 1 {
+            self.columns[0].stream_mut().iter_mut().for_each(|v| *v /= passes as f32);
+        }
+        let total = (self.n + taken as u64) as f64;
         let (keep, add) = match self.decay {
-            Some(d) => (1.0 - d, (1.0 - d) / take as f64),
-            None => (take as f64 / total, 1.0 / total),
+            Some(d) => (1.0 - d, (1.0 - d) / taken as f64),
+            None => (taken as f64 / total, 1.0 / total),
         };
         self.fold(keep, add);
-        self.n += take as u64;
-        self.task_n += take as u64;
+        self.n += taken as u64;
+        self.task_n += taken as u64;
         self.steps += 1;
-        Ok(Some(take as u64))
+        Some(taken as u64)
     }
 
     /// Drops the open batch.
@@ -311,7 +309,7 @@ impl Accumulator {
     pub fn stage(&mut self, k: &Kernels, rows: &[Samples<'_>]) -> Result<()> {
         self.need_closed()?;
         for row in rows {
-            row.check(k)?;
+            check(k, row)?;
         }
         let dims = self.dims;
         if rows.len() > ROWS {
@@ -451,7 +449,7 @@ impl Accumulator {
 
     /// Tensors of the task's means and of an open batch. The buffer must be flushed.
     pub fn save(&self, out: &mut Writer) {
-        let open = self.batch.map_or([0.0; 3], |(rows, take, passes)| [rows, take, passes].map(|v| v as f64));
+        let open = self.batch.map_or([0.0; 2], |(rows, taken)| [rows, taken].map(|v| v as f64));
         let means = [self.n, self.task_n, self.steps, self.past_n].map(|v| v as f64);
         let counts = [&means[..], &open[..]].concat();
         out.f64s("counts", &counts);
@@ -474,14 +472,14 @@ impl Accumulator {
 
     /// Takes what [`Accumulator::save`] wrote.
     pub fn load(&mut self, from: &mut Reader<'_>) -> Result<()> {
-        let counts = from.f64s("counts", 7)?;
+        let counts = from.f64s("counts", 6)?;
         let bad = counts.iter().any(|v| !(*v >= 0.0 && *v <= 2f64.powi(53) && v.fract() == 0.0));
         if bad {
             return Err(from.wrong("counts", "not whole numbers"));
         }
         let count = |i: usize| counts[i] as u64;
         (self.n, self.task_n, self.steps, self.past_n) = (count(0), count(1), count(2), count(3));
-        self.batch = (count(6) > 0).then(|| (count(4) as usize, count(5) as usize, count(6) as usize));
+        self.batch = (count(4) > 0).then(|| (count(4) as usize, count(5) as usize));
         let Dims { rank, n_in, n_out } = self.dims;
         for (i, (side, len)) in [("a", n_in), ("b", n_out)].into_iter().enumerate() {
             if let Some(f) = &mut self.fisher {

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use super::accumulator::{Accumulator, Dims};
 use super::fisher::{self, Labels, Passes};
-use super::settings::{Anchors, EwcSettings, Normalize, Step};
-use super::{Boundary, Memory, Path, Statistic};
+use super::settings::{Anchors, EwcSettings, Normalize};
+use super::{Boundary, Memory, Statistic};
 use crate::error::{Error, Result};
 use crate::factor::Factor;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
-use crate::learn::{Feedback, Samples};
+use crate::learn::{Feedback, Regularizer, Samples};
 use crate::micro_lora::MicroLora;
 use crate::rng::Rng;
 
@@ -38,7 +38,7 @@ pub struct Ewc {
     pub(super) ignored: u64,
     pub(super) rng: Rng,
     /// Module of a staged event.
-    staged: Option<usize>,
+    pub(super) staged: Option<usize>,
     /// Work space of one event.
     scratch: Vec<f32>,
 }
@@ -105,64 +105,28 @@ impl Ewc {
         self.ignored
     }
 
-    /// Whether the penalty acts: there is an anchor, and lambda is above 0.
-    pub fn is_active(&self) -> bool {
-        self.settings.lambda > 0.0 && self.modules.iter().any(|m| m.memory.is_set())
-    }
-
-    /// Whether the penalty's gradient belongs into the step (else [`Ewc::proximal`] follows it).
-    pub fn uses_gradient(&self) -> bool {
-        self.settings.step == Step::Gradient
-    }
-
-    /// Whether the kind looks at every step (synaptic intelligence).
-    pub fn uses_path(&self) -> bool {
-        self.settings.kind.row().path
-    }
-
-    /// Refuses a learner of other modules or shapes.
+    /// Refuses a learner of other modules or shapes. Its layers come as an argument, because a learner's lock
+    /// is always taken before a consolidation's.
     ///
     /// # Errors
     /// The first difference.
-    pub fn check_same(&self, lora: &MicroLora) -> Result<()> {
-        let names: Vec<_> = self.modules.iter().map(|m| m.name.as_str()).collect();
-        if names != lora.names().iter().map(String::as_str).collect::<Vec<_>>() {
-            return Err(Error::config(
-                "lora",
-                lora.names().join(", "),
-                format!("modules {}", names.join(", ")),
-            ));
+    pub fn check_same(&self, names: &[String], layers: &[Arc<Layer>]) -> Result<()> {
+        if !self.modules.iter().map(|m| &m.name).eq(names) {
+            let mine: Vec<_> = self.modules.iter().map(|m| m.name.as_str()).collect();
+            return Err(Error::config("ewc", format!("modules {}", mine.join(", ")), names.join(", ")));
         }
-        for (m, layer) in self.modules.iter().zip(lora.masters()) {
-            if m.seen.dims != Dims::of(&layer) || m.scaling != layer.scaling() {
+        for (m, layer) in self.modules.iter().zip(layers) {
+            if m.seen.dims != Dims::of(layer) || m.scaling != layer.scaling() {
                 let text =
                     |d: Dims, s: f32| format!("{} -> {}, rank {}, scaling {s}", d.n_in, d.n_out, d.rank);
-                let got = text(Dims::of(&layer), layer.scaling());
-                return Err(Error::shape(&m.name, got, text(m.seen.dims, m.scaling)));
+                let want = text(Dims::of(layer), layer.scaling());
+                return Err(Error::shape(format!("ewc: {}", m.name), text(m.seen.dims, m.scaling), want));
             }
         }
         Ok(())
     }
 
     // -- the pull --
-
-    /// `ga, gb += lambda dOmega/dtheta`; with the proximal step nothing is added.
-    ///
-    /// # Errors
-    /// None now; a kind may refuse.
-    pub fn add_gradient(
-        &mut self,
-        k: &Kernels,
-        module: usize,
-        layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
-    ) -> Result<()> {
-        if self.settings.lambda > 0.0 && self.uses_gradient() {
-            self.modules[module].memory.add_gradient(k, self.settings.lambda, layer, ga, gb);
-        }
-        Ok(())
-    }
 
     /// The gradient of the penalty of one module in new factors, whatever the kind of step.
     pub fn penalty_gradient(&mut self, k: &Kernels, module: usize, layer: &Layer) -> [Factor; 2] {
@@ -182,27 +146,6 @@ impl Ewc {
         self.modules.iter_mut().zip(layers).map(|(m, l)| lambda * m.memory.penalty(k, l)).sum()
     }
 
-    /// The implicit step `th <- (th + lr lambda F th*) / (1 + lr lambda F)` after the optimiser's, where the
-    /// settings ask for it: stable whatever lambda.
-    pub fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
-        if self.settings.step == Step::Proximal && self.settings.lambda > 0.0 {
-            self.modules[module].memory.proximal(lr * self.settings.lambda, layer);
-        }
-    }
-
-    /// One optimiser step: the mean loss gradient without penalty, weights before and after.
-    pub fn path(
-        &mut self,
-        module: usize,
-        ga: &Factor,
-        gb: &Factor,
-        before: (&Factor, &Factor),
-        after: (&Factor, &Factor),
-    ) {
-        let step = Path { gradient: [ga, gb], before: [before.0, before.1], after: [after.0, after.1] };
-        self.modules[module].memory.path(&step);
-    }
-
     /// The largest importance F; explicit steps are stable while `lambda F lr < 2`. For kind "delta" F is
     /// that of the weight change, `s^2 a_i c_j`; with several anchors this is an upper bound.
     pub fn max_importance(&self) -> f64 {
@@ -210,15 +153,6 @@ impl Ewc {
     }
 
     // -- samples, batch by batch --
-
-    /// Adds one pass over a batch of one module; [`Ewc::seen`] closes it. Every pass until then is over the
-    /// same samples in the same order: the exact Fisher has one per class, with g scaled by `sqrt(p_c)`.
-    ///
-    /// # Errors
-    /// Shapes that do not fit, NaN, squares beyond f32. The open batch should be discarded then.
-    pub fn observe(&mut self, k: &Kernels, module: usize, s: &Samples<'_>) -> Result<()> {
-        self.modules[module].seen.observe(k, s)
-    }
 
     /// As [`Ewc::observe`], from inputs and output gradients alone.
     ///
@@ -241,44 +175,76 @@ impl Ewc {
         let (mut u, mut w) = (vec![0.0; rows * rank], vec![0.0; rows * rank]);
         layer.a.dots_batch(k, x, &mut u, s);
         layer.b.dots_batch(k, g, &mut w, s);
-        self.observe(k, module, &Samples { x, g, u: &u, w: &w })
+        self.observe(k, module, Samples { x, g, u: &u, w: &w })
     }
 
-    /// Closes the open batch of `n` samples in every module that observed it.
+    /// One batch for kind "mas", which needs no labels: the gradient of `|y|^2`, `y = base + dY`.
     ///
     /// # Errors
-    /// A module that observed another number of rows; nothing is closed then.
-    pub fn seen(&mut self, n: usize) -> Result<()> {
-        let mut counted = None;
-        for m in &mut self.modules {
-            if let Some(c) = m.seen.close(n)? {
-                counted = counted.max(Some(c));
+    /// Shapes that do not fit, NaN, squares beyond f32. Nothing changes then.
+    pub fn observe_outputs(
+        &mut self,
+        k: &Kernels,
+        module: usize,
+        layer: &Layer,
+        x: &[f32],
+        base: Option<&[f32]>,
+    ) -> Result<()> {
+        self.check_feedback(None)?;
+        let rows = x.len() / layer.in_features();
+        let mut g = vec![0.0; rows * layer.out_features()];
+        layer.forward_rows(k, x, &mut g, false)?;
+        if let Some(base) = base {
+            if base.len() != g.len() {
+                let want = format!("({rows}, {})", layer.out_features());
+                return Err(Error::shape("base", format!("{} numbers", base.len()), want));
+            }
+            k.axpy(1.0, base, &mut g);
+        }
+        k.scale(2.0, &mut g);
+        self.close_one(k, module, layer, x, &[&g])
+    }
+
+    /// One batch from inputs and passes of output gradients, whole or not at all.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, NaN, squares beyond f32. Nothing changes then.
+    pub fn close_one(
+        &mut self,
+        k: &Kernels,
+        module: usize,
+        layer: &Layer,
+        x: &[f32],
+        passes: &[&[f32]],
+    ) -> Result<()> {
+        self.need_closed()?;
+        let outcome = passes.iter().try_for_each(|g| self.observe_gradients(k, module, layer, x, g));
+        match outcome {
+            Ok(()) => self.seen(x.len() / layer.in_features()),
+            Err(e) => {
+                self.discard();
+                Err(e)
             }
         }
-        if let Some(c) = counted {
-            self.samples += c;
-            self.ignored += n as u64 - c;
-        }
-        Ok(())
     }
 
-    /// Drops the open batch.
-    pub fn discard(&mut self) {
-        self.staged = None;
-        for m in &mut self.modules {
-            m.seen.discard();
-        }
-    }
-
-    /// Passes over a head's output rows, by the settings' Fisher (or `|y|^2` for kind "mas").
+    /// Passes over a head's output rows, by the settings' Fisher (or of `|y|^2` for kind "mas").
     ///
     /// # Errors
-    /// Labels that do not fit, NaN.
+    /// Labels that do not fit, NaN; another batch is open.
     pub fn passes(&mut self, y: &[f32], width: usize, labels: Labels<'_>) -> Result<Passes> {
+        self.need_closed()?;
         if self.settings.kind.row().statistic == Statistic::Magnitudes {
             return Ok(Passes::of_norm(y, width));
         }
         Passes::of_head(self.settings.fisher, &mut self.rng, y, width, labels)
+    }
+
+    fn need_closed(&self) -> Result<()> {
+        if self.modules.iter().any(|m| m.seen.is_open()) {
+            return Err(Error::config("batch", "an open one", "none (training is in a step)"));
+        }
+        Ok(())
     }
 
     // -- single events --
@@ -305,7 +271,8 @@ impl Ewc {
             return Ok(true);
         }
         let row = |g, w| Samples { x: e.x, g, u: e.u, w };
-        let magnitudes = self.settings.kind.row().statistic == Statistic::Magnitudes;
+        let statistic = self.settings.kind.row().statistic;
+        let magnitudes = statistic == Statistic::Magnitudes;
         let seen = &mut self.modules[module].seen;
         let (layer, s) = (e.layer, e.layer.scaling());
         let (rank, n_out) = (layer.rank(), layer.out_features());
@@ -334,8 +301,10 @@ impl Ewc {
                 self.scratch.resize(n_out + rank, 1.0);
                 let (ones, w) = self.scratch.split_at_mut(n_out);
                 ones.fill(1.0);
-                row_norms(k, &layer.b, w);
-                k.scale(s, w);
+                if statistic.needs_factors() {
+                    row_norms(&layer.b, w);
+                    k.scale(s, w);
+                }
                 seen.stage(k, &[row(ones, w)])?;
             }
             Some(feedback) if mode != super::Fisher::Empirical => {
@@ -382,9 +351,7 @@ impl Ewc {
     /// Nothing was accumulated, and the kind measures samples ("l2" and "si" need none); an open batch;
     /// weights that are not finite. Nothing changes then.
     pub fn start_new_task(&mut self, k: &Kernels, layers: &[Arc<Layer>]) -> Result<()> {
-        if self.modules.iter().any(|m| m.seen.is_open()) {
-            return Err(Error::config("batch", "an open one", "seen(n) or discard() after observe"));
-        }
+        self.need_closed()?;
         let measures = self.settings.kind.row().statistic != Statistic::None;
         if measures && self.modules.iter().all(|m| m.seen.count() == 0) {
             return Err(Error::config(
@@ -446,7 +413,7 @@ impl Ewc {
 }
 
 /// `|row r|` of a factor.
-fn row_norms(_k: &Kernels, f: &Factor, out: &mut [f32]) {
+fn row_norms(f: &Factor, out: &mut [f32]) {
     let (w, g) = (f.stream(), f.geometry());
     for (r, out) in out.iter_mut().enumerate() {
         let mut acc = [0.0f32; crate::kernels::TILE];

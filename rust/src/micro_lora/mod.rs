@@ -5,7 +5,7 @@
 //! lock is ever held for long, and a snapshot costs no copy until the next step.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::adapter::{Adapter, unknown_module};
 use crate::error::{Error, Result};
@@ -308,6 +308,7 @@ impl MicroLora {
     }
 
     /// As [`MicroLora::adapt`]; the consolidation takes the squares of the same gradient in the same pass.
+    /// Its lock is taken inside this learner's, as a training step does.
     ///
     /// # Errors
     /// As [`MicroLora::adapt`], and feedback that the consolidation cannot use. Nothing changes then.
@@ -317,7 +318,7 @@ impl MicroLora {
         x: &[f32],
         feedback: &Feedback,
         base: Option<&[f32]>,
-        ewc: Option<&mut Ewc>,
+        ewc: Option<&Mutex<Ewc>>,
     ) -> Result<StepResult> {
         self.check_event(module, x, feedback, base)?;
         let state = &mut *self.write();
@@ -336,7 +337,8 @@ impl MicroLora {
             x
         };
         let event = Event { x, feedback, base };
-        let watch = ewc.map(|ewc| accumulate::Watch { ewc, module, learns: true });
+        let mut ewc = ewc.map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
+        let watch = ewc.as_deref_mut().map(|ewc| accumulate::Watch { ewc, module, learns: true });
         let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event, watch)?;
         if let Some(rng) = rng {
             state.rng = rng;
@@ -360,11 +362,12 @@ impl MicroLora {
         x: &[f32],
         feedback: &Feedback,
         base: Option<&[f32]>,
-        ewc: &mut Ewc,
+        ewc: &Mutex<Ewc>,
     ) -> Result<StepResult> {
         self.check_event(module, x, feedback, base)?;
         // A copy of the learner shares its weights: readers and writers go on meanwhile.
         let mut learner = self.read().learners[module].frozen();
+        let ewc = &mut *ewc.lock().unwrap_or_else(PoisonError::into_inner);
         let watch = Some(accumulate::Watch { ewc, module, learns: false });
         let event = Event { x, feedback, base };
         accumulate::accumulate(&mut learner, self.kernels, &self.settings.instant, event, watch)

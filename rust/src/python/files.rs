@@ -79,6 +79,12 @@ pub(super) fn save_single(py: Python<'_>, adapter: &PyAdapter, path: PathBuf) ->
     Ok(py.detach(|| format::save_single(&path, &adapter.to_parts()))?)
 }
 
+/// Writes bytes through a temporary sibling and a rename.
+#[pyfunction]
+pub(super) fn write_file(py: Python<'_>, path: PathBuf, data: &[u8]) -> PyResult<()> {
+    Ok(py.detach(|| format::atomic::write(&path, |out| out.write_all(data)))?)
+}
+
 /// Writes a directory that PEFT loads, each file through a temporary sibling and a rename.
 #[pyfunction]
 pub(super) fn save_peft(

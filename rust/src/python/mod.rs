@@ -12,6 +12,7 @@ mod calls;
 mod chain;
 mod dataset;
 mod error;
+mod ewc;
 mod feedback;
 mod files;
 mod handle;
@@ -31,9 +32,11 @@ mod _core {
     #[pymodule_export]
     use super::chain::PyChain;
     #[pymodule_export]
+    use super::ewc::PyEwc;
+    #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
-    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single};
+    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single, write_file};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]

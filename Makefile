@@ -83,7 +83,7 @@ $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 # A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
 $(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
 	@echo "== $(ORACLE): torch and PEFT"
-	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli > $(ORACLE)/requirements.txt
+	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli science > $(ORACLE)/requirements.txt
 	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
 		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
 		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)

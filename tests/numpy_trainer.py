@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from microlora.exceptions import CancelledError, ConfigError, NonFiniteError, SampleError
+from microlora.exceptions import ConfigError, NonFiniteError, SampleError
 from support import set_weights
 
 
@@ -182,6 +182,3 @@ class NumpyEwc:
         self.task_count, self.seen = read["tasks"], read["seen"]
         pairs = read["anchor"].items()
         self.anchor = {k: tuple(np.asarray(v) for v in pair) for k, pair in pairs} or None
-
-
-__all__ = ["CancelledError", "NumpyEwc", "NumpyOptimizer", "evaluate"]

@@ -27,6 +27,11 @@ def problem(n=96, held=32, seed=0, rank=2, noise=0.05):
     return (x[:n], y[:n]), (x[n:], y[n:])
 
 
+def permutation(n, seed, epoch):
+    """The order of an epoch, as the documentation has it."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(n)
+
+
 def config(training=None, **settings):
     base = {"ewc_lambda": 0.0, "learning_rate": 0.01, "batch_size": 8, "schedule": "cosine"}
     chosen = ml.TrainingConfig(**{**base, **(training or {})})

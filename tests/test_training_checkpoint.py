@@ -34,11 +34,13 @@ def no_sync(monkeypatch):
 
 
 def target_of(kind):
-    return learner() if kind == "learner" else chain(use_dora=kind == "dora")
+    if kind in ("learner", "dropout"):
+        return learner(dropout=0.2 if kind == "dropout" else 0.0)
+    return chain(use_dora=kind == "dora")
 
 
 def data_of(kind):
-    return problem() if kind == "learner" else classes()
+    return problem() if kind in ("learner", "dropout") else classes()
 
 
 def weights_of(target):
@@ -59,7 +61,7 @@ def stop_after(step, token):
 
 @pytest.mark.parametrize(
     ("kind", "name", "cut", "every"),
-    [(kind, name, 17, 5) for kind in ("learner", "chain", "dora") for name in SETTINGS]
+    [(kind, name, 17, 5) for kind in ("learner", "dropout", "chain", "dora") for name in SETTINGS]
     + [("learner", "validated", cut, 1) for cut in (1, 7, 12, 13, 36)],
 )
 def test_a_resumed_run_is_the_whole_run(kind, name, cut, every, tmp_path, no_sync):

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 import microlora as ml
-from microlora.exceptions import ConfigError
+from microlora import data
+from microlora.exceptions import ConfigError, LeakageError
 from runs import N, chain, classes, config, learner, problem
 from support import close, make, normal, rng
-
-data = pytest.importorskip("microlora.data")
 
 Trainer = ml.AdapterTrainer
 
@@ -108,3 +107,16 @@ def test_texts_are_refused_with_what_to_do():
     texts = data.AdapterDataset([data.TrainingSample(query="a", response="b", id="t")])
     with pytest.raises(ConfigError, match="encoded"):
         Trainer(config()).train(learner(), texts)
+
+
+def test_leaks_are_refused():
+    """The same text under another name, and a variation of a training sample."""
+    r = rng(0)
+
+    def sample(name, **options):
+        return data.TrainingSample(normal(r, N), normal(r, N), id=name, **options)
+
+    train = data.AdapterDataset([sample("a", query="how?", response="so"), sample("b")])
+    for leak in (sample("c", query="how?", response="so"), sample("d", parent_id="b"), sample("b")):
+        with pytest.raises(LeakageError):
+            Trainer(config()).train(learner(), train, data.AdapterDataset([leak]))

@@ -28,9 +28,8 @@ def layer_name(i: int) -> str:
 class LoraChain(_core.Chain):
     """Frozen linear layers ``z = h W^T + b``, each with a LoRA, activations between them, a loss at the end.
 
-    Forward, backward and training run in the compiled core; :class:`AdapterTrainer` and
-    :class:`TrainingPipeline` take a chain wherever they take a :class:`MicroLoRA`. The first forward equals
-    the frozen network exactly, because every B starts at 0.
+    Forward, backward and training run in the compiled core; :class:`AdapterTrainer` takes a chain wherever it
+    takes a :class:`MicroLoRA`. The first forward equals the frozen network, because every B starts at 0.
 
     Args:
         layers: ``(W, b)`` pairs or bare ``W``: W float32 (out, in) as in ``torch.nn.Linear``, b (out,) or

@@ -14,6 +14,8 @@ from microlora.training import engine
 from microlora.training.events_in import InEvent, weighted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from microlora.progress import CancelToken, Progress
@@ -115,6 +117,42 @@ class ArrayFeed:
                 ewc.accumulate_fisher(x[row], feedback, module)
 
 
+class DropoutFeed(ArrayFeed):
+    """Rows of arrays for a learner with dropout, which only ``adapt`` applies; validation is without it."""
+
+    def steps(
+        self,
+        optimizer: Optimizer,
+        ewc: engine.Ewc | None,
+        order: NDArray[np.int64],
+        lrs: NDArray[np.float64],
+        progress: Progress | None,
+        cancel: CancelToken | None,
+    ) -> Log:
+        x, y = self._rows.arrays
+        weights = self._rows.weights
+
+        def event(row: int) -> InEvent:
+            weight = 1.0 if weights is None else float(weights[row])
+            return InEvent(x[row], Target(y[row]), weight=weight)
+
+        def modules(_: InEvent) -> list[str]:
+            return self._modules or []
+
+        return adapt_steps(
+            engine.learner_of(self._target),
+            self._config,
+            event,
+            modules,
+            optimizer,
+            ewc,
+            order,
+            lrs,
+            progress,
+            cancel,
+        )
+
+
 class EventFeed:
     """Samples with their own feedback through ``adapt``."""
 
@@ -124,9 +162,7 @@ class EventFeed:
                 "dataset: got feedback sample by sample for a chain, expected targets or labels"
             )
         self._lora, self._rows, self._config = engine.learner_of(target), rows, config
-        waiting = [name for name in self._lora.modules() if self._lora[name].pending]
-        if waiting:
-            raise ConfigError(f"lora: got pending gradients in {', '.join(waiting)}, expected none")
+        refuse_pending(self._lora)
         assert rows.events is not None
         self._events = rows.events
         self._fits: dict[tuple[int, int], list[str]] = {}
@@ -153,46 +189,24 @@ class EventFeed:
         progress: Progress | None,
         cancel: CancelToken | None,
     ) -> Log:
-        losses = np.zeros(len(lrs), np.float32)
-        norms = np.zeros(len(lrs), np.float32)
-        size = self._config.step_size
-        for step, lr in enumerate(lrs):
-            if cancel is not None:
-                cancel.raise_if_cancelled("training")
-            rows = order[step * size : (step + 1) * size]
-            losses[step] = self._adapt(self._lora, rows, step)
-            _, norm = optimizer.step(self._lora, float(lr), max_grad_norm=self._config.max_grad_norm, ewc=ewc)
-            norms[step] = norm
-            if progress is not None:
-                progress(step + 1, len(lrs), "training")
-        return losses, norms
-
-    def _adapt(self, lora: Any, rows: NDArray[np.int64], steps_done: int) -> float:
-        """Shows rows to ``adapt``: their weighted mean loss, over modules and over those that have one."""
-        found: list[float] = []
-        for row in rows:
-            event = self._events[row]
-            for module in self._modules(event):
-                try:
-                    if event.weight == 1.0:
-                        loss = lora.adapt(event.x, event.feedback, module, event.base).loss_before
-                    else:
-                        loss, gradient = weighted(
-                            lora, event.x, event.feedback, module, event.base, event.weight
-                        )
-                        lora.adapt(event.x, gradient, module, event.base)
-                except NonFiniteError as error:
-                    lora.apply_updates(0.0)  # forgets the step's other rows
-                    raise SampleError(str(error), row=int(row), steps_done=steps_done) from error
-                if loss is not None:
-                    found.append(event.weight * loss)
-        return float(np.mean(found)) if found else math.nan
+        return adapt_steps(
+            self._lora,
+            self._config,
+            self._events.__getitem__,
+            self._modules,
+            optimizer,
+            ewc,
+            order,
+            lrs,
+            progress,
+            cancel,
+        )
 
     def evaluate(self, cancel: CancelToken | None) -> float:
         if cancel is not None:
             cancel.raise_if_cancelled("validation")
         try:
-            return self._adapt(self._lora.copy(), self._rows.kept, 0)
+            return adapt_rows(self._lora.copy(), self._rows.kept, self._events.__getitem__, self._modules, 0)
         except SampleError:
             return math.nan
 
@@ -202,6 +216,65 @@ class EventFeed:
         for event in islice(usable, most):
             for module in self._modules(event):
                 ewc.accumulate_fisher(event.x, event.feedback, module, event.base)
+
+
+def adapt_rows(
+    lora: Any,
+    rows: NDArray[np.int64],
+    event_of: Callable[[int], InEvent],
+    modules_of: Callable[[InEvent], list[str]],
+    steps_done: int,
+) -> float:
+    """Shows rows to ``adapt``: their mean loss, weighted, over modules and over those that have one."""
+    found: list[float] = []
+    for row in rows.tolist():
+        event = event_of(row)
+        for module in modules_of(event):
+            try:
+                if event.weight == 1.0:
+                    loss = lora.adapt(event.x, event.feedback, module, event.base).loss_before
+                else:
+                    loss, gradient = weighted(lora, event.x, event.feedback, module, event.base, event.weight)
+                    lora.adapt(event.x, gradient, module, event.base)
+            except NonFiniteError as error:
+                lora.apply_updates(0.0)  # forgets the step's other rows
+                raise SampleError(str(error), row=row, steps_done=steps_done) from error
+            if loss is not None:
+                found.append(event.weight * loss)
+    return float(np.mean(found)) if found else math.nan
+
+
+def adapt_steps(
+    lora: Any,
+    config: TrainingConfig,
+    event_of: Callable[[int], InEvent],
+    modules_of: Callable[[InEvent], list[str]],
+    optimizer: Optimizer,
+    ewc: engine.Ewc | None,
+    order: NDArray[np.int64],
+    lrs: NDArray[np.float64],
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> Log:
+    """Steps of events through ``adapt``: loss (NaN where there is none) and gradient norm of each."""
+    losses, norms = np.zeros(len(lrs), np.float32), np.zeros(len(lrs), np.float32)
+    size = config.step_size
+    for step, lr in enumerate(lrs.tolist()):
+        if cancel is not None:
+            cancel.raise_if_cancelled("training")
+        rows = order[step * size : (step + 1) * size]
+        losses[step] = adapt_rows(lora, rows, event_of, modules_of, step)
+        _, norms[step] = optimizer.step(lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc)
+        if progress is not None:
+            progress(step + 1, len(lrs), "training")
+    return losses, norms
+
+
+def refuse_pending(lora: Any) -> None:
+    """Gradients that wait in a learner would be part of a step that goes through ``adapt``."""
+    waiting = [name for name in lora.modules() if lora[name].pending]
+    if waiting:
+        raise ConfigError(f"lora: got pending gradients in {', '.join(waiting)}, expected none")
 
 
 def fitting(lora: Any, n_in: int, n_out: int) -> list[str]:
@@ -257,4 +330,7 @@ def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] 
                 f"dataset: got widths {x.shape[1]} -> {y.shape[1]}, expected those of {name}: "
                 f"{handle.in_features} -> {handle.out_features}"
             )
+    if lora.config.dropout > 0.0:
+        refuse_pending(lora)
+        return DropoutFeed(target, rows, config, list(modules))
     return ArrayFeed(target, rows, config, list(modules))

@@ -164,7 +164,7 @@ def _of_samples(
     weights = [event_weight(e.quality, e.weight, e.feedback, threshold) for e in events]
     weighed = tuple(e._replace(weight=w, quality=None) for e, w in zip(events, weights, strict=True))
     kept = np.flatnonzero(np.asarray(weights) > 0.0)
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for event in weighed:
         kind, values = event.feedback.__reduce__()
         digest.update(np.asarray(event.x, np.float32).tobytes())
@@ -180,15 +180,18 @@ def _floats(name: str, value: Any) -> Array:
     if array.dtype.kind != "f":
         raise DTypeError(f"{name}: got dtype {array.dtype}, expected floating point")
     out = np.ascontiguousarray(array, np.float32)
-    finite = np.isfinite(out)
-    if not finite.all():
-        row = int(np.argwhere(~finite)[0][0])
+    flat = out.reshape(-1)
+    # The sum of squares of finite numbers may overflow too, so it only ever spares the long look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)
+    if not np.isfinite(squares) and not np.isfinite(out).all():
+        row = int(np.argwhere(~np.isfinite(out))[0][0])
         raise NonFiniteError(f"{name}: got NaN or infinity in row {row}, expected finite numbers")
     return out
 
 
 def _digest(arrays: list[Array | None]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     for array in arrays:
         if array is None:
             digest.update(b"none;")

@@ -120,6 +120,7 @@ class AdapterTrainer(EventLog):
                 ``save_best``, otherwise the latest.
             ConfigError: Settings that do not fit, shared samples in training and validation data, or a
                 checkpoint of other settings or data.
+            LeakageError: Two datasets that share samples, texts or variations.
             ShapeError: No module has the data's widths.
             FormatError: A damaged checkpoint, or one of a newer version.
             OSError: A file could not be written; the one before it is whole.
@@ -130,6 +131,8 @@ class AdapterTrainer(EventLog):
         if validation is None:
             validation = getattr(dataset, "validation", None)
         held = None if validation is None else rows_of("validation", validation, training.quality_threshold)
+        if hasattr(dataset, "with_validation") and hasattr(validation, "with_validation"):
+            dataset.with_validation(validation)  # looks for shared ids, texts and variations
         _refuse_shared(rows, held)
         names = None if modules is None else list(modules)
         feed = feed_of(lora, rows, training, names)

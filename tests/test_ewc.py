@@ -75,10 +75,10 @@ def test_empirical_events_square_the_observed_gradient(seed, kind):
     for got, want in zip(
         ewc.task_fisher("m"), twin.squares(x[None], g[None], a, b, scaling(lora)), strict=True
     ):
-        close(got, want, 1e-4)
+        close(got, want, 1e-4, 1e-7)
     first, second, n = ewc.moments("m")
     close(first, ref.f64(x) ** 2, 1e-6)
-    close(second, g**2, 1e-4)
+    close(second, g**2, 1e-4, 1e-7)
     assert n == 1
 
 
@@ -302,8 +302,10 @@ def test_every_method_is_its_formula(name, seed, tasks, rank):
     r = rng(seed)
     lora = make(9, 7, rank, seed=seed % 2**30)
     settings = METHODS[name]
-    ewc = ml.EwcPlusPlus(lora, 2.5, fisher="empirical", **settings)
-    want = twin.Method(name, scaling(lora), 2.5, settings.get("gamma", 1.0), start=factors(lora))
+    # Explicit steps against a strong path importance would diverge, as they must.
+    lam = 0.02 if name == "si" else 2.5
+    ewc = ml.EwcPlusPlus(lora, lam, fisher="empirical", **settings)
+    want = twin.Method(name, scaling(lora), lam, settings.get("gamma", 1.0), start=factors(lora))
     opt = ml._core.Optimizer(lora, "sgd")
     for _ in range(tasks):
         move(lora, r)

@@ -731,7 +731,7 @@ class Optimizer:
     def peak_activation_bytes(self) -> int:
         """Most bytes of a chain's activations and their gradients that were alive at once in its calls."""
     def step(
-        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Ewc | None = None
+        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Any = None
     ) -> tuple[int, float]:
         """One step along the mean of the gradients that ``lora.adapt`` left pending.
 
@@ -762,7 +762,7 @@ class Optimizer:
         weights: ArrayLike | None = None,
         base: ArrayLike | None = None,
         max_grad_norm: float | None = None,
-        ewc: Ewc | None = None,
+        ewc: Any = None,
         ewc_every: int = 1,
         accumulate_fisher: bool = False,
         progress: Progress | None = None,

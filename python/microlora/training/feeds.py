@@ -88,6 +88,7 @@ class ArrayFeed:
             weights=self._rows.weights,
             max_grad_norm=self._config.max_grad_norm,
             ewc=ewc,
+            ewc_every=self._config.ewc_every,
             progress=progress,
             cancel=cancel,
         )
@@ -265,7 +266,9 @@ def adapt_steps(
             cancel.raise_if_cancelled("training")
         rows = order[step * size : (step + 1) * size]
         losses[step] = adapt_rows(lora, rows, event_of, modules_of, step)
-        _, norms[step] = optimizer.step(lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc)
+        _, norms[step] = optimizer.step(
+            lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc, ewc_every=config.ewc_every
+        )
         if progress is not None:
             progress(step + 1, len(lrs), "training")
     return losses, norms

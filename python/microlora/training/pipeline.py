@@ -254,7 +254,10 @@ class TrainingPipeline:
 
     def _step(self, run: _Run) -> float:
         lr = run.schedule.lr(run.counts.steps)
-        run.optimizer.step(run.lora, lr, max_grad_norm=self.config.max_grad_norm, ewc=run.ewc)
+        config = self.config
+        run.optimizer.step(
+            run.lora, lr, max_grad_norm=config.max_grad_norm, ewc=run.ewc, ewc_every=config.ewc_every
+        )
         run.pending = 0
         run.counts.steps += 1
         run.counts.learning_rate = lr

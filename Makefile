@@ -169,6 +169,7 @@ science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here
 	@mkdir -p docs/data build
 	@PYTHONPATH=benches/science $(PY) -m continual.run --out docs/data/continual.jsonl
 	@PYTHONPATH=benches/science $(PY) -m continual.table docs/data/continual.jsonl --json docs/data/continual.json
+	@PYTHONPATH=benches/science $(PY) -m continual.picture docs/data/continual.jsonl docs/continual.svg
 	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
 	@$(PY) docs/build.py
 

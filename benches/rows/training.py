@@ -246,5 +246,11 @@ def memory(report: Report) -> None:
     fresh = ml.MicroLoRA(lora.adapter())
     rows = [("A and B", fresh.memory_bytes, weights, "4 r (in + out)")]
     rows.append(("AdamW moments", optimizer.memory_bytes, 2 * weights, "8 r (in + out)"))
+    d, t = 2 * 768, 2 * padded(768)
+    sums, held = {"delta": 0, "factor": 2}, {"delta": weights + 4 * d, "factor": 2 * weights}
+    for kind in ("delta", "factor"):
+        want = 16 * d + 4 * t + sums[kind] * weights + held[kind]
+        got = consolidated(learned(768, 16), kind).memory_bytes
+        rows.append((f"EWC, {kind}, after a task", got, want, "formula of memory_bytes"))
     for work, got, want, text in rows:
         report.add(work, f"{got:,} bytes", f"{text} = {want:,}", got / want, 1.0, below=True)

@@ -375,6 +375,7 @@ proptest! {
             // One input never seen: its weights have no importance.
             x.chunks_exact_mut(13).for_each(|row| row[4] = 0.0);
             feed(&mut ewc, k, &then, &x, &g);
+            let fisher = ewc.task_fisher(k, 0);
             ewc.start_new_task(k, &[Arc::clone(&then)]).unwrap();
             let before = case.layer(&mut rng);
             let mut after = (*before).clone();
@@ -387,6 +388,19 @@ proptest! {
                     if i == 4 && matches!(KINDS[kind], "factor" | "mas") {
                         assert_eq!(a.to_bits(), b.to_bits());
                     }
+                }
+            }
+            // (th + lr lambda F th*) / (1 + lr lambda F), in float64.
+            if let Some([fa, fb]) = fisher {
+                for (f, now, old, th) in
+                    [(&fa, &after.a, &before.a, &then.a), (&fb, &after.b, &before.b, &then.b)]
+                {
+                    let implicit = |((f, b), t): ((f64, f64), f64)| {
+                        let pull = 0.1 * lambda * f;
+                        b / (1.0 + pull) + t * (pull / (1.0 + pull))
+                    };
+                    let want: Vec<f64> = wide(f).into_iter().zip(wide(old)).zip(wide(th)).map(implicit).collect();
+                    close(&wide(now), &want, 1e-5, KINDS[kind]);
                 }
             }
             if power >= 12 && KINDS[kind] == "l2" {

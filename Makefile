@@ -167,8 +167,8 @@ science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/le
 
 science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here and in NumPy, for docs/learning.md
 	@mkdir -p docs/data build
-	@PYTHONPATH=benches/science $(PY) -m continual.run --out build/continual.jsonl
-	@PYTHONPATH=benches/science $(PY) -m continual.table build/continual.jsonl --json docs/data/continual.json
+	@PYTHONPATH=benches/science $(PY) -m continual.run --out docs/data/continual.jsonl
+	@PYTHONPATH=benches/science $(PY) -m continual.table docs/data/continual.jsonl --json docs/data/continual.json
 	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
 	@$(PY) docs/build.py
 

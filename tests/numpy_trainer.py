@@ -99,7 +99,7 @@ class NumpyOptimizer:
             set_weights(target, now)
         return np.asarray(losses, np.float32), np.asarray(norms, np.float32)
 
-    def step(self, lora, lr, *, max_grad_norm=None, ewc=None):
+    def step(self, lora, lr, *, max_grad_norm=None, ewc=None, ewc_every=1):
         assert self.kind == "sgd", "the twin applies what adapt accumulated by plain descent only"
         self.steps += 1
         return lora.apply_updates(lr, max_grad_norm), 0.0

@@ -95,6 +95,7 @@ def training_configs(draw):
         max_grad_norm=draw(st.none() | st.floats(1e-3, 1e3)),
         quality_threshold=draw(st.floats(0.0, 1.0, exclude_max=True)),
         ewc_lambda=draw(st.none() | st.floats(0.0, 1e6)),
+        ewc_every=draw(st.integers(1, 100)),
         ewc_kind=draw(st.sampled_from(["delta", "factor", "l2", "si", "mas"])),
         online_ewc_gamma=draw(st.floats(0.0, 1.0)),
         fisher=draw(st.sampled_from(["auto", "exact", "sample", "empirical"])),

@@ -167,6 +167,33 @@ def test_settings_out_of_range_are_named(settings, name):
         _core.Optimizer(lora_of(), settings.pop("kind", "adamw"), **settings)
 
 
+@pytest.mark.parametrize("step", ["gradient", "proximal"])
+def test_a_penalty_of_every_nth_step_acts_n_fold(step):
+    x, t = data(8)
+
+    def run(every, lrs):
+        lora = lora_of()
+        ewc = ml.EwcPlusPlus(lora, 0.3, kind="factor", fisher="empirical", step=step)
+        ewc.accumulate_fisher(x, t)
+        ewc.start_new_task()
+        lora.adapt(x[0], ml.Gradient(t[0]))
+        lora.apply_updates(0.2)
+        optimizer = _core.Optimizer(lora, "sgd")
+        for lr in lrs:
+            lora.adapt(x[1], ml.Gradient(1e-30 * t[1]))
+            optimizer.step(lora, lr, ewc=ewc, ewc_every=every)
+        return factors(lora), ewc
+
+    for every, lrs, same in ((3, [0.01], [0.03]), (3, [0.01] * 3, [0.03]), (2, [0.0, 0.01], [])):
+        (some, _), (want, _) = run(every, lrs), run(1, same)
+        for a, b in zip(some, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    moved, still = run(1, [0.03])[0], run(1, [])[0]
+    assert max(np.abs(a - b).max() for a, b in zip(moved, still, strict=True)) > 1e-3
+    with pytest.raises(exceptions.ConfigError, match="ewc_every"):
+        _core.Optimizer(lora_of(), "sgd").step(lora_of(), 0.1, ewc_every=0)
+
+
 def test_a_cancelled_call_keeps_its_finished_steps():
     x, t = data()
     lora, token = lora_of(), ml.CancelToken()

@@ -114,6 +114,7 @@ BAD = [
     ({"quality_threshold": 1.0}, r"quality_threshold: got 1\.0"),
     ({"ewc_lambda": -1.0}, r"ewc_lambda: got -1\.0"),
     ({"ewc_lambda": math.inf}, "ewc_lambda: got inf"),
+    ({"ewc_every": 0}, "ewc_every: got 0"),
     ({"ewc_kind": "ewc"}, "ewc_kind: got 'ewc'"),
     ({"online_ewc_gamma": 1.1}, r"online_ewc_gamma: got 1\.1"),
     ({"fisher": "exac"}, "fisher: got 'exac'.*'exact'"),

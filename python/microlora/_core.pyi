@@ -731,7 +731,13 @@ class Optimizer:
     def peak_activation_bytes(self) -> int:
         """Most bytes of a chain's activations and their gradients that were alive at once in its calls."""
     def step(
-        self, lora: MicroLora, lr: float, *, max_grad_norm: float | None = None, ewc: Any = None
+        self,
+        lora: MicroLora,
+        lr: float,
+        *,
+        max_grad_norm: float | None = None,
+        ewc: Ewc | None = None,
+        ewc_every: int = 1,
     ) -> tuple[int, float]:
         """One step along the mean of the gradients that ``lora.adapt`` left pending.
 
@@ -740,6 +746,7 @@ class Optimizer:
             lr: Learning rate, 0 or above.
             max_grad_norm: Global norm that the mean gradient is clipped to.
             ewc: Penalty against forgetting.
+            ewc_every: It acts in every n-th step, n-fold, so that lambda means the same at a part of the cost.
 
         Returns:
             Events in the step (0: nothing was pending), and the gradient's norm before clipping.
@@ -783,7 +790,7 @@ class Optimizer:
             base: float32 (n, out): outputs of the frozen layer.
             max_grad_norm: Global norm that the mean gradient is clipped to.
             ewc: Penalty against forgetting.
-            ewc_every: Its gradient is added in every n-th step.
+            ewc_every: It acts in every n-th step, n-fold.
             accumulate_fisher: Adds the batches' squared gradients to the penalty's importance.
             progress: Called with (steps done, steps, what).
             cancel: Ends the call between two steps; what was done stays.

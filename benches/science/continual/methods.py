@@ -65,6 +65,7 @@ _ALL = (
     Method("l2", "L2 anchor", _both(1), penalties.L2, {"kind": "l2"}),
     # Papers write c sum F d^2; c = 0.1 is 0.2 with the factor 1/2.
     Method("si", "SI", _both(0.2), penalties.Si, {"kind": "si"}),
+    Method("mas", "MAS", _both(0.03, 0.01), penalties.Mas, {"kind": "mas"}),
     Method("ewc", "EWC", _both(30, 10), penalties.Ewc, {**_EXACT, "anchors": "separate"}),
     Method("ewc-online", "online EWC", _both(30, 10), penalties.OnlineEwc, _EXACT),
     Method(

@@ -51,7 +51,7 @@ class NativeLearner(Learner):
     def end_task(self, task: Task) -> None:
         if self.ewc is None:
             return
-        if not self.method.while_training and self.ewc.kind in ("delta", "factor"):
+        if not self.method.while_training and self.ewc.kind in ("delta", "factor", "mas"):
             self.ewc.accumulate_fisher(task.x, task.y)
         self.ewc.start_new_task()
 

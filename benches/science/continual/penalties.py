@@ -198,6 +198,28 @@ class Si(_Anchored):
         self.hold(self.total, f, only=True)
 
 
+class Mas(_Anchored):
+    """Mean size of the gradient of `|z|^2`: needs no labels (Aljundi 2018); summed over tasks, latest anchor."""
+
+    def __init__(self, net: Network, start: Views, strength: float) -> None:
+        super().__init__(net, start, strength)
+        self.total = np.zeros_like(start.flat)
+
+    def end_task(self, f: Views, x: Floats) -> None:
+        sums = f.like()
+        for k in range(0, len(x), BLOCK):
+            t = self.net.forward(x[k : k + BLOCK], f)
+            g = 2 * t.z
+            for i in range(self.net.last, -1, -1):
+                w = self.net.scaling * (g @ f.b[i].T)
+                sums.a[i] += np.abs(t.h[i]).T @ np.abs(w)
+                sums.b[i] += np.abs(t.u[i]).T @ np.abs(g)
+                if i:
+                    g = (g @ self.net.w[i].T + w @ f.a[i].T) * (t.h[i] > 0)
+        self.total += sums.flat * np.float32(1 / len(x))
+        self.hold(self.total, f, only=True)
+
+
 class _Held:
     """One layer of one anchor: `k a_i c_j` is the importance of `(A B - A* B*)_ij`.
 

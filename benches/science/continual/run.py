@@ -2,7 +2,7 @@
 
 A line of other settings or of other code does not count: the run is made again, and the later line wins.
 
-PYTHONPATH=benches/science python -m continual.run --data both --out build/continual.jsonl
+PYTHONPATH=benches/science python -m continual.run --data both --out docs/data/continual.jsonl
 """
 
 from __future__ import annotations

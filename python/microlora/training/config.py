@@ -111,6 +111,7 @@ class TrainingConfig(_Json):
             of per-sample squares, factor 1/2). None is the default of its kind, or none for chains of DoRA,
             which have no penalty; 0 turns it off.
         ewc_kind: ``"delta"``, ``"factor"``, ``"l2"``, ``"si"`` or ``"mas"``; see `EwcPlusPlus`.
+        ewc_every: The penalty acts in every n-th step, n-fold: a part of its cost, and the same lambda.
         online_ewc_gamma: ``gamma`` of `EwcPlusPlus`: share of the older tasks' importance that is kept at a
             new task, 0 to 1. Below 1 the oldest task is forgotten first.
         fisher: How importance is estimated: ``"auto"``, ``"exact"``, ``"sample"`` or ``"empirical"``.
@@ -138,6 +139,7 @@ class TrainingConfig(_Json):
     quality_threshold: float = 0.5
     ewc_lambda: float | None = None
     ewc_kind: str = "delta"
+    ewc_every: int = 1
     online_ewc_gamma: float = 1.0
     fisher: str = "auto"
     fisher_samples: int | None = 1024
@@ -146,7 +148,7 @@ class TrainingConfig(_Json):
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        for name in ("batch_size", "epochs", "gradient_accumulation"):
+        for name in ("batch_size", "epochs", "gradient_accumulation", "ewc_every"):
             put(self, name, integer(name, getattr(self, name), 1, MAX_COUNT))
         for name in ("max_steps", "fisher_samples"):
             put(self, name, _count_or_none(name, getattr(self, name)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import microlora._core as _core
 from microlora._checks import wrong
@@ -12,36 +12,17 @@ from microlora.exceptions import ConfigError, DTypeError
 
 if TYPE_CHECKING:
     from microlora.chain import LoraChain
+    from microlora.ewc import EwcPlusPlus
     from microlora.micro_lora import MicroLoRA
     from microlora.training.config import TrainingConfig
 
-__all__ = ["Ewc", "Trainee", "learner_of", "make_ewc", "make_optimizer", "restore", "snapshot", "state_bytes"]
+__all__ = ["Trainee", "learner_of", "make_ewc", "make_optimizer", "restore", "snapshot", "state_bytes"]
 
 Trainee = Any
 """A `MicroLoRA` or a `LoraChain`."""
 
 State = Snapshot | bytes
 """What `snapshot` gives: a learner's costs no copy until its next step, a chain's is bytes."""
-
-
-class Ewc(Protocol):
-    """What the loops use of `EwcPlusPlus`."""
-
-    @property
-    def task_count(self) -> int:
-        """Tasks that are anchored."""
-
-    def accumulate_fisher(self, x: Any, feedback: Any, module: str | None = None, base: Any = None) -> Any:
-        """Adds samples of the present task."""
-
-    def start_new_task(self) -> None:
-        """Anchors the present weights."""
-
-    def export_state(self) -> bytes:
-        """All of it."""
-
-    def import_state(self, data: bytes) -> None:
-        """Goes on from `export_state`."""
 
 
 def is_chain(target: object) -> bool:
@@ -77,7 +58,7 @@ def make_optimizer(target: Trainee, config: TrainingConfig) -> _core.Optimizer:
     return _core.Optimizer(target, config.optimizer.kind, **config.optimizer_kwargs())
 
 
-def make_ewc(target: Trainee, config: TrainingConfig) -> Ewc | None:
+def make_ewc(target: Trainee, config: TrainingConfig) -> EwcPlusPlus | None:
     """An EWC penalty without a task yet; None where the config turns it off, or leaves it open for DoRA.
 
     Raises:
@@ -89,9 +70,9 @@ def make_ewc(target: Trainee, config: TrainingConfig) -> Ewc | None:
         if config.ewc_lambda is None:
             return None
         raise wrong("ewc_lambda", config.ewc_lambda, "None or 0 for a chain of DoRA layers")
-    import microlora
+    from microlora.ewc import EwcPlusPlus
 
-    return cast(Ewc, cast(Any, microlora).EwcPlusPlus(target, **config.ewc_kwargs()))
+    return EwcPlusPlus(target, **config.ewc_kwargs())
 
 
 def snapshot(target: Trainee) -> State:

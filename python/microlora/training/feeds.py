@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from microlora.ewc import EwcPlusPlus
     from microlora.progress import CancelToken, Progress
     from microlora.training.config import TrainingConfig
     from microlora.training.rows import Rows
@@ -41,7 +42,7 @@ class Feed(Protocol):
     def steps(
         self,
         optimizer: Optimizer,
-        ewc: engine.Ewc | None,
+        ewc: EwcPlusPlus | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -52,7 +53,7 @@ class Feed(Protocol):
     def evaluate(self, cancel: CancelToken | None) -> float:
         """Weighted mean loss of all rows; NaN where it is not finite."""
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+    def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         """Adds the first ``most`` of these rows that can be used to the importance of the present task."""
 
 
@@ -68,7 +69,7 @@ class ArrayFeed:
     def steps(
         self,
         optimizer: Optimizer,
-        ewc: engine.Ewc | None,
+        ewc: EwcPlusPlus | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -87,6 +88,7 @@ class ArrayFeed:
             weights=self._rows.weights,
             max_grad_norm=self._config.max_grad_norm,
             ewc=ewc,
+            ewc_every=self._config.ewc_every,
             progress=progress,
             cancel=cancel,
         )
@@ -105,7 +107,7 @@ class ArrayFeed:
         weights = rows.weights[rows.kept].astype(np.float64)
         return float((losses * weights).sum() / weights.sum())
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+    def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         rows = rows[:most]
         x, y = self._rows.arrays
         if engine.is_chain(self._target):
@@ -123,7 +125,7 @@ class DropoutFeed(ArrayFeed):
     def steps(
         self,
         optimizer: Optimizer,
-        ewc: engine.Ewc | None,
+        ewc: EwcPlusPlus | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -183,7 +185,7 @@ class EventFeed:
     def steps(
         self,
         optimizer: Optimizer,
-        ewc: engine.Ewc | None,
+        ewc: EwcPlusPlus | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -210,7 +212,7 @@ class EventFeed:
         except SampleError:
             return math.nan
 
-    def accumulate_fisher(self, ewc: engine.Ewc, rows: NDArray[np.int64], most: int | None) -> None:
+    def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         events = (self._events[row] for row in rows)
         usable = (e for e in events if engine.can_estimate(self._config, e.feedback))
         for event in islice(usable, most):
@@ -250,7 +252,7 @@ def adapt_steps(
     event_of: Callable[[int], InEvent],
     modules_of: Callable[[InEvent], list[str]],
     optimizer: Optimizer,
-    ewc: engine.Ewc | None,
+    ewc: EwcPlusPlus | None,
     order: NDArray[np.int64],
     lrs: NDArray[np.float64],
     progress: Progress | None,
@@ -264,7 +266,9 @@ def adapt_steps(
             cancel.raise_if_cancelled("training")
         rows = order[step * size : (step + 1) * size]
         losses[step] = adapt_rows(lora, rows, event_of, modules_of, step)
-        _, norms[step] = optimizer.step(lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc)
+        _, norms[step] = optimizer.step(
+            lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc, ewc_every=config.ewc_every
+        )
         if progress is not None:
             progress(step + 1, len(lrs), "training")
     return losses, norms

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from microlora.ewc import EwcPlusPlus
     from microlora.progress import CancelToken, Progress
     from microlora.training.config import AdapterTrainingConfig
     from microlora.training.feeds import Feed
@@ -69,7 +70,7 @@ class Loop:
     validation: Feed | None
     schedule: LearningRateSchedule
     optimizer: Optimizer
-    ewc: engine.Ewc | None
+    ewc: EwcPlusPlus | None
     callbacks: Callbacks
     progress: Progress | None
     cancel: CancelToken | None

@@ -18,6 +18,7 @@ from microlora.training.reservoir import Event, Reservoir
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from microlora.ewc import EwcPlusPlus
     from microlora.micro_lora import MicroLoRA
     from microlora.training.schedule import LearningRateSchedule
 
@@ -110,7 +111,7 @@ class _Run:
 
     lora: MicroLoRA
     optimizer: Optimizer
-    ewc: engine.Ewc | None
+    ewc: EwcPlusPlus | None
     schedule: LearningRateSchedule
     reservoir: Reservoir
     pending: int = 0
@@ -147,7 +148,7 @@ class TrainingPipeline:
             raise DTypeError(f"config: got {type(config).__name__}, expected TrainingConfig")
         self._run: _Run | None = None
 
-    def init_for_lora(self, lora: MicroLoRA, ewc: engine.Ewc | None = None) -> TrainingPipeline:
+    def init_for_lora(self, lora: MicroLoRA, ewc: EwcPlusPlus | None = None) -> TrainingPipeline:
         """Makes the optimiser and the EWC penalty of a learner; counts start at 0.
 
         Args:
@@ -178,7 +179,7 @@ class TrainingPipeline:
         return self
 
     @property
-    def ewc(self) -> engine.Ewc | None:
+    def ewc(self) -> EwcPlusPlus | None:
         """The EWC penalty; None where it is off or no learner is set up."""
         return self._run.ewc if self._run else None
 
@@ -253,7 +254,10 @@ class TrainingPipeline:
 
     def _step(self, run: _Run) -> float:
         lr = run.schedule.lr(run.counts.steps)
-        run.optimizer.step(run.lora, lr, max_grad_norm=self.config.max_grad_norm, ewc=run.ewc)
+        config = self.config
+        run.optimizer.step(
+            run.lora, lr, max_grad_norm=config.max_grad_norm, ewc=run.ewc, ewc_every=config.ewc_every
+        )
         run.pending = 0
         run.counts.steps += 1
         run.counts.learning_rate = lr

@@ -21,6 +21,7 @@ from microlora.training.result import TrainingHistory, TrainingResult
 from microlora.training.rows import Rows, rows_of
 
 if TYPE_CHECKING:
+    from microlora.ewc import EwcPlusPlus
     from microlora.progress import CancelToken, Progress
 
 __all__ = ["AdapterTrainer"]
@@ -56,7 +57,7 @@ class AdapterTrainer(EventLog):
         (16, 'completed')
     """
 
-    def __init__(self, config: AdapterTrainingConfig | None = None, ewc: engine.Ewc | None = None) -> None:
+    def __init__(self, config: AdapterTrainingConfig | None = None, ewc: EwcPlusPlus | None = None) -> None:
         self.config = AdapterTrainingConfig() if config is None else config
         if not isinstance(self.config, AdapterTrainingConfig):
             raise DTypeError(f"config: got {type(config).__name__}, expected AdapterTrainingConfig")
@@ -70,7 +71,7 @@ class AdapterTrainer(EventLog):
         """Forgets earlier runs, tasks and events; the learner keeps its weights."""
         super().reset()
         self._target: Any = None
-        self._ewc: engine.Ewc | None = None
+        self._ewc: EwcPlusPlus | None = None
         self._optimizer: _core.Optimizer | None = None
         self._task: str | None = None
         self._before_fisher: bytes | None = None
@@ -81,7 +82,7 @@ class AdapterTrainer(EventLog):
         return self._history
 
     @property
-    def ewc(self) -> engine.Ewc | None:
+    def ewc(self) -> EwcPlusPlus | None:
         """The EWC penalty of the learner trained last; None where it is off."""
         return self._ewc
 
@@ -218,7 +219,7 @@ class AdapterTrainer(EventLog):
         finally:
             lora.set_storage(before)
 
-    def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[engine.Ewc | None, _core.Optimizer]:
+    def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[EwcPlusPlus | None, _core.Optimizer]:
         """The penalty and the optimiser of this run; other data than the last run's are a new task."""
         training = self.config.training
         if self._target is not lora:

@@ -48,7 +48,7 @@ pub struct Plan<'a> {
     pub accumulation: usize,
     /// Global norm to clip to.
     pub max_grad_norm: Option<f64>,
-    /// The penalty's gradient is added in every n-th step.
+    /// The penalty acts in every n-th step, n-fold.
     pub penalty_every: usize,
     /// Whether the batches' squared gradients go into the importance.
     pub observe: bool,
@@ -309,7 +309,7 @@ pub fn train(
         return Err(Error::config("order", row, format!("rows below {}", data.rows)));
     }
     for &lr in plan.lrs {
-        StepOptions { lr, max_grad_norm: plan.max_grad_norm, penalty: true }.validate()?;
+        StepOptions { lr, max_grad_norm: plan.max_grad_norm, penalty: 1.0 }.validate()?;
     }
     opt.check(lora)?;
     let mut log = Log::default();
@@ -334,7 +334,7 @@ pub fn train(
             }
             sum += ws.losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         }
-        let penalty = step_is_due(opt.steps, plan.penalty_every);
+        let penalty = StepOptions::penalty_weight(opt.steps, plan.penalty_every);
         let at = StepOptions { lr: plan.lrs[step], max_grad_norm: plan.max_grad_norm, penalty };
         let done = lora.edit(|learners| {
             let reborrowed = anchor.as_deref_mut().map(|e| e as &mut dyn Regularizer);
@@ -361,10 +361,6 @@ pub fn train(
         }
     }
     Ok(log)
-}
-
-fn step_is_due(steps: u64, every: usize) -> bool {
-    steps.is_multiple_of(every.max(1) as u64)
 }
 
 /// Rows that [`evaluate`] runs at once.

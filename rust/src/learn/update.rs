@@ -18,11 +18,17 @@ pub struct StepOptions {
     pub lr: f64,
     /// Global norm to clip to.
     pub max_grad_norm: Option<f64>,
-    /// Whether the penalty's gradient is added in this step.
-    pub penalty: bool,
+    /// Weight of the penalty in this step: 1, or 0 in between and n in every n-th, so that lambda means the
+    /// same.
+    pub penalty: f64,
 }
 
 impl StepOptions {
+    /// Weight of a penalty that acts in every n-th step, after `steps` of them.
+    pub fn penalty_weight(steps: u64, every: usize) -> f64 {
+        if steps.is_multiple_of(every.max(1) as u64) { every.max(1) as f64 } else { 0.0 }
+    }
+
     pub(crate) fn validate(self) -> Result<Self> {
         if !self.lr.is_finite() || self.lr < 0.0 {
             return Err(Error::config("lr", self.lr, "a finite number, 0 or above"));
@@ -75,7 +81,7 @@ pub(crate) fn update(
 ) -> Result<StepOutcome> {
     let active = anchor.as_ref().is_some_and(|e| e.is_active());
     let follows = anchor.as_ref().is_some_and(|e| e.uses_path());
-    let pulls = active && at.penalty && anchor.as_ref().is_some_and(|e| e.in_gradient());
+    let pulls = active && at.penalty > 0.0 && anchor.as_ref().is_some_and(|e| e.in_gradient());
     let mut outcome = StepOutcome::default();
     let mut pure: Vec<Option<(Factor, Factor)>> = Vec::new();
     let mut scales = vec![0.0; learners.len()];
@@ -87,14 +93,22 @@ pub(crate) fn update(
         outcome.events += s.count;
         scales[i] = 1.0 / s.count as f64;
         if let (true, Some(e)) = (pulls || follows, anchor.as_deref_mut()) {
-            k.scale(scales[i] as f32, s.a.stream_mut());
-            k.scale(scales[i] as f32, s.b.stream_mut());
-            k.scale(scales[i] as f32, &mut s.magnitude);
+            let scale = |s: &mut Gradients, c: f64| {
+                k.scale(c as f32, s.a.stream_mut());
+                k.scale(c as f32, s.b.stream_mut());
+                k.scale(c as f32, &mut s.magnitude);
+            };
+            scale(s, scales[i]);
             scales[i] = 1.0;
             if follows {
                 pure[i] = Some((s.a.clone(), s.b.clone()));
             }
             if pulls {
+                // A penalty of weight n is added to an n-th of the mean, and the sum counts n-fold.
+                if at.penalty != 1.0 {
+                    scale(s, 1.0 / at.penalty);
+                    scales[i] = at.penalty;
+                }
                 e.add_gradient(k, i, learner.master(), &mut s.a, &mut s.b)?;
             }
         }
@@ -130,14 +144,15 @@ pub(crate) fn update(
         let Some(s) = sums[i].as_deref_mut().filter(|s| s.count > 0) else { continue };
         let (slot, scale) = (&mut opt.slots[i], scales[i] * clip);
         let before = pure[i].as_ref().map(|_| Arc::clone(learner.master()));
-        let proximal = if active { anchor.as_deref().filter(|e| !e.in_gradient()) } else { None };
+        let proximal =
+            if active && at.penalty > 0.0 { anchor.as_deref().filter(|e| !e.in_gradient()) } else { None };
         learner.edit(Touched { a: true, b: true }, |layer| {
             let a = Arc::make_mut(&mut layer.a).stream_mut();
             slot.a.step(k, &set, rates[0], scale, s.a.stream_mut(), a);
             let b = Arc::make_mut(&mut layer.b).stream_mut();
             slot.b.step(k, &set, rates[1], scale, s.b.stream_mut(), b);
             if let Some(e) = proximal {
-                e.proximal(i, at.lr, layer);
+                e.proximal(i, at.lr * at.penalty, layer);
             }
         });
         if let Some(m) = &mut learner.magnitude {
@@ -150,7 +165,7 @@ pub(crate) fn update(
         for f in 0..2 {
             learner.bounds[f] += grow[i][f];
         }
-        if proximal_moves(active, anchor.as_deref()) {
+        if active && anchor.as_deref().is_some_and(|e| !e.in_gradient()) {
             learner.refresh_bounds();
         }
         // P was measured with the old A.
@@ -161,8 +176,4 @@ pub(crate) fn update(
     }
     opt.steps += 1;
     Ok(outcome)
-}
-
-fn proximal_moves(active: bool, anchor: Option<&(dyn Regularizer + '_)>) -> bool {
-    active && anchor.is_some_and(|e| !e.in_gradient())
 }

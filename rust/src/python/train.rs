@@ -100,17 +100,20 @@ impl PyOptimizer {
     }
 
     /// One step along the mean of the pending gradients.
-    #[pyo3(signature = (lora, lr, *, max_grad_norm=None, ewc=None))]
+    #[pyo3(signature = (lora, lr, *, max_grad_norm=None, ewc=None, ewc_every=1))]
     fn step(
         &self,
         lora: &Bound<'_, PyMicroLora>,
         lr: f64,
         max_grad_norm: Option<f64>,
         ewc: Option<&Bound<'_, PyAny>>,
+        ewc_every: usize,
     ) -> PyResult<(u64, f64)> {
         let mut anchor = Anchor::of(ewc, lora.get().inner())?;
-        let at = StepOptions { lr, max_grad_norm, penalty: true };
+        let every = positive("ewc_every", ewc_every)?;
         let inner = &mut *self.lock();
+        let penalty = StepOptions::penalty_weight(inner.optimizer.steps, every);
+        let at = StepOptions { lr, max_grad_norm, penalty };
         let done = step_pending(lora.get().inner(), &mut inner.optimizer, anchor.get(), at)?;
         Ok((done.events, done.grad_norm))
     }

@@ -4,6 +4,7 @@
 //! per-sample gradients. [`KINDS`] is the one table of what F can be and where it acts.
 
 mod accumulator;
+mod buffer;
 mod consolidation;
 mod delta;
 mod factor;

@@ -38,7 +38,7 @@ class EwcPlusPlus(_core.Ewc):
     "factor"   10       diagonal Fisher of A and B (Kirkpatrick 2017); charges harmless changes of basis too
     "l2"       1        1: the baseline
     "si"       0.2      path integral of the loss's fall (Zenke 2017); fed by the optimiser's steps alone
-    "mas"      1        mean ``|d |y|^2 / d th|`` (Aljundi 2018); needs no labels
+    "mas"      0.03     mean ``|d |y|^2 / d th|`` (Aljundi 2018); needs no labels
     =========  =======  =====================================================================================
 
     With ``anchors="online"`` a task adds ``F <- gamma F + F_task`` and the anchor moves to the latest weights

@@ -19,7 +19,7 @@ impl Source for Magnitudes {
 
 pub(super) const ROW: KindRow = KindRow {
     name: "mas",
-    lambda: 1.0,
+    lambda: 0.03,
     statistic: Statistic::Magnitudes,
     proximal: true,
     path: false,

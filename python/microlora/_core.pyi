@@ -746,7 +746,7 @@ class Optimizer:
             lr: Learning rate, 0 or above.
             max_grad_norm: Global norm that the mean gradient is clipped to.
             ewc: Penalty against forgetting.
-            ewc_every: It acts in every n-th step, n-fold, so that lambda means the same at a part of the cost.
+            ewc_every: It acts in every n-th step, n-fold: the same lambda at a part of the cost.
 
         Returns:
             Events in the step (0: nothing was pending), and the gradient's norm before clipping.

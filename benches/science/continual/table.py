@@ -1,6 +1,6 @@
 """Summary of a file of runs: means, paired differences, targets met or missed.
 
-    PYTHONPATH=benches/science python -m continual.table docs/data/continual.jsonl --json docs/data/continual.json
+PYTHONPATH=benches/science python -m continual.table docs/data/continual.jsonl --json continual.json
 
 Prints Markdown; `docs/build.py` makes the same tables in docs/learning.md from the JSON.
 """

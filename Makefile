@@ -165,7 +165,7 @@ science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/le
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
 	@$(PY) docs/build.py
 
-science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here and in NumPy, for docs/learning.md
+science-learning: $(BUILT) $(VENV)/.extra-science $(VENV)/.extra-plot ## Learn task after task, here and in NumPy, for docs/learning.md
 	@mkdir -p docs/data build
 	@PYTHONPATH=benches/science $(PY) -m continual.run --out docs/data/continual.jsonl
 	@PYTHONPATH=benches/science $(PY) -m continual.table docs/data/continual.jsonl --json docs/data/continual.json

@@ -1,6 +1,7 @@
 """Two tasks, one adapter: with and without holding on to the first."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 import microlora as ml
 
@@ -9,14 +10,17 @@ layers = [(rng.standard_normal((o, i)) / np.sqrt(i)).astype(np.float32) for i, o
 centres = rng.standard_normal((4, 20))
 
 
-def task(turn):
+Data = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def task(turn: NDArray[np.float64]) -> Data:
     """Four classes; the second task sees them from elsewhere."""
     label = rng.integers(0, 4, 800)
     x = centres[label] @ turn + 0.7 * rng.standard_normal((800, 20))
     return x.astype(np.float32), label
 
 
-def accuracy(chain, data):
+def accuracy(chain: ml.LoraChain, data: Data) -> float:
     """Share of right answers."""
     return float((chain.predict(data[0]) == data[1]).mean())
 

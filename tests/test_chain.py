@@ -1,6 +1,8 @@
 """LoraChain: forward, gradients, DoRA, checkpoints and training against a float64 twin."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -246,6 +248,63 @@ def test_refusals():
         plain.loss(rng.standard_normal((2, 7)), rng.standard_normal((2, 4)))
     with pytest.raises(exceptions.ConfigError, match="modules"):
         _core.evaluate(plain, np.zeros((2, 7), F), np.zeros(2, np.int64), modules=["layers.0"])
+
+
+def test_dora_of_single_layers():
+    rng = np.random.default_rng(4)
+    layers = layers_of(rng, (7, 9, 8, 4))
+    mixed = ml.LoraChain(layers, rank=3, use_dora=[False, True, False])
+    plain = ml.LoraChain(layers, rank=3)
+    x, y = rng.standard_normal((6, 7)).astype(F), rng.integers(0, 4, 6)
+    np.testing.assert_allclose(mixed.forward(x), plain.forward(x), atol=1e-5)
+    optimizer = _core.Optimizer(mixed, "adamw")
+    optimizer.train(mixed, x, y, np.arange(6).repeat(5), [0.05] * 5, batch_size=6)
+    assert [m.shape for m in mixed.magnitudes()] == [(8,)]
+    assert [g[2] is not None for g in mixed.gradients(x, y)[2]] == [False, True, False]
+    assert not np.allclose(mixed.magnitudes()[0], np.linalg.norm(layers[1][0], axis=1), atol=1e-3)
+    fused = ml.LoraChain(mixed.fuse(), rank=3)
+    np.testing.assert_allclose(fused.forward(x), mixed.forward(x), atol=1e-4)
+    with pytest.raises(exceptions.ConfigError, match="use_dora"):
+        ml.LoraChain(layers, rank=3, use_dora=[True])
+    with pytest.raises(exceptions.ConfigError, match="layers of LoRA, DoRA, LoRA"):
+        plain.restore(mixed.snapshot())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_kept_in_a_file_pickled_and_copied(dora, tmp_path):
+    chain, x, y = chain_of(use_dora=dora)
+    _core.Optimizer(chain, "adamw").train(chain, x, y, np.arange(6), [0.05], batch_size=6)
+    want = chain.forward(x)
+    chain.save(tmp_path / "chain.safetensors")
+    for twin in (pickle.loads(pickle.dumps(chain)), copy.deepcopy(chain), chain.copy()):
+        assert np.array_equal(twin.forward(x), want)
+        assert twin.digest == chain.digest
+        assert repr(twin).split(", version")[0] == repr(chain).split(", version")[0]
+    fresh, _, _ = chain_of(use_dora=dora, moved=False)
+    fresh.load(tmp_path / "chain.safetensors")
+    assert np.array_equal(fresh.forward(x), want)
+    if dora:
+        # Its factors alone are another network.
+        with pytest.raises(exceptions.UnsupportedVariantError, match="DoRA"):
+            ml.load(tmp_path / "chain.safetensors")
+    else:
+        loaded = ml.MicroLoRA(ml.load(tmp_path / "chain.safetensors"))
+        assert np.array_equal(loaded.forward(x, "layers.0"), chain.lora.forward(x, "layers.0"))
+    other, _, _ = chain_of(use_dora=dora, seed=1)
+    assert other.digest != chain.digest
+
+
+def test_labels_may_be_lists_or_of_any_integer_kind():
+    chain, x, y = chain_of()
+    want = chain.loss(x, y)
+    for labels in (y.tolist(), y.astype(np.int8), y.astype(np.uint32), tuple(y.tolist())):
+        assert chain.loss(x, labels) == want
+    with pytest.raises(exceptions.DTypeError, match="y"):
+        chain.loss(x, y.astype(float))
+    with pytest.raises(exceptions.ShapeError, match=r"layers\[0\]: got 3 items"):
+        ml.LoraChain([(np.ones((2, 2), F), None, 1)])
+    with pytest.raises(exceptions.DTypeError, match="torch module"):
+        ml.LoraChain(object())
 
 
 def test_narrow_storage_keeps_a_float32_master():

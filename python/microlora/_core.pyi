@@ -622,7 +622,7 @@ class Chain:
         *,
         activation: str,
         head: str,
-        use_dora: bool,
+        use_dora: Sequence[bool],
         gradient_checkpointing: bool,
     ) -> Self: ...
     @property
@@ -666,8 +666,10 @@ class Chain:
         """
     def fuse(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
         """The layers with their adapters fused in: W' (out, in) and b of each; they need no adapter."""
+    def frozen(self) -> list[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
+        """Copies of the frozen W (out, in) and b (out,) of each layer, read-only."""
     def magnitudes(self) -> list[NDArray[np.float32]]:
-        """DoRA's magnitudes (out,) of every layer; empty for plain LoRA."""
+        """Magnitudes (out,) of the layers that are DoRA, in order; empty for plain LoRA."""
     def set_magnitudes(self, values: Sequence[ArrayLike]) -> None:
         """Replaces DoRA's magnitudes, whole or not at all.
 

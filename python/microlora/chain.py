@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -36,11 +39,13 @@ class LoraChain(_core.Chain):
             None.
         rank: Rank of every layer's adapter, cut to the smaller width where a layer is narrower; or one per
             layer.
-        alpha: Scaling numerator of every layer; None is twice each layer's rank.
+        alpha: Scaling numerator of every layer, or by name (``{"layers.0": 16.0}``); None is twice each
+            layer's rank.
         activation: ``"relu"``, ``"gelu"`` (exact, arXiv 1606.08415) or ``"tanh"``, between layers.
         head: ``"cross_entropy"`` (integer labels) or ``"mse"`` (targets; ``1/2 |z - t|^2`` per row).
-        use_dora: Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output, equal
-            to PEFT's; norms come from the factors, and backward holds them constant, as the paper does.
+        use_dora: For all layers, or one flag per layer: weight-decomposed adapters (DoRA, arXiv 2402.09353).
+            A trained magnitude per output, equal to PEFT's; norms come from the factors, and backward holds
+            them constant, as the paper does.
         use_rslora: Scaling ``alpha / sqrt(rank)``.
         dtype: How A and B are stored: ``"f32"``, ``"f16"`` or ``"bf16"`` (learning stays in float32).
         seed: Seed of A.
@@ -69,16 +74,21 @@ class LoraChain(_core.Chain):
         layers: Sequence[LayerLike],
         *,
         rank: int | Sequence[int] = 8,
-        alpha: float | None = None,
+        alpha: float | Mapping[str, float] | None = None,
         activation: str = "relu",
         head: str = "cross_entropy",
-        use_dora: bool = False,
+        use_dora: bool | Sequence[bool] = False,
         use_rslora: bool = False,
         dtype: str = "f32",
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> Self:
         """Puts the layers together; see the class."""
+        if not isinstance(layers, Sequence):
+            raise DTypeError(
+                f"layers: got {type(layers).__name__}, expected a list of (W, b) pairs; of a torch module "
+                "[(m.weight, m.bias) for m in network if isinstance(m, torch.nn.Linear)]"
+            )
         pairs = [_pair(i, layer) for i, layer in enumerate(layers)]
         if not pairs:
             raise ConfigError("layers: got none, expected at least one")
@@ -88,32 +98,35 @@ class LoraChain(_core.Chain):
         if len(ranks) != len(pairs):
             raise ConfigError(f"rank: got {len(ranks)} ranks, expected one, or {len(pairs)} (one per layer)")
         first = ranks[0]
+        alphas = _alphas(names, ranks, alpha)
         own = {n: r for n, r in zip(names, ranks, strict=True) if r != first}
         config = LoraConfig(
             rank=first,
-            alpha=2.0 * first if alpha is None else alpha,
+            alpha=alphas[names[0]],
             target_modules=tuple(names),
             use_rslora=use_rslora,
             dtype=dtype,
             module_ranks=own,
-            module_alphas={n: 2.0 * r for n, r in own.items()} if alpha is None else {},
+            module_alphas={n: a for n, a in alphas.items() if a != alphas[names[0]]},
         )
         dims = {n: (w.shape[1], w.shape[0]) for n, (w, _) in zip(names, pairs, strict=True)}
         lora = MicroLoRA(config, dims=dims, seed=seed)
+        flags = [use_dora] * len(pairs) if isinstance(use_dora, bool) else [bool(d) for d in use_dora]
         self = super().__new__(
             cls,
             lora,
             pairs,
             activation=activation,
             head=head,
-            use_dora=use_dora,
+            use_dora=flags,
             gradient_checkpointing=gradient_checkpointing,
         )
         self._lora = lora
         self._options = {
             "activation": activation,
             "head": head,
-            "use_dora": use_dora,
+            "use_dora": flags,
+            "seed": seed,
             "gradient_checkpointing": gradient_checkpointing,
         }
         return self
@@ -139,8 +152,19 @@ class LoraChain(_core.Chain):
 
     @property
     def use_dora(self) -> bool:
-        """Whether the layers are DoRA."""
-        return bool(self._options["use_dora"])
+        """Whether any layer is DoRA."""
+        return any(self._options["use_dora"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the frozen layers, activation, head and which layers are DoRA: which network it is."""
+        sha = hashlib.sha256()
+        for key in ("activation", "head", "use_dora"):
+            sha.update(repr(self._options[key]).encode())
+        for w, b in self.frozen():
+            sha.update(repr((w.shape, b is None)).encode())
+            sha.update(w.tobytes() + (b"" if b is None else b.tobytes()))
+        return sha.hexdigest()
 
     @property
     def activation(self) -> str:
@@ -230,17 +254,83 @@ class LoraChain(_core.Chain):
         """Goes back to a snapshot, whole or not at all."""
         self.import_state(state)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what learns (not the frozen layers) to one file, whole or not at all.
+
+        Raises:
+            OSError: The system refused; an older file is left whole.
+        """
+        _core.write_file(os.fspath(path), self.export_state())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Takes what :meth:`save` wrote, into a chain of the same shapes; whole or not at all.
+
+        Raises:
+            FormatError: Another file.
+            ShapeError: Of another chain.
+            ConfigError: DoRA where this one has none, or the other way round.
+            OSError: It cannot be read.
+        """
+        self.import_state(Path(path).read_bytes())
+
+    def copy(self) -> LoraChain:
+        """An independent chain in the same state, with the frozen layers copied."""
+        return _unpickle(self.frozen(), self._settings(), self.export_state())
+
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        names = self.modules()
+        return {
+            "rank": [config.rank_of(n) for n in names],
+            "alpha": {n: config.alpha_of(n) for n in names},
+            "use_rslora": config.use_rslora,
+            "dtype": config.dtype,
+            **self._options,
+        }
+
+    def __copy__(self) -> LoraChain:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoraChain:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self.frozen(), self._settings(), self.export_state())
+
     def __repr__(self) -> str:
         """Sizes, never weights."""
         widths = [self.in_features, *(self._lora[n].out_features for n in self._lora.modules())]
-        kind = "DoRA" if self.use_dora else "LoRA"
+        dora = self._options["use_dora"]
+        kind = "DoRA" if all(dora) else "LoRA and DoRA" if any(dora) else "LoRA"
         return (
             f"LoraChain({' -> '.join(map(str, widths))}, {self.activation}, {self.head}; {kind} rank "
             f"{self.config.rank}, {self.param_count:,} parameters, version {self.version})"
         )
 
 
+def _alphas(
+    names: list[str], ranks: Sequence[int], alpha: float | Mapping[str, float] | None
+) -> dict[str, float]:
+    if alpha is None:
+        return {n: 2.0 * r for n, r in zip(names, ranks, strict=True)}
+    if not isinstance(alpha, Mapping):
+        return dict.fromkeys(names, alpha)
+    if set(alpha) != set(names):
+        raise ConfigError(f"alpha: got {', '.join(map(repr, alpha))}, expected {', '.join(names)}")
+    return {n: alpha[n] for n in names}
+
+
+def _unpickle(
+    layers: list[tuple[Floats, Floats | None]], settings: dict[str, Any], state: bytes
+) -> LoraChain:
+    chain = LoraChain(layers, **settings)
+    chain.restore(state)
+    return chain
+
+
 def _pair(i: int, layer: LayerLike) -> tuple[Floats, Floats | None]:
+    if isinstance(layer, tuple) and len(layer) != 2:
+        raise ShapeError(f"layers[{i}]: got {len(layer)} items, expected (W, b) or W")
     w, b = layer if isinstance(layer, tuple) else (layer, None)
     w = _floats(f"layers[{i}]", w)
     if w.ndim != 2:

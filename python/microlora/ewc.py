@@ -157,9 +157,9 @@ class EwcPlusPlus(_core.Ewc):
         Args:
             x: float32 (in_features,) or (n, in_features).
             feedback: On a learner: a feedback object for one x; or per-sample gradients ``dL/dy`` (n,
-                out_features), not divided by n, with ``fisher="empirical"``; or (passes, n, out_features) of
-                gradients that the caller has weighted by the roots of its own probabilities. On a chain:
-                labels (n,) or targets (n, out). Kind "mas" needs none.
+                out_features), not divided by n, with ``fisher="empirical"`` or ``"auto"``; or (passes, n,
+                out_features) of gradients that the caller has weighted by the roots of its own
+                probabilities. On a chain: labels (n,) or targets (n, out). Kind "mas" needs none.
             module: Name of the module; None where there is only one. Chains take all their layers.
             base: float32 (out_features,) or (n, out_features): output of the frozen layer.
             progress: Called with ``(done, total, message)`` between batches of a chain.
@@ -167,10 +167,10 @@ class EwcPlusPlus(_core.Ewc):
 
         Raises:
             FeedbackError: Feedback that is no likelihood (a gradient, a cosine target, a reward) where the
-                Fisher is not empirical.
+                Fisher is ``"exact"`` or ``"sample"``; ``"auto"`` takes the observed gradient then.
             ShapeError: Widths or rows that do not fit.
             NonFiniteError: NaN or infinity, or squares beyond float32. Nothing is counted in any error,
-                except that a chain keeps its batches of 256 before the bad one.
+                except that a chain keeps its batches of 256 before a row whose squares overflow.
         """
         if isinstance(self._target, _core.Chain):
             if module is not None or base is not None:
@@ -212,10 +212,10 @@ class EwcPlusPlus(_core.Ewc):
         if array.ndim not in (1, 2):
             raise ShapeError(f"feedback: got shape {array.shape}, expected (n, out) or (passes, n, out)")
         mode = self.settings["fisher"]
-        if mode != "empirical" and self.kind != "mas":
+        if mode not in ("auto", "empirical") and self.kind != "mas":
             raise FeedbackError(
                 f"feedback: bare gradients are no likelihood, so fisher={mode!r} has no probabilities for "
-                'them: make the consolidation with fisher="empirical", or pass (passes, n, out) with each '
+                'them: make it with fisher="auto" or "empirical", or pass (passes, n, out) with each '
                 "pass weighted by the roots of your own probabilities"
             )
         return [array]
@@ -314,6 +314,8 @@ def _grams(extra: list[tuple[str, list[int], bytes]], note: str | None) -> dict[
 
 def _sidecar(path: PathLike) -> str:
     name = os.fspath(path)
+    if name.endswith((".ewc.safetensors", "ewc_state.safetensors")):
+        return name
     if name.endswith(".safetensors") and not os.path.isdir(name):
         return name.removesuffix(".safetensors") + ".ewc.safetensors"
     return os.path.join(name, "ewc_state.safetensors")

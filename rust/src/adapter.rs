@@ -43,6 +43,13 @@ impl Adapter {
     /// # Errors
     /// Factors of a dtype or shape that the kernels do not run.
     pub fn from_parts(parts: &AdapterParts) -> Result<Self> {
+        // The state of a chain with magnitudes: its factors alone are another network.
+        let is_magnitude = |t: &Tensor| t.name.starts_with(LEARNER_PREFIX) && t.name.ends_with("/magnitude");
+        if parts.extra.iter().any(is_magnitude) {
+            let reason = "holds DoRA magnitudes, which mean nothing without their base weights: load it into a \
+                          LoraChain of the same layers (chain.load), or use the weights of chain.fuse()";
+            return Err(Error::unsupported("adapter", reason));
+        }
         let mut modules = Vec::with_capacity(parts.modules.len());
         for m in &parts.modules {
             let (&[rank, inputs], &[outputs, _]) = (&m.a.shape[..], &m.b.shape[..]) else {

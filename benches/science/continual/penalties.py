@@ -199,7 +199,7 @@ class Si(_Anchored):
 
 
 class Mas(_Anchored):
-    """Mean size of the gradient of `|z|^2`, without labels (Aljundi 2018); summed over tasks, latest anchor."""
+    """Mean size of the gradient of `|z|^2`, no labels (Aljundi 2018); summed over tasks, latest anchor."""
 
     def __init__(self, net: Network, start: Views, strength: float) -> None:
         super().__init__(net, start, strength)

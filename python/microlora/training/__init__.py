@@ -4,6 +4,7 @@
 stopping and checkpoints. Both make the same optimiser steps, and both hold on to earlier tasks by EWC.
 """
 
+from microlora._core import Optimizer, evaluate
 from microlora.training.breakthrough import BreakthroughDetector, check_breakthrough
 from microlora.training.callbacks import EpochEvent, StepsEvent, ValidationEvent
 from microlora.training.config import AdapterTrainingConfig, TrainingConfig
@@ -32,6 +33,7 @@ __all__ = [
     "LearningEvent",
     "LearningRateSchedule",
     "Momentum",
+    "Optimizer",
     "PipelineStats",
     "StepOutcome",
     "StepsEvent",
@@ -42,4 +44,5 @@ __all__ = [
     "ValidationEvent",
     "ValidationRecord",
     "check_breakthrough",
+    "evaluate",
 ]

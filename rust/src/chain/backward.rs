@@ -3,7 +3,7 @@
 use super::{Chain, Pass, Version};
 use crate::kernels::Kernels;
 use crate::learn::accumulate::Gradients;
-use crate::learn::batch::{BadRow, NOT_FINITE, OVERFLOW};
+use crate::learn::batch::{BadRow, OVERFLOW, unsquared};
 use crate::learn::update::Sums;
 use crate::learn::{Regularizer, Samples};
 
@@ -83,9 +83,9 @@ impl Chain {
         let h = std::mem::take(&mut pass.kept[l].h);
         let input = if l == 0 { x } else { &h[..] };
         let mut magnitude = Vec::new();
-        if let Some(dora) = &version.dora {
+        if let Some(dora) = &version.dora[l] {
             // The norm is a constant in backward (arXiv 2402.09353, section 4.3).
-            let (inverse, scale) = (&dora[l].inverse, &dora[l].scale);
+            let (inverse, scale) = (&dora.inverse, &dora.scale);
             magnitude.resize(n_out, 0.0f32);
             let raw = &pass.kept[l].raw;
             for (g, raw) in g.chunks_exact_mut(n_out).zip(raw.chunks_exact(n_out)) {
@@ -106,14 +106,14 @@ impl Chain {
         if let (Some(e), None) = (observe.as_deref_mut(), &refused) {
             let samples = Samples { x: input, g: &g, u: &u, w: &w };
             if e.observe(k, l, samples).is_err() {
-                refused = Some(BadRow { row: 0, arg: "x", reason: NOT_FINITE });
+                refused = Some(unsquared(n, samples));
             }
         }
         if let (Some(sums), None) = (sums, &refused) {
             let s = sums[l].get_or_insert_with(|| Box::new(Gradients::new(layer)));
             s.b.outer_batch(k, &u, &g);
             s.a.outer_batch(k, &w, input);
-            if version.dora.is_some() {
+            if version.dora[l].is_some() {
                 s.magnitude.resize(n_out, 0.0);
                 k.axpy(1.0, &magnitude, &mut s.magnitude);
             }

@@ -78,12 +78,12 @@ impl Chain {
         let mut z = pass.take(n * n_out);
         frozen.w.dots_batch(k, h, &mut z, 1.0);
         layer.b.combine_batch(k, &u, &mut z, true);
-        if let Some(dora) = &version.dora {
+        if let Some(dora) = &version.dora[l] {
             if keep {
                 pass.kept[l].raw = pass.copy(&z);
             }
             for row in z.chunks_exact_mut(n_out) {
-                for (z, s) in row.iter_mut().zip(&dora[l].scale) {
+                for (z, s) in row.iter_mut().zip(&dora.scale) {
                     *z *= s;
                 }
             }

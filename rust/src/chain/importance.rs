@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::ewc::Ewc;
 use crate::ewc::fisher::Labels;
 use crate::learn::Regularizer;
-use crate::learn::train::{Data, Targets, Tick, Trainee};
+use crate::learn::train::{Data, Targets, Tick, Trainee, Workspace, evaluate};
 
 /// Rows that run at once.
 const BLOCK: usize = 256;
@@ -17,7 +17,8 @@ impl Chain {
     /// block by block.
     ///
     /// # Errors
-    /// Data that do not fit, a row that is not finite (its block is not counted), a tick that refuses.
+    /// Data that do not fit, or a row that is not finite: nothing is counted then. A row whose squares overflow,
+    /// or a tick that refuses: blocks of 256 rows before it are counted.
     pub fn accumulate_importance(
         &self,
         data: &Data<'_>,
@@ -28,6 +29,8 @@ impl Chain {
         self.check(data)?;
         let masters = self.lora.masters();
         ewc.lock().unwrap_or_else(PoisonError::into_inner).check_same(self.lora.names(), &masters)?;
+        // All rows are looked at before the first is counted.
+        evaluate(self, data, &mut Workspace::default(), &mut |_, _| Ok(()))?;
         let (n_in, n_out) = (self.in_features(), self.out_features());
         for first in (0..data.rows).step_by(BLOCK) {
             tick(first, data.rows)?;

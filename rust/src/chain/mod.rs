@@ -31,7 +31,8 @@ pub struct Chain {
     frozen: Vec<Frozen>,
     activation: Activation,
     head: Head,
-    dora: bool,
+    /// Which layers are DoRA.
+    dora: Vec<bool>,
     /// Layers between two stored inputs; 1 stores all.
     segment: usize,
 }
@@ -45,11 +46,12 @@ pub(crate) struct Dora {
 /// One version of everything that learns.
 pub(crate) struct Version {
     pub layers: Vec<Arc<Layer>>,
-    pub dora: Option<Vec<Dora>>,
+    /// Of the layers that are DoRA.
+    pub dora: Vec<Option<Dora>>,
 }
 
 impl Chain {
-    /// Puts layers together. With `dora` every layer gets a magnitude vector, at first the norms of its rows.
+    /// Puts layers together. A layer with `dora` gets a magnitude vector, at first the norms of its rows.
     /// With `checkpointing` only every `ceil(sqrt(L))`-th input is kept for backward (arXiv 1604.06174).
     ///
     /// # Errors
@@ -59,12 +61,15 @@ impl Chain {
         frozen: Vec<Frozen>,
         activation: Activation,
         head: Head,
-        dora: bool,
+        dora: &[bool],
         checkpointing: bool,
     ) -> Result<Self> {
         if frozen.len() != lora.names().len() || frozen.is_empty() {
             let got = format!("{} layers", frozen.len());
             return Err(Error::config("layers", got, format!("{} as the adapter has", lora.names().len())));
+        }
+        if dora.len() != frozen.len() {
+            return Err(Error::config("use_dora", format!("{} flags", dora.len()), frozen.len()));
         }
         for (i, f) in frozen.iter().enumerate() {
             let (got, want) = ((f.in_features(), f.out_features()), lora.shape(i));
@@ -81,18 +86,16 @@ impl Chain {
             }
         }
         let segment = if checkpointing { (frozen.len() as f64).sqrt().ceil() as usize } else { 1 };
-        let chain = Chain { lora, frozen, activation, head, dora, segment };
-        if dora {
-            chain.init_magnitudes()?;
-        }
+        let chain = Chain { lora, frozen, activation, head, dora: dora.to_vec(), segment };
+        chain.init_magnitudes()?;
         Ok(chain)
     }
 
     fn init_magnitudes(&self) -> Result<()> {
         let k = self.lora.kernels();
         self.lora.edit(|learners| {
-            for (learner, frozen) in learners.iter_mut().zip(&self.frozen) {
-                if learner.magnitude.is_none() {
+            for ((learner, frozen), dora) in learners.iter_mut().zip(&self.frozen).zip(&self.dora) {
+                if *dora && learner.magnitude.is_none() {
                     learner.magnitude = Some(Arc::new(frozen.row_norms(k, learner.master())));
                 }
             }
@@ -115,9 +118,9 @@ impl Chain {
         self.head
     }
 
-    /// Whether the layers are DoRA.
-    pub fn is_dora(&self) -> bool {
-        self.dora
+    /// Which layers are DoRA.
+    pub fn dora(&self) -> &[bool] {
+        &self.dora
     }
 
     /// Width of the input.
@@ -135,7 +138,7 @@ impl Chain {
         self.frozen.iter().map(Frozen::memory_bytes).sum()
     }
 
-    /// DoRA's magnitudes of every layer; empty for plain LoRA.
+    /// Magnitudes of the layers that are DoRA, in order.
     pub fn magnitudes(&self) -> Vec<Arc<Vec<f32>>> {
         self.lora.inspect(|learners| learners.iter().filter_map(|l| l.magnitude.clone()).collect())
     }
@@ -145,22 +148,23 @@ impl Chain {
     /// # Errors
     /// Widths that do not fit, numbers that are not finite, a chain of plain LoRA. Nothing changes then.
     pub fn set_magnitudes(&self, values: Vec<Vec<f32>>) -> Result<()> {
-        if !self.dora || values.len() != self.frozen.len() {
-            let want = if self.dora { format!("{}", self.frozen.len()) } else { "none (no DoRA)".into() };
+        let places: Vec<usize> = (0..self.dora.len()).filter(|i| self.dora[*i]).collect();
+        if places.is_empty() || values.len() != places.len() {
+            let want = if places.is_empty() { "none (no DoRA)".into() } else { places.len().to_string() };
             return Err(Error::config("magnitudes", format!("{} vectors", values.len()), want));
         }
-        for (i, (v, f)) in values.iter().zip(&self.frozen).enumerate() {
-            let arg = format!("magnitudes[{i}]");
-            if v.len() != f.out_features() {
-                return Err(Error::shape(arg, format!("({},)", v.len()), format!("({},)", f.out_features())));
+        for (i, (v, place)) in values.iter().zip(&places).enumerate() {
+            let (arg, width) = (format!("magnitudes[{i}]"), self.frozen[*place].out_features());
+            if v.len() != width {
+                return Err(Error::shape(arg, format!("({},)", v.len()), format!("({width},)")));
             }
             if v.iter().any(|v| !v.is_finite()) {
                 return Err(Error::non_finite(arg));
             }
         }
         self.lora.edit(|learners| {
-            for (learner, v) in learners.iter_mut().zip(values) {
-                learner.magnitude = Some(Arc::new(v));
+            for (place, v) in places.into_iter().zip(values) {
+                learners[place].magnitude = Some(Arc::new(v));
             }
             Ok((true, ()))
         })
@@ -171,9 +175,13 @@ impl Chain {
     /// # Errors
     /// A snapshot of other shapes, or one with magnitudes for a chain without and the other way round.
     pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
-        if snapshot.learners.iter().any(|l| l.magnitude.is_some() != self.dora) {
-            let (got, want) = if self.dora { ("plain LoRA", "DoRA") } else { ("DoRA", "plain LoRA") };
-            return Err(Error::config("data", got, want));
+        let theirs: Vec<bool> = snapshot.learners.iter().map(|l| l.magnitude.is_some()).collect();
+        if theirs.len() == self.dora.len() && theirs != self.dora {
+            let kind = |dora: &[bool]| {
+                let names = dora.iter().map(|d| if *d { "DoRA" } else { "LoRA" });
+                format!("layers of {}", names.collect::<Vec<_>>().join(", "))
+            };
+            return Err(Error::config("data", kind(&theirs), kind(&self.dora)));
         }
         self.lora.restore(snapshot)
     }
@@ -183,18 +191,16 @@ impl Chain {
         let (layers, magnitudes): (Vec<_>, Vec<_>) = self.lora.inspect(|learners| {
             learners.iter().map(|l: &Learner| (Arc::clone(l.layer()), l.magnitude.clone())).unzip()
         });
-        let dora = self.dora.then(|| {
-            let each = self.frozen.iter().zip(&layers).zip(magnitudes);
-            each.map(|((frozen, layer), m)| {
-                let magnitude = m.expect("set when the chain was made");
-                let norms = frozen.row_norms(k, layer);
+        let each = self.frozen.iter().zip(&layers).zip(magnitudes);
+        let dora = each
+            .map(|((frozen, layer), magnitude)| {
+                let norms = magnitude.as_ref().map(|_| frozen.row_norms(k, layer))?;
                 // A row of zeros has magnitude 0 too, so that it stays one.
                 let inverse: Vec<f32> = norms.iter().map(|n| 1.0 / n.max(f32::MIN_POSITIVE)).collect();
-                let scale = magnitude.iter().zip(&inverse).map(|(m, i)| m * i).collect();
-                Dora { inverse, scale }
+                let scale = magnitude?.iter().zip(&inverse).map(|(m, i)| m * i).collect();
+                Some(Dora { inverse, scale })
             })
-            .collect()
-        });
+            .collect();
         Version { layers, dora }
     }
 
@@ -206,8 +212,8 @@ impl Chain {
             .map(|(i, (frozen, layer))| {
                 let mut w = frozen.w.to_f32(false);
                 layer.add_delta(k, &mut w, 1.0);
-                if let Some(dora) = &version.dora {
-                    for (row, s) in w.chunks_exact_mut(frozen.in_features()).zip(&dora[i].scale) {
+                if let Some(dora) = &version.dora[i] {
+                    for (row, s) in w.chunks_exact_mut(frozen.in_features()).zip(&dora.scale) {
                         k.scale(*s, row);
                     }
                 }

@@ -296,7 +296,8 @@ impl Ewc {
                 down(&g, &mut w);
                 seen.stage(k, &[row(&g, &w)])?;
             }
-            Some(Feedback::Target { .. }) if mode == super::Fisher::Exact || mode == super::Fisher::Auto => {
+            Some(feedback) if fisher::takes_observed(mode, feedback) => seen.stage(k, &[row(e.g, e.w)])?,
+            Some(Feedback::Target { .. }) if mode != super::Fisher::Sample => {
                 // Unit Gaussian: c = 1 and E w_r^2 = s^2 |B_r|^2, no pass over outcomes.
                 self.scratch.resize(n_out + rank, 1.0);
                 let (ones, w) = self.scratch.split_at_mut(n_out);
@@ -307,7 +308,7 @@ impl Ewc {
                 }
                 seen.stage(k, &[row(ones, w)])?;
             }
-            Some(feedback) if mode != super::Fisher::Empirical => {
+            Some(feedback) => {
                 let Some(rows) = fisher::event_rows(mode, &mut self.rng, k, feedback, &output(1.0)) else {
                     return Ok(false);
                 };
@@ -317,7 +318,7 @@ impl Ewc {
                     rows.chunks_exact(n_out).zip(w.chunks_exact(rank)).map(|(g, w)| row(g, w)).collect();
                 seen.stage(k, &all)?;
             }
-            _ => seen.stage(k, &[row(e.g, e.w)])?,
+            None => seen.stage(k, &[row(e.g, e.w)])?,
         }
         self.staged = Some(module);
         Ok(true)

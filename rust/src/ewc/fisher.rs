@@ -165,20 +165,32 @@ impl Passes {
     }
 }
 
+/// What feedback is called that is no likelihood, so that its outcomes have no probabilities.
+fn no_likelihood(feedback: &Feedback) -> Option<&'static str> {
+    match feedback {
+        Feedback::Gradient { .. } => Some("a bare gradient"),
+        Feedback::Target { loss: TargetLoss::Cosine, .. } => Some("a cosine target"),
+        Feedback::Reward { .. } => Some("a reward"),
+        _ => None,
+    }
+}
+
+/// Whether the observed gradient is squared: asked for, or all there is under "auto".
+pub(crate) fn takes_observed(mode: Fisher, feedback: &Feedback) -> bool {
+    mode == Fisher::Empirical || (mode == Fisher::Auto && no_likelihood(feedback).is_some())
+}
+
 /// Refuses feedback that is no likelihood where outcomes of the model are asked for.
 pub(crate) fn check_feedback(mode: Fisher, feedback: &Feedback) -> Result<()> {
-    let why = match feedback {
-        _ if mode == Fisher::Empirical => return Ok(()),
-        Feedback::Gradient { .. } => "a bare gradient",
-        Feedback::Target { loss: TargetLoss::Cosine, .. } => "a cosine target",
-        Feedback::Reward { .. } => "a reward",
-        _ => return Ok(()),
-    };
-    Err(Error::Feedback(format!(
-        "{why} is no likelihood, so its outcomes have no probabilities for fisher={:?}: make the \
-         consolidation with fisher=\"empirical\", which squares the gradients that were observed",
-        mode.as_str()
-    )))
+    match no_likelihood(feedback) {
+        Some(why) if !takes_observed(mode, feedback) => Err(Error::Feedback(format!(
+            "{why} is no likelihood, so its outcomes have no probabilities for fisher={:?}: make the \
+             consolidation with fisher=\"empirical\" (or \"auto\"), which squares the gradients that were \
+             observed",
+            mode.as_str()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Gradient rows of one event, `(passes, width)`, whose squares sum to its share of F.

@@ -5,6 +5,7 @@ use crate::kernels::Kernels;
 use crate::layer::Layer;
 
 use super::accumulate::Gradients;
+use super::regularizer::Samples;
 
 /// Rows of a batch, gathered and contiguous.
 #[derive(Clone, Copy)]
@@ -49,6 +50,25 @@ impl From<BadRow> for Error {
 
 pub(crate) const NOT_FINITE: &str = "contains NaN or infinity";
 pub(crate) const OVERFLOW: &str = "gives a gradient that overflows float32";
+
+/// The row for which an importance could not be measured: not finite, or with the largest squares.
+pub(crate) fn unsquared(rows: usize, s: Samples<'_>) -> BadRow {
+    let mut worst = (0, 0.0);
+    for row in 0..rows {
+        let [x, g, u, w] = [s.x, s.g, s.u, s.w].map(|v| {
+            let width = v.len() / rows;
+            v[row * width..(row + 1) * width].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>()
+        });
+        if !(x.is_finite() && g.is_finite()) {
+            return BadRow { row, arg: "x", reason: NOT_FINITE };
+        }
+        let size = (x * w).max(u * g);
+        if size > worst.1 {
+            worst = (row, size);
+        }
+    }
+    BadRow { row: worst.0, arg: "x", reason: "gives a gradient whose squares overflow float32" }
+}
 
 impl Rows {
     /// `u = s x A`.

@@ -6,7 +6,7 @@ use crate::layer::Layer;
 use crate::micro_lora::MicroLora;
 
 use super::accumulate::Gradients;
-use super::batch::{self, BadRow, Batch, NOT_FINITE, Rows};
+use super::batch::{self, BadRow, Batch, Rows};
 use super::optim::Optimizer;
 use super::regularizer::{Regularizer, Samples};
 use super::update::StepOptions;
@@ -232,7 +232,8 @@ impl Trainee for Modules<'_> {
                 batch::accumulate(k, layer, rows, &mut ws.rows, &mut ws.losses, sums)?;
                 if let Some(e) = observe.as_deref_mut() {
                     let s = Samples { x: batch.x, g: &ws.rows.g, u: &ws.rows.u, w: &ws.rows.w };
-                    e.observe(k, m, s).map_err(|_| BadRow { row: 0, arg: "x", reason: NOT_FINITE })?;
+                    e.observe(k, m, s)
+                        .map_err(|_| batch::unsquared(rows.x.len() / layer.in_features(), s))?;
                 }
             } else {
                 batch::squared_error(k, layer, rows, &mut ws.rows, &mut ws.losses)?;

@@ -49,7 +49,7 @@ impl PyChain {
         layers: Vec<LayerTuple<'_>>,
         activation: &str,
         head: &str,
-        use_dora: bool,
+        use_dora: Vec<bool>,
         gradient_checkpointing: bool,
     ) -> PyResult<Self> {
         let mut frozen = Vec::with_capacity(layers.len());
@@ -69,7 +69,7 @@ impl PyChain {
         }
         let lora = Arc::clone(lora.get().inner());
         let inner =
-            Chain::new(lora, frozen, activation.parse()?, head.parse()?, use_dora, gradient_checkpointing)?;
+            Chain::new(lora, frozen, activation.parse()?, head.parse()?, &use_dora, gradient_checkpointing)?;
         Ok(PyChain { inner, pass: Mutex::default() })
     }
 
@@ -148,7 +148,17 @@ impl PyChain {
         arrays.collect()
     }
 
-    /// DoRA's magnitudes of every layer; empty for plain LoRA.
+    /// Copies of the frozen W and b of each layer.
+    fn frozen<'py>(&self, py: Python<'py>) -> PyResult<Vec<ArrayPair<'py>>> {
+        let arrays = self.inner.frozen().iter().map(|f| {
+            let w = read_only(py, f.w.to_f32(false), &[f.out_features(), f.in_features()])?;
+            let b = f.bias.as_ref().map(|b| read_only(py, b.clone(), &[b.len()])).transpose()?;
+            Ok((w, b))
+        });
+        arrays.collect()
+    }
+
+    /// Magnitudes of the layers that are DoRA, in order; empty for plain LoRA.
     fn magnitudes<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         self.inner.magnitudes().iter().map(|m| read_only(py, m.to_vec(), &[m.len()])).collect()
     }

@@ -1,6 +1,6 @@
 //! Data sets from Python: what can be trained, rows, targets or labels, and the order of their visit.
 
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use super::array::{Input, input};
@@ -108,6 +108,21 @@ enum Y<'a> {
     Labels(Vec<i64>),
 }
 
+/// Whether y is one-dimensional and of whole numbers, as an array, a list or a torch tensor.
+fn is_labels(y: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let array = match y.cast::<numpy::PyUntypedArray>() {
+        Ok(array) => array.clone().into_any(),
+        // What is no array at all is refused, with its name, by the readers of floats.
+        Err(_) => match y.py().import("numpy")?.call_method1("asarray", (y,)) {
+            Ok(array) => array,
+            Err(_) => return Ok(false),
+        },
+    };
+    let kind: String = array.getattr("dtype")?.getattr("kind")?.extract()?;
+    let whole = matches!(kind.as_str(), "i" | "u");
+    Ok(array.getattr("ndim")?.extract::<usize>()? == 1 && (whole || kind == "f" && y.hasattr("ndim")?))
+}
+
 /// Integers of a one-dimensional array.
 pub(super) fn integers(arg: &str, v: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
     let refuse = || {
@@ -134,10 +149,7 @@ impl<'a> Rows<'a> {
     ) -> PyResult<Self> {
         let x = input("x", x, None, true)?;
         let rows = x.rows.unwrap_or(1);
-        let labels = match y.cast::<numpy::PyUntypedArray>() {
-            Ok(array) => array.ndim() == 1 && x.rows.is_some(),
-            Err(_) => false,
-        };
+        let labels = x.rows.is_some() && is_labels(y)?;
         let y = if labels { Y::Labels(integers("y", y)?) } else { Y::Values(input("y", y, None, true)?) };
         let base = base.map(|b| input("base", b, None, true)).transpose()?;
         let weights = weights.map(|w| input("weights", w, None, false)).transpose()?;

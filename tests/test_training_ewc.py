@@ -145,7 +145,12 @@ def checkpointed(tmp_path, **penalty):
 
 @pytest.mark.parametrize(
     ("field", "theirs", "ours"),
-    [("ewc_lambda", 10.0, 7.0), ("gamma", 1.0, 0.5), ("fisher", "auto", "empirical"), ("kind", "factor", "mas")],
+    [
+        ("ewc_lambda", 10.0, 7.0),
+        ("gamma", 1.0, 0.5),
+        ("fisher", "auto", "empirical"),
+        ("kind", "factor", "mas"),
+    ],
 )
 def test_a_checkpoint_is_refused_under_another_penalty(field, theirs, ours, tmp_path):
     how, second = checkpointed(tmp_path, ewc_lambda=10.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
 from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
+from microlora.progress import CancelToken
 from microlora.training import bars, checkpoint, engine
 from microlora.training.callbacks import Callbacks
 from microlora.training.config import AdapterTrainingConfig
@@ -23,7 +24,7 @@ from microlora.training.state import check_state
 
 if TYPE_CHECKING:
     from microlora.ewc import EwcPlusPlus
-    from microlora.progress import CancelToken, Progress
+    from microlora.progress import Progress
 
 __all__ = ["AdapterTrainer"]
 
@@ -129,6 +130,8 @@ class AdapterTrainer(EventLog):
         """
         training = self.config.training
         engine.learner_of(lora)
+        if not (cancel is None or isinstance(cancel, CancelToken)):
+            raise DTypeError(f"cancel: got {type(cancel).__name__}, expected a CancelToken or None")
         rows = rows_of("dataset", dataset, training.quality_threshold)
         if validation is None:
             validation = getattr(dataset, "validation", None)

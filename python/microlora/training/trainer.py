@@ -205,7 +205,7 @@ class AdapterTrainer(EventLog):
     # -- before a run --
 
     def _penalty_of(self, lora: Any) -> EwcPlusPlus | None:
-        """The penalty that events of the learner trained last are held by; what it was trained on is a task."""
+        """What holds the events of the learner trained last; the data of its runs are an earlier task."""
         if self._target is not lora or self._ewc is None or engine.is_chain(lora):
             return None
         if self._before_fisher is not None:

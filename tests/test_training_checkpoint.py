@@ -82,7 +82,7 @@ def test_a_resumed_run_is_the_whole_run(kind, name, cut, every, tmp_path, no_syn
 
 
 KILLED = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, {tests!r})
 import microlora as ml
 from runs import config, learner, problem
@@ -92,6 +92,8 @@ lora = learner()
 class Slow:
     def on_step(self, event):
         print(event.step, flush=True)
+        if str(event.step) in sys.argv:  # waits for its end, where the run's own is near
+            time.sleep(100)
 
 settings = ml.AdapterTrainingConfig.from_json({settings!r})
 trainer = ml.AdapterTrainer(settings)
@@ -113,10 +115,19 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
         early_stopping_patience=6,
         output_dir=str(tmp_path),
     )
+    whole = learner()
+    data, held = problem(n=400)
+    trainer = Trainer(settings.replace(checkpoint_every=None, output_dir=None))
+    trainer.train(whole, problem(seed=5)[0])
+    want = trainer.train(whole, data, held)
+    assert (want.task, want.stop_reason) == (1, "early_stopping")
+    waiting = want.total_steps - 8  # so that the last cut has looks without improvement behind it
+    assert waiting > 40
     code = KILLED.format(tests=str(TESTS), settings=settings.to_json())
     reached = 0
-    for kill_at in (7, 30, 31, 60):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for kill_at in (7, 30, 31, waiting):
+        command = [sys.executable, "-c", code, str(waiting)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             for line in process.stdout:
                 step = int(line)
@@ -129,16 +140,9 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
             process.communicate()
         assert process.returncode == -signal.SIGKILL
         reached = kill_at
-    assert (tmp_path / FILE_NAME).exists()
+    assert checkpoint.read(tmp_path / FILE_NAME).state["stopping"]["waited"] > 0
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     last = done.stdout.splitlines()[-1].split()
-    whole = learner()
-    data, held = problem(n=400)
-    trainer = Trainer(settings.replace(checkpoint_every=None, output_dir=None))
-    trainer.train(whole, problem(seed=5)[0])
-    want = trainer.train(whole, data, held)
-    assert (want.task, want.stop_reason) == (1, "early_stopping")
-    assert want.total_steps > 60
     assert last == ["done", "1", str(want.total_steps), want.stop_reason, whole.export_weights().hex()]
 
 

@@ -145,7 +145,8 @@ class EventLog:
 
         Args:
             event: With ``x`` and ``feedback`` it is learned from, where ``lora`` is given, by the steps of
-                `TrainingPipeline` under ``config.training``. Its loss, or else the one measured while
+                `TrainingPipeline` under ``config.training``, at a constant rate where its schedule needs a
+                total and ``max_steps`` is None. Its loss, or else the one measured while
                 learning, goes to the detector.
             lora: The learner; another one starts afresh.
 
@@ -162,7 +163,7 @@ class EventLog:
         if lora is not None and event.x is not None and event.feedback is not None:
             if self._pipeline is None or self._learner is not lora:
                 config: TrainingConfig = self.config.training
-                self._pipeline = TrainingPipeline(config).init_for_lora(lora)
+                self._pipeline = TrainingPipeline(config.for_stream()).init_for_lora(lora)
                 self._learner = lora
             step = self._pipeline.train_step(
                 lora, event.x, event.feedback, event.module, event.base, event.quality

@@ -58,6 +58,26 @@ def test_quality_decides_over_samples():
         Trainer(config()).train(learner(), listed[:10])
 
 
+def test_the_validation_loss_is_one_number_on_both_paths():
+    """Weighted by quality, over the sum of the weights; rows below the threshold have none."""
+    (x, y), (hx, hy) = problem(n=40, held=20)
+    q = np.linspace(0.3, 1.0, 20)
+    weights = np.maximum(0.0, (q - 0.5) / 0.5).astype(np.float32)
+    listed = [
+        Sample(a, ml.Target(b), f"h{i}", quality=k) for i, (a, b, k) in enumerate(zip(hx, hy, q, strict=True))
+    ]
+    counts = weights > 0
+    assert 0 < counts.sum() < 20
+    found = {}
+    for name, held in (("samples", listed), ("arrays", (hx[counts], hy[counts], weights[counts]))):
+        lora = learner()
+        result = Trainer(config(save_best=False)).train(lora, (x, y), held)
+        found[name] = result.history.val_losses
+    want = np.average(ml._core.evaluate(lora, hx, hy), weights=weights)
+    assert found["samples"] == pytest.approx(found["arrays"], rel=1e-5)
+    assert found["samples"][-1] == pytest.approx(want, rel=1e-5)
+
+
 def test_bare_gradients_have_no_loss(tmp_path):
     r = rng(8)
     samples = [Sample(normal(r, N), ml.Gradient(normal(r, N)), str(i)) for i in range(12)]

@@ -208,9 +208,11 @@ class EventFeed:
         if cancel is not None:
             cancel.raise_if_cancelled("validation")
         try:
-            return adapt_rows(self._lora.copy(), self._rows.kept, self._events.__getitem__, self._modules, 0)
+            found = adapt_rows(self._lora.copy(), self._rows.kept, self._events.__getitem__, self._modules, 0)
         except SampleError:
             return math.nan
+        # As for arrays: by the sum of the weights, so that a dataset's loss is the same on either path.
+        return sum(w * loss for w, loss in found) / sum(w for w, _ in found) if found else math.nan
 
     def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         events = (self._events[row] for row in rows)
@@ -226,9 +228,9 @@ def adapt_rows(
     event_of: Callable[[int], InEvent],
     modules_of: Callable[[InEvent], list[str]],
     steps_done: int,
-) -> float:
-    """Shows rows to ``adapt``: their mean loss, weighted, over modules and over those that have one."""
-    found: list[float] = []
+) -> list[tuple[float, float]]:
+    """Shows rows to ``adapt``: weight and loss of every row and module that has one."""
+    found: list[tuple[float, float]] = []
     for row in rows.tolist():
         event = event_of(row)
         for module in modules_of(event):
@@ -242,8 +244,8 @@ def adapt_rows(
                 lora.apply_updates(0.0)  # forgets the step's other rows
                 raise SampleError(str(error), row=row, steps_done=steps_done) from error
             if loss is not None:
-                found.append(event.weight * loss)
-    return float(np.mean(found)) if found else math.nan
+                found.append((event.weight, loss))
+    return found
 
 
 def adapt_steps(
@@ -265,7 +267,8 @@ def adapt_steps(
         if cancel is not None:
             cancel.raise_if_cancelled("training")
         rows = order[step * size : (step + 1) * size]
-        losses[step] = adapt_rows(lora, rows, event_of, modules_of, step)
+        found = adapt_rows(lora, rows, event_of, modules_of, step)
+        losses[step] = np.mean([w * loss for w, loss in found]) if found else math.nan
         _, norms[step] = optimizer.step(
             lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc, ewc_every=config.ewc_every
         )

@@ -151,9 +151,10 @@ class EventLog:
 
         Args:
             event: With ``x`` and ``feedback`` it is learned from, where ``lora`` is given, by the steps of
-                `TrainingPipeline` under ``config.training``, held by the trainer's penalty: what ``lora`` was
-                trained on before is an earlier task. Its loss, or else the one measured while learning,
-                goes to the detector.
+                `TrainingPipeline` under ``config.training``, at a constant rate where its schedule needs a
+                total and ``max_steps`` is None; held by the trainer's penalty, what ``lora`` was trained on
+                before being an earlier task. Its loss, or else the one measured while learning, goes to the
+                detector.
             lora: The learner; another one starts afresh.
 
         Returns:
@@ -171,7 +172,7 @@ class EventLog:
             made_for = self._learner is lora and (penalty is None or penalty is self._penalty)
             if self._pipeline is None or not made_for:
                 config: TrainingConfig = self.config.training
-                self._pipeline = TrainingPipeline(config).init_for_lora(lora, penalty)
+                self._pipeline = TrainingPipeline(config.for_stream()).init_for_lora(lora, penalty)
                 self._penalty = penalty
                 self._learner = lora
             step = self._pipeline.train_step(

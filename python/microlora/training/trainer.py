@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora._checks import choice
 from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
 from microlora.progress import CancelToken
 from microlora.training import bars, checkpoint, engine
@@ -97,7 +98,8 @@ class AdapterTrainer(EventLog):
         progress: Progress | bool | None = None,
         cancel: CancelToken | None = None,
         resume: bool | str | os.PathLike[str] | None = None,
-        modules: Sequence[str] | None = None,
+        modules: Sequence[str] | str | None = None,
+        base: str | None = None,
     ) -> TrainingResult:
         """Trains on a dataset.
 
@@ -112,7 +114,10 @@ class AdapterTrainer(EventLog):
             cancel: Looked at every few steps.
             resume: The checkpoint of a run that was cut short, with the same settings, data and kind of
                 learner; True takes the one in ``output_dir`` and starts anew where there is none.
-            modules: Modules that learn from arrays; None takes all whose widths fit.
+            modules: Modules that learn from arrays, or the name of one; None takes all whose widths fit.
+            base: ``"input"`` takes each sample's own input for the frozen layer's output, as where embeddings
+                are adapted; the widths must be equal. Preferences and contrastive feedback need it on a new
+                learner, whose dY is zero. It counts in training, validation and importance. None is no base.
 
         Returns:
             What was done and measured.
@@ -125,6 +130,7 @@ class AdapterTrainer(EventLog):
                 checkpoint of other settings or data.
             LeakageError: Two datasets that share samples, texts or variations.
             ShapeError: No module has the data's widths.
+            FeedbackError: No sample of an epoch, or of a look at the validation set, taught anything.
             FormatError: A damaged checkpoint, or one of a newer version.
             OSError: A file could not be written; the one before it is whole.
         """
@@ -139,9 +145,11 @@ class AdapterTrainer(EventLog):
         if hasattr(dataset, "with_validation") and hasattr(validation, "with_validation"):
             dataset.with_validation(validation)  # looks for shared ids, texts and variations
         _refuse_shared(rows, held)
-        names = None if modules is None else list(modules)
-        feed = feed_of(lora, rows, training, names)
-        watched = None if held is None else feed_of(lora, held, training, names)
+        names = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
+        if base is not None:
+            base = choice("base", base, ("input",))
+        feed = feed_of(lora, rows, training, names, base)
+        watched = None if held is None else feed_of(lora, held, training, names, base)
         if training.measures_importance and not feed.estimates:
             raise ConfigError(
                 f"dataset: got no sample that fisher={training.fisher!r} can estimate importance from, "
@@ -155,7 +163,7 @@ class AdapterTrainer(EventLog):
         self._check_flags(lora)
         path = self._checkpoint_path(resume)
         found = None if path is None else checkpoint.read(path)
-        about = self._about(rows, held)
+        about = self._about(rows, held, lora, base)
         if found is not None:
             _refuse_other(str(path), found, about, len(rows))
         watchers = Callbacks(callbacks)
@@ -252,13 +260,16 @@ class AdapterTrainer(EventLog):
             self._optimizer = engine.make_optimizer(lora, training)
         return self._ewc, self._optimizer
 
-    def _about(self, rows: Rows, held: Rows | None) -> dict[str, Any]:
+    def _about(self, rows: Rows, held: Rows | None, lora: Any, base: str | None) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _PLACES}
         return {
             "config": config,
             "dataset": rows.fingerprint,
             "validation": None if held is None else held.fingerprint,
+            "learner": engine.shape_of(lora),
+            "network": getattr(lora, "digest", ""),
+            "base": base,
             "version": _core.__version__,
             "isa": _core.isa(),
         }
@@ -299,7 +310,11 @@ class AdapterTrainer(EventLog):
         elif reason == "diverged" and loop.start is not None:
             engine.restore(loop.target, loop.start)
         if reason == "diverged":
-            _log.warning("training diverged at step %d: the validation loss was not finite", loop.place.step)
+            why = loop.failed or "the validation loss was not finite"
+            _log.warning(
+                "training diverged at step %d: %s; a lower learning_rate than %g may help",
+                loop.place.step, why, self.config.training.learning_rate,
+            )  # fmt: skip
         self._accumulate(loop, rows)
         return TrainingResult(
             final_loss=loop.epochs[-1].train_loss,
@@ -362,6 +377,15 @@ def _refuse_shared(rows: Rows, held: Rows | None) -> None:
     if held is rows or held.fingerprint == rows.fingerprint:
         raise ConfigError("validation: got the training data themselves, expected other samples")
     if not (rows.named and held.named):
+        known = set(rows.contents())
+        twice = [
+            row for row, digest in zip(held.kept.tolist(), held.contents(), strict=True) if digest in known
+        ]
+        if twice:
+            raise ConfigError(
+                f"validation: got {len(twice)} rows with inputs and targets of training data (first: row "
+                f"{twice[0]}), expected none"
+            )
         return
     shared = sorted(set(rows.ids()) & set(held.ids()))
     if shared:
@@ -382,8 +406,13 @@ def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]
     theirs = found.state["config"]
     ours = about["config"]
     if theirs != ours:
-        changed = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-        raise ConfigError(f"resume: {path} is of a run with other settings ({', '.join(changed)})")
+        raise ConfigError(
+            f"resume: {path} is of a run with other settings: {'; '.join(_differences(theirs, ours))}"
+        )
+    for key, what in (("learner", "a learner"), ("network", "a chain with a network"), ("base", "a base")):
+        if found.state[key] != about[key]:
+            came, wanted = found.state[key] or "none", about[key] or "none"
+            raise ConfigError(f"resume: {path} is of {what} {came}, this one is of {wanted}")
     for key in ("dataset", "validation"):
         if found.state[key] != about[key]:
             raise ConfigError(f"resume: {path} is of a run on other data ({key})")
@@ -394,3 +423,15 @@ def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]
                 "resume: %s was written with %s %s, this is %s: results agree, but not bit for bit",
                 path, key, found.state[key], about[key],
             )  # fmt: skip
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], within: str = "") -> list[str]:
+    """Every setting that differs, with both values."""
+    out: list[str] = []
+    for key in sorted({*theirs, *ours}):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += _differences(a, b, f"{within}{key}.")
+        elif a != b:
+            out.append(f"{within}{key}: the checkpoint has {a!r}, these settings {b!r}")
+    return out

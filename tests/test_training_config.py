@@ -44,7 +44,7 @@ def test_presets():
     assert Config.fast(seed=3, batch_size=16) == Config(seed=3, batch_size=16)
 
     run = RunConfig()
-    assert (run.epochs, run.validation_interval, run.early_stopping_patience) == (3, 100, 3)
+    assert (run.epochs, run.validation_interval, run.early_stopping_patience) == (3, None, 3)
     assert run.min_improvement == 1e-4
     quick = RunConfig.quick()
     assert (quick.epochs, quick.training.learning_rate, quick.early_stopping_patience) == (1, 0.005, 1)
@@ -54,6 +54,39 @@ def test_presets():
     assert (stable.training.max_grad_norm, stable.training.weight_decay) == (0.5, 0.02)
     assert stable.training.ewc_lambda == 250.0
     assert RunConfig.stable(epochs=2).epochs == 2
+    assert RunConfig.stable().validation_interval is None
+
+
+def test_presets_take_training_fields_by_name():
+    made = RunConfig.stable(batch_size=16, ewc_lambda=0, save_best=False)
+    assert (made.training.batch_size, made.training.ewc_lambda, made.save_best) == (16, 0.0, False)
+    assert made.training == RunConfig.stable().training.replace(batch_size=16, ewc_lambda=0.0)
+    quick = RunConfig.quick(training=Config(seed=3), batch_size=2)
+    assert quick.training == Config(seed=3, batch_size=2)
+    with pytest.raises(ConfigError, match=r"unknown key 'batch_sise'.*did you mean 'batch_size'"):
+        RunConfig.quick(batch_sise=2)
+    with pytest.raises(ConfigError, match="training: got 3"):
+        RunConfig.quick(training=3)
+
+
+def test_epochs_of_the_training_settings_are_followed():
+    assert RunConfig(training=Config.thorough()).epochs == 3
+    assert RunConfig(training=Config(epochs=10)).epochs == 10
+    assert RunConfig(training=Config(epochs=10), epochs=2).epochs == 2
+    assert RunConfig(training=Config()).epochs == 3
+    assert RunConfig.stable(training=Config(epochs=10)).epochs == 10
+    assert RunConfig.stable(training=Config(epochs=10), epochs=4).epochs == 4
+    assert RunConfig.from_json(RunConfig(training=Config(epochs=10), epochs=3).to_json()).epochs == 3
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "one_cycle", "step"])
+def test_a_stream_has_a_rate_without_an_end(name):
+    config = Config(schedule=name)
+    assert config.for_stream().bound_schedule(None).lrs([0, 10**6]).tolist() == [2e-3, 2e-3]
+    assert config.replace(max_steps=9).for_stream() == config.replace(max_steps=9)
+    assert Config(epoch_decay=0.5).for_stream() == Config()
+    warm = Config(schedule="cosine", warmup=2).for_stream()
+    assert warm.bound_schedule(None).lrs([0, 1, 2]).tolist() == [1e-3, 2e-3, 2e-3]
 
 
 def test_the_optimizer_of_a_config():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import microlora as ml
 from microlora.exceptions import ConfigError, DTypeError, NonFiniteError
 from microlora.training import BreakthroughDetector, check_breakthrough
-from runs import config
+from runs import N, config, learner
 from support import make, normal, rng
 
 Event = ml.LearningEvent
@@ -167,3 +167,15 @@ def test_events_with_feedback_teach():
     with pytest.raises(NonFiniteError):
         trainer.process_event(Event("correction", x=np.full(24, np.nan, np.float32), feedback=target), lora)
     assert trainer.event_stats().events == 18
+
+
+def test_default_settings_learn_from_events():
+    """The default schedule needs a total, which a stream has not: the rate is constant there."""
+    lora = learner()
+    trainer = ml.AdapterTrainer()
+    x = np.ones(N, np.float32)
+    for _ in range(4):
+        outcome = trainer.process_event(ml.LearningEvent(x=x, feedback=ml.Target(2 * x)), lora)
+    assert outcome.step.applied
+    assert outcome.step.learning_rate == trainer.config.training.learning_rate
+    assert np.abs(lora["m"].lora_b).max() > 0

@@ -189,3 +189,10 @@ def test_a_dict_and_back(s):
     assert LearningRateSchedule.from_dict(s.to_dict()) == s
     with pytest.raises(ConfigError, match=r"unknown key 'totl'.*did you mean 'total'"):
         LearningRateSchedule.from_dict({"totl": 3})
+
+
+def test_json_and_back():
+    made = LearningRateSchedule("step", base_lr=0.1, milestones=(3, 7), gamma=0.5)
+    assert LearningRateSchedule.from_json(made.to_json()) == made
+    with pytest.raises(ConfigError, match="unknown key 'nane'"):
+        LearningRateSchedule.from_json('{"nane": "step"}')

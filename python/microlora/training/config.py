@@ -36,6 +36,7 @@ STORAGE = ("f16", "bf16")
 # After an epoch of 800 samples of the synthetic tasks (widths 64 to 768, batches of 4) the usual 3e-4 has
 # still up to three quarters to learn, this 1.3 % at most: see docs/training.md.
 DEFAULT_LEARNING_RATE = 2e-3
+DEFAULT_EPOCHS = 3
 
 
 class _Json:
@@ -90,8 +91,8 @@ class TrainingConfig(_Json):
 
     Attributes:
         batch_size: Events of a batch, 1 or more.
-        epochs: How often `TrainingPipeline.train_batch` goes through its samples, 1 or more. A whole run has
-            its own, `AdapterTrainingConfig.epochs`.
+        epochs: How often `TrainingPipeline.train_batch` goes through its samples, 1 or more. A whole run
+            follows it too, where it is not 1 and `AdapterTrainingConfig.epochs` is left out.
         max_steps: Optimiser steps after which training ends; None has no limit.
         learning_rate: Rate of the schedule, above 0.
         schedule: Name of a schedule (`microlora.training.SCHEDULES`) or a `LearningRateSchedule`, whose
@@ -108,14 +109,14 @@ class TrainingConfig(_Json):
             ``(q - threshold) / (1 - threshold)``; 0 up to but not including 1. Rewards and preferences are
             never dropped: a failure is their information.
         ewc_lambda: Strength of the penalty on what earlier tasks need, in the canonical unit (mean loss, mean
-            of per-sample squares, factor 1/2). None is the default of its kind, or none for chains of DoRA,
-            which have no penalty; 0 turns it off.
+            of per-sample squares, factor 1/2). None is the default of its kind; 0 turns it off.
         ewc_kind: ``"delta"``, ``"factor"``, ``"l2"``, ``"si"`` or ``"mas"``; see `EwcPlusPlus`.
         ewc_every: The penalty acts in every n-th step, n-fold: a part of its cost, and the same lambda.
         online_ewc_gamma: ``gamma`` of `EwcPlusPlus`: share of the older tasks' importance that is kept at a
             new task, 0 to 1. Below 1 the oldest task is forgotten first.
         fisher: How importance is estimated: ``"auto"``, ``"exact"``, ``"sample"`` or ``"empirical"``.
-            Rewards, bare gradients and cosine targets are no likelihood: only ``"empirical"`` counts them.
+            Rewards, bare gradients and cosine targets are no likelihood: ``"auto"`` and ``"empirical"`` take
+            their observed gradient, the other two do not count them.
         fisher_samples: Most samples of a task that importance is estimated on; None takes all.
         incremental_update: Go on where the last run or task ended: the optimiser keeps its moments. Otherwise
             each run and each new task starts them afresh.
@@ -227,6 +228,19 @@ class TrainingConfig(_Json):
             base_lr=self.learning_rate, total=min(known) if known else None, epoch_steps=epoch_steps
         )
 
+    def for_stream(self) -> TrainingConfig:
+        """These settings for a stream without an end: the rate is constant where it would need one.
+
+        A warm-up stays. With ``max_steps``, or a total in the schedule itself, nothing changes.
+        """
+        decays = self.epoch_decay != 1.0 and self.schedule.epoch_steps is None
+        endless = self.max_steps is None and self.schedule.total is None and self.schedule.needs_total
+        if not (decays or endless):
+            return self
+        name = "warmup_constant" if self.warmup else "constant"
+        schedule = LearningRateSchedule(name) if endless else self.schedule
+        return self.replace(schedule=schedule, epoch_decay=1.0 if decays else self.epoch_decay)
+
     def optimizer_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the core's optimiser."""
         kwargs = self.optimizer.kwargs()
@@ -265,10 +279,13 @@ class AdapterTrainingConfig(_Json):
     """A whole training run over a dataset.
 
     Attributes:
-        training: How weights are learned. Its ``epochs`` belongs to the pipeline; a run has the next field.
-        epochs: Passes over the dataset, 1 or more.
+        training: How weights are learned. None given has a cosine schedule. One that is given is taken as it
+            is: its own default is ``"constant"``, which cannot be told from a chosen one, so name the
+            schedule too, as in ``TrainingConfig(batch_size=16, schedule="cosine")``.
+        epochs: Passes over the dataset, 1 or more. Left out (or None) it is ``training.epochs`` where that is
+            not 1, else 3.
         validation_interval: Steps between looks at the validation set, which is also looked at after every
-            epoch; None looks only then.
+            epoch; None looks only then. Small intervals need a large patience: see docs/training.md.
         early_stopping_patience: Looks without improvement after which training stops; 0 never stops early.
             Without a validation set there is nothing to look at.
         min_improvement: Smallest improvement of the validation loss that counts, relative, 0 up to 1.
@@ -286,8 +303,8 @@ class AdapterTrainingConfig(_Json):
     """
 
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(schedule=_named("cosine")))
-    epochs: int = 3
-    validation_interval: int | None = 100
+    epochs: int = None  # type: ignore[assignment]  # __post_init__ puts a number
+    validation_interval: int | None = None
     early_stopping_patience: int = 3
     min_improvement: float = 1e-4
     gradient_checkpointing: bool = False
@@ -302,6 +319,8 @@ class AdapterTrainingConfig(_Json):
             put(self, "training", TrainingConfig.from_dict(self.training))
         if not isinstance(self.training, TrainingConfig):
             raise wrong("training", self.training, "a TrainingConfig")
+        if self.epochs is None:
+            put(self, "epochs", DEFAULT_EPOCHS if self.training.epochs == 1 else self.training.epochs)
         put(self, "epochs", integer("epochs", self.epochs, 1, MAX_COUNT))
         for name in ("validation_interval", "checkpoint_every"):
             put(self, name, _count_or_none(name, getattr(self, name)))
@@ -324,15 +343,18 @@ class AdapterTrainingConfig(_Json):
 
     @classmethod
     def quick(cls, **changes: Any) -> AdapterTrainingConfig:
-        """One epoch at a constant rate of 0.005, patience 1: to see whether something can be learned."""
-        training = TrainingConfig(learning_rate=0.005)
-        return cls(**{"training": training, "epochs": 1, "early_stopping_patience": 1, **changes})
+        """One epoch at a constant rate of 0.005, patience 1: to see whether something can be learned.
+
+        ``changes`` are fields of this class, or of `TrainingConfig` by their name.
+        """
+        return cls._preset(TrainingConfig(learning_rate=0.005), changes, epochs=1, early_stopping_patience=1)
 
     @classmethod
     def stable(cls, **changes: Any) -> AdapterTrainingConfig:
         """Five epochs on a cosine from 0.0005, clipped at 0.5, weight decay 0.02, patience 5.
 
         Earlier tasks are held 2.5 times as strongly as by default (``ewc_lambda`` 250 of the delta kind).
+        ``changes`` are fields of this class, or of `TrainingConfig` by their name.
         """
         training = TrainingConfig(
             learning_rate=0.0005,
@@ -341,7 +363,26 @@ class AdapterTrainingConfig(_Json):
             weight_decay=0.02,
             ewc_lambda=250.0,
         )
-        return cls(**{"training": training, "epochs": 5, "early_stopping_patience": 5, **changes})
+        return cls._preset(training, changes, epochs=5, early_stopping_patience=5)
+
+    @classmethod
+    def _preset(
+        cls, training: TrainingConfig, changes: Mapping[str, Any], **run: Any
+    ) -> AdapterTrainingConfig:
+        """A preset with changes; a name that both classes have (``epochs``) is the run's."""
+        ours = [item.name for item in dataclasses.fields(cls)]
+        theirs = [item.name for item in dataclasses.fields(TrainingConfig) if item.name not in ours]
+        check_keys("config", changes, (*ours, *theirs))
+        given = changes.get("training", training)
+        if isinstance(given, Mapping):
+            given = TrainingConfig.from_dict(given)
+        if not isinstance(given, TrainingConfig):
+            raise wrong("training", given, "a TrainingConfig")
+        if given.epochs != 1:
+            run["epochs"] = given.epochs
+        inner = {name: value for name, value in changes.items() if name in theirs}
+        outer = {name: value for name, value in changes.items() if name in ours}
+        return cls(**{**run, **outer, "training": given.replace(**inner)})
 
 
 def _named(name: str) -> LearningRateSchedule:

@@ -90,6 +90,16 @@ def restore(target: Trainee, state: State) -> None:
         learner_of(target).restore(Snapshot(state) if isinstance(state, bytes) else state)
 
 
+def shape_of(target: Trainee) -> str:
+    """Modules, widths and ranks, as a checkpoint must have them."""
+    lora = learner_of(target)
+    parts = [
+        f"{name} {lora[name].in_features} -> {lora[name].out_features} rank {lora[name].rank}"
+        for name in lora.modules()
+    ]
+    return ", ".join(parts)
+
+
 def state_bytes(state: State) -> bytes:
     """A snapshot as bytes."""
     return state if isinstance(state, bytes) else state.to_bytes()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from microlora._core import Gradient, Optimizer, Target, evaluate
-from microlora.exceptions import ConfigError, NonFiniteError, SampleError, ShapeError
+from microlora._core import Gradient, Optimizer, StepResult, Target, evaluate
+from microlora.exceptions import ConfigError, FeedbackError, NonFiniteError, SampleError, ShapeError
 from microlora.training import engine
 from microlora.training.events_in import InEvent, weighted
 
@@ -28,16 +30,57 @@ if TYPE_CHECKING:
 __all__ = ["Feed", "feed_of"]
 
 
+@dataclass
+class Tally:
+    """Rows that were shown to ``adapt``, how many taught, and why the others did not."""
+
+    based: bool
+    rows: int = 0
+    taught: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """A new epoch."""
+        self.rows = self.taught = 0
+        self.reasons.clear()
+
+    def add(self, result: StepResult) -> None:
+        """Takes up what ``adapt`` said of a row for one module."""
+        if result.applied:
+            self.taught += 1
+        else:
+            self.reasons[str(result.reason)] += 1
+
+    def refuse_silence(self, name: str) -> None:
+        """Raises where rows were shown and none of them taught anything.
+
+        Raises:
+            FeedbackError: With the commonest reason, and the way out.
+        """
+        if self.taught or not self.reasons:
+            return
+        raise FeedbackError(f"{name}: all {self.rows} samples were passed over: {self.why()}")
+
+    def why(self) -> str:
+        """The commonest reason and the way out."""
+        reason = self.reasons.most_common(1)[0][0]
+        if self.based:
+            return reason
+        return f"{reason} (base='input' takes the sample's own input as the frozen layer's output)"
+
+
 class Feed(Protocol):
     """What the loop needs of a dataset and a learner together.
 
     Attributes:
         estimates: Whether importance can be estimated from any of its rows.
         has_loss: Whether any of its rows has a loss; bare gradients have none.
+        tally: What became of the rows since the epoch began; None where every row teaches.
     """
 
     estimates: bool
     has_loss: bool
+    tally: Tally | None
 
     def steps(
         self,
@@ -61,10 +104,19 @@ class ArrayFeed:
     """Rows of arrays through the core's own loop."""
 
     estimates = has_loss = True
+    tally: Tally | None = None
 
-    def __init__(self, target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None) -> None:
+    def __init__(
+        self,
+        target: Any,
+        rows: Rows,
+        config: TrainingConfig,
+        modules: list[str] | None,
+        base: str | None = None,
+    ) -> None:
         self._target, self._rows, self._config = target, rows, config
         self._modules = None if engine.is_chain(target) else modules
+        self._base = None if base is None else rows.arrays[0]
 
     def steps(
         self,
@@ -86,6 +138,7 @@ class ArrayFeed:
             accumulation=self._config.gradient_accumulation,
             modules=self._modules,
             weights=self._rows.weights,
+            base=self._base,
             max_grad_norm=self._config.max_grad_norm,
             ewc=ewc,
             ewc_every=self._config.ewc_every,
@@ -98,8 +151,9 @@ class ArrayFeed:
         x, y = rows.arrays
         if len(rows) != rows.total:
             x, y = x[rows.kept], y[rows.kept]
+        base = None if self._base is None else x
         try:
-            losses = evaluate(self._target, x, y, modules=self._modules, cancel=cancel)
+            losses = evaluate(self._target, x, y, modules=self._modules, base=base, cancel=cancel)
         except NonFiniteError:  # the arrays are finite, so it is the learner that is not
             return math.nan
         if rows.weights is None:
@@ -115,8 +169,9 @@ class ArrayFeed:
             return
         for row in rows:
             feedback = Target(y[row])
+            base = None if self._base is None else x[row]
             for module in self._modules or ():
-                ewc.accumulate_fisher(x[row], feedback, module)
+                ewc.accumulate_fisher(x[row], feedback, module, base)
 
 
 class DropoutFeed(ArrayFeed):
@@ -136,7 +191,8 @@ class DropoutFeed(ArrayFeed):
 
         def event(row: int) -> InEvent:
             weight = 1.0 if weights is None else float(weights[row])
-            return InEvent(x[row], Target(y[row]), weight=weight)
+            base = None if self._base is None else x[row]
+            return InEvent(x[row], Target(y[row]), base=base, weight=weight)
 
         def modules(_: InEvent) -> list[str]:
             return self._modules or []
@@ -158,7 +214,9 @@ class DropoutFeed(ArrayFeed):
 class EventFeed:
     """Samples with their own feedback through ``adapt``."""
 
-    def __init__(self, target: Any, rows: Rows, config: TrainingConfig) -> None:
+    tally: Tally | None
+
+    def __init__(self, target: Any, rows: Rows, config: TrainingConfig, base: str | None = None) -> None:
         if engine.is_chain(target):
             raise ConfigError(
                 "dataset: got feedback sample by sample for a chain, expected targets or labels"
@@ -166,10 +224,16 @@ class EventFeed:
         self._lora, self._rows, self._config = engine.learner_of(target), rows, config
         refuse_pending(self._lora)
         assert rows.events is not None
-        self._events = rows.events
+        events = rows.events
+        if base is not None:
+            for row in rows.kept:
+                _equal_widths(len(events[row].x), events[row].feedback.width)
+            events = tuple(e if e.base is not None else e._replace(base=e.x) for e in events)
+        self._events = events
         self._fits: dict[tuple[int, int], list[str]] = {}
         for row in rows.kept:
             self._modules(self._events[row])
+        self.tally = Tally(base is not None)
         feedback = [self._events[row].feedback for row in rows.kept]
         self.estimates = any(engine.can_estimate(config, f) for f in feedback)
         self.has_loss = any(not isinstance(f, Gradient) for f in feedback)
@@ -202,15 +266,22 @@ class EventFeed:
             lrs,
             progress,
             cancel,
+            self.tally,
         )
 
     def evaluate(self, cancel: CancelToken | None) -> float:
         if cancel is not None:
             cancel.raise_if_cancelled("validation")
+        assert self.tally is not None
+        rows, event, tally = self._rows.kept, self._events.__getitem__, Tally(self.tally.based)
         try:
-            return adapt_rows(self._lora.copy(), self._rows.kept, self._events.__getitem__, self._modules, 0)
+            found = adapt_rows(self._lora.copy(), rows, event, self._modules, 0, tally)
         except SampleError:
             return math.nan
+        if not found:
+            tally.refuse_silence("validation")
+        # As for arrays: by the sum of the weights, so that a dataset's loss is the same on either path.
+        return sum(w * loss for w, loss in found) / sum(w for w, _ in found) if found else math.nan
 
     def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         events = (self._events[row] for row in rows)
@@ -226,24 +297,30 @@ def adapt_rows(
     event_of: Callable[[int], InEvent],
     modules_of: Callable[[InEvent], list[str]],
     steps_done: int,
-) -> float:
-    """Shows rows to ``adapt``: their mean loss, weighted, over modules and over those that have one."""
-    found: list[float] = []
+    tally: Tally | None = None,
+) -> list[tuple[float, float]]:
+    """Shows rows to ``adapt``: weight and loss of every row and module that has one."""
+    found: list[tuple[float, float]] = []
     for row in rows.tolist():
         event = event_of(row)
         for module in modules_of(event):
             try:
                 if event.weight == 1.0:
-                    loss = lora.adapt(event.x, event.feedback, module, event.base).loss_before
+                    result = lora.adapt(event.x, event.feedback, module, event.base)
+                    loss = result.loss_before
                 else:
                     loss, gradient = weighted(lora, event.x, event.feedback, module, event.base, event.weight)
-                    lora.adapt(event.x, gradient, module, event.base)
+                    result = lora.adapt(event.x, gradient, module, event.base)
             except NonFiniteError as error:
                 lora.apply_updates(0.0)  # forgets the step's other rows
                 raise SampleError(str(error), row=row, steps_done=steps_done) from error
+            if tally is not None:
+                tally.add(result)
             if loss is not None:
-                found.append(event.weight * loss)
-    return float(np.mean(found)) if found else math.nan
+                found.append((event.weight, loss))
+        if tally is not None:
+            tally.rows += 1
+    return found
 
 
 def adapt_steps(
@@ -257,6 +334,7 @@ def adapt_steps(
     lrs: NDArray[np.float64],
     progress: Progress | None,
     cancel: CancelToken | None,
+    tally: Tally | None = None,
 ) -> Log:
     """Steps of events through ``adapt``: loss (NaN where there is none) and gradient norm of each."""
     losses, norms = np.zeros(len(lrs), np.float32), np.zeros(len(lrs), np.float32)
@@ -265,7 +343,8 @@ def adapt_steps(
         if cancel is not None:
             cancel.raise_if_cancelled("training")
         rows = order[step * size : (step + 1) * size]
-        losses[step] = adapt_rows(lora, rows, event_of, modules_of, step)
+        found = adapt_rows(lora, rows, event_of, modules_of, step, tally)
+        losses[step] = np.mean([w * loss for w, loss in found]) if found else math.nan
         _, norms[step] = optimizer.step(
             lora, lr, max_grad_norm=config.max_grad_norm, ewc=ewc, ewc_every=config.ewc_every
         )
@@ -295,7 +374,17 @@ def fitting(lora: Any, n_in: int, n_out: int) -> list[str]:
     return found
 
 
-def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None) -> Feed:
+def _equal_widths(n_in: int, n_out: int) -> None:
+    if n_in != n_out:
+        raise ShapeError(
+            f"base: got 'input' for widths {n_in} -> {n_out}, expected equal ones: the input stands for the "
+            "frozen layer's output"
+        )
+
+
+def feed_of(
+    target: Any, rows: Rows, config: TrainingConfig, modules: list[str] | None, base: str | None = None
+) -> Feed:
     """The way these rows take to this learner.
 
     Args:
@@ -303,9 +392,10 @@ def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] 
         rows: The samples.
         config: Batch sizes.
         modules: The modules that learn from arrays; None takes those whose widths fit.
+        base: ``"input"``, or None for no frozen layer.
 
     Raises:
-        ShapeError: No module has these widths.
+        ShapeError: No module has these widths, or unequal ones with ``base``.
         UnknownModuleError: No such module.
         ConfigError: Samples that this learner cannot take.
     """
@@ -314,8 +404,10 @@ def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] 
             raise ConfigError(
                 "modules: got names with samples that have feedback of their own, expected None"
             )
-        return EventFeed(target, rows, config)
+        return EventFeed(target, rows, config, base)
     if engine.is_chain(target):
+        if base is not None:
+            raise ConfigError(f"base: got {base!r} with a chain, expected None: it has its frozen layers")
         if modules is not None:
             raise ConfigError("modules: got names with a chain, expected None: all its layers learn")
         return ArrayFeed(target, rows, config, None)
@@ -334,7 +426,9 @@ def feed_of(target: Any, rows: Rows, config: TrainingConfig, modules: list[str] 
                 f"dataset: got widths {x.shape[1]} -> {y.shape[1]}, expected those of {name}: "
                 f"{handle.in_features} -> {handle.out_features}"
             )
+    if base is not None:
+        _equal_widths(x.shape[1], y.shape[1])
     if lora.config.dropout > 0.0:
         refuse_pending(lora)
-        return DropoutFeed(target, rows, config, list(modules))
-    return ArrayFeed(target, rows, config, list(modules))
+        return DropoutFeed(target, rows, config, list(modules), base)
+    return ArrayFeed(target, rows, config, list(modules), base)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from microlora._core import Optimizer
-from microlora.exceptions import CancelledError, SampleError
+from microlora.exceptions import CancelledError, NonFiniteError, SampleError
 from microlora.training import engine
 from microlora.training.callbacks import Callbacks, StepsEvent
 from microlora.training.checkpoint import Checkpoint
 from microlora.training.early_stopping import EarlyStopping
 from microlora.training.result import EpochRecord, TrainingHistory, ValidationRecord
+from microlora.training.state import refuse_other_ewc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,7 @@ class Loop:
     epochs: list[EpochRecord] = field(default_factory=list)
     validations: list[ValidationRecord] = field(default_factory=list)
     stop_reason: str | None = None
+    failed: str | None = None
 
     def __post_init__(self) -> None:
         self.stopping = EarlyStopping(self.config.early_stopping_patience, self.config.min_improvement)
@@ -106,7 +108,10 @@ class Loop:
                 self.stop_reason = "max_steps"
             else:
                 self._epoch()
-        if self.place.steps:
+        if self.stop_reason == "diverged" and self.failed is not None:
+            self._close_epoch(None)
+        elif self.place.steps:
+            self._refuse_silence()
             looked = bool(self.validations) and self.validations[-1].step == self.place.step
             self._close_epoch(self._validate() if not looked else self.validations[-1].loss)
         if self.save_checkpoint is not None:
@@ -117,8 +122,12 @@ class Loop:
     def _epoch(self) -> None:
         """From the present place to the end of its epoch, or to where the run stops."""
         order, place = self.rows.order(self.config.training.seed, self.place.epoch), self.place
+        if self.feed.tally is not None and not place.row:
+            self.feed.tally.reset()
         while place.row < len(order) and place.step < self.total:
             self._stretch(order)
+            if self.stop_reason is not None:
+                return
             ended = place.row >= len(order)
             if not ended and self._due(self.config.validation_interval):
                 self._validate()
@@ -154,6 +163,10 @@ class Loop:
             )
         except SampleError as error:
             raise self._named(error) from error
+        except NonFiniteError as error:  # the step itself: a gradient or weights beyond float32
+            place.step += self.optimizer.steps - before
+            self.failed, self.stop_reason = str(error), "diverged"
+            return
         except BaseException:
             place.step += self.optimizer.steps - before
             raise
@@ -199,6 +212,14 @@ class Loop:
         name, done = self.rows.ids()[error.row], self.place.step + error.steps_done
         self.place.step = done
         message = f"{error} (sample {name!r}, after step {done})"
+        if self.rows.moderate(error.row):
+            message += (
+                ": the sample's own numbers are finite, so the weights have grown too large; lower the "
+                "learning_rate"
+            )
+            if self.config.save_best and self.best is not None:
+                engine.restore(self.target, self.best.state)
+                message += "; the learner has the best weights"
         return SampleError(message, row=error.row, steps_done=done, sample_id=name)
 
     def _validate(self) -> float | None:
@@ -219,7 +240,14 @@ class Loop:
         self.callbacks.validation(record)
         return finite
 
+    def _refuse_silence(self) -> None:
+        """Raises where no sample of this epoch taught anything; a resumed epoch's first part is not known."""
+        tally = self.feed.tally
+        if tally is not None and tally.rows == self.place.samples:
+            tally.refuse_silence("dataset")
+
     def _end_epoch(self) -> None:
+        self._refuse_silence()
         self._close_epoch(self._validate())
         self.place.epoch += 1
         self.place.row = 0
@@ -235,7 +263,7 @@ class Loop:
             steps=p.steps,
             samples=p.samples,
             seconds=p.seconds,
-            grad_norm=p.norm_sum / p.steps,
+            grad_norm=p.norm_sum / p.steps if p.steps else 0.0,
         )
         self.epochs.append(record)
         self.place = Place(epoch=p.epoch, row=p.row, step=p.step, lr=p.lr)
@@ -264,12 +292,14 @@ class Loop:
             "best": best,
             "history": self.history.to_dict(),
             "stop_reason": self.stop_reason,
+            "ewc": None if self.ewc is None else self.ewc.settings,
         }
         return Checkpoint(state, parts)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was written."""
         state, parts = checkpoint.state, checkpoint.parts
+        refuse_other_ewc(state["ewc"], None if self.ewc is None else self.ewc.settings)
         place, history = Place(**state["place"]), TrainingHistory.from_dict(state["history"])
         stopping = EarlyStopping(self.config.early_stopping_patience, self.config.min_improvement)
         stopping.restore(state["stopping"])

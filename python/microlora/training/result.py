@@ -78,7 +78,7 @@ class TrainingHistory:
 
     @property
     def val_losses(self) -> list[float | None]:
-        """Validation loss after every epoch."""
+        """Validation loss after every epoch, as many as `epochs`; every look is in `validations`."""
         return [e.val_loss for e in self.epochs]
 
     @property
@@ -106,12 +106,12 @@ class TrainingResult:
     Attributes:
         final_loss: Training loss of the last epoch; None where its samples have none.
         best_val_loss: Lowest validation loss; None without a validation set.
-        best_epoch: Epoch of it, counted from 0; None without.
+        best_epoch: Epoch in which, or after which, it was measured, counted from 0; None without.
         best_step: Steps made when it was measured; None without.
         epochs_completed: Whole passes over the data.
         total_steps: Optimiser steps.
         stop_reason: ``"completed"``, ``"early_stopping"``, ``"max_steps"`` or ``"diverged"`` (a validation
-            loss that was not finite).
+            loss that was not finite, or a gradient that left float32).
         restored_best: Whether the learner ended with the weights of the best validation loss.
         history: Every epoch and every look at the validation set.
         peak_activation_bytes: Most bytes of a chain's activations that were alive at once; 0 for single

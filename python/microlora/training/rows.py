@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from microlora._core import Target
 from microlora.exceptions import ConfigError, DTypeError, NonFiniteError, ShapeError
 from microlora.training.events_in import InEvent, event_weight, imitation_weights, of_sample
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     Order = NDArray[np.int64]
 
 __all__ = ["Rows", "rows_of"]
+
+
+# Squares of such numbers, summed over any width, stay far from the end of float32.
+MODERATE = 1e15
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +40,7 @@ class Rows:
         shuffled: The order of one epoch from seed and epoch.
         fingerprint: Digest of all that is learned from.
         module: The one module that every sample names; None where none does.
-        named: Whether the ids are the samples' own, and not their place in an array.
+        named: Whether every row has an id of its own, and not its place alone.
     """
 
     x: Array | None
@@ -68,6 +73,23 @@ class Rows:
         """Inputs and targets of a dataset of arrays."""
         assert self.y is not None
         return self._x, self.y
+
+    def contents(self) -> list[bytes]:
+        """A digest of every row that counts, of its input and of what should come out."""
+        if self.events is not None:
+            return [_row_digest(*_parts(self.events[row])) for row in self.kept.tolist()]
+        x, y = self.arrays
+        return [_row_digest(x[row].tobytes(), y[row].tobytes()) for row in self.kept.tolist()]
+
+    def moderate(self, row: int) -> bool:
+        """Whether a row's own numbers leave room for a loss in float32."""
+        if self.events is not None:
+            feedback = self.events[row].feedback
+            numbers = [self.events[row].x, *(v for v in feedback.__reduce__()[1] if not isinstance(v, str))]
+        else:
+            x, y = self.arrays
+            numbers = [x[row], y[row]]
+        return all(bool((np.abs(np.asarray(v, np.float64)) < MODERATE).all()) for v in numbers)
 
     def order(self, seed: int, epoch: int) -> Order:
         """The rows that count in the order of one epoch."""
@@ -105,7 +127,8 @@ def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
     elif hasattr(dataset, "arrays"):
         rows = _of_dataset(dataset, threshold)
     elif isinstance(dataset, list | tuple):
-        rows = _of_samples([of_sample(s) for s in dataset], [str(s.id) for s in dataset], threshold)
+        events = [of_sample(s, f"{name}[{i}]") for i, s in enumerate(dataset)]
+        rows = _of_samples(events, [str(s.id) for s in dataset], threshold)
     else:
         raise DTypeError(
             f"{name}: got {type(dataset).__name__}, expected an AdapterDataset, (x, y) or a list of samples"
@@ -164,6 +187,7 @@ def _of_samples(
     weights = [event_weight(e.quality, e.weight, e.feedback, threshold) for e in events]
     weighed = tuple(e._replace(weight=w, quality=None) for e, w in zip(events, weights, strict=True))
     kept = np.flatnonzero(np.asarray(weights) > 0.0)
+    places = [name or str(row) for row, name in enumerate(ids)]
     digest = hashlib.sha256()
     for event in weighed:
         kind, values = event.feedback.__reduce__()
@@ -172,7 +196,22 @@ def _of_samples(
         for value in values:
             digest.update(np.asarray(value).tobytes() if not isinstance(value, str) else value.encode())
     order = permutation(len(events)) if shuffled is None else shuffled
-    return Rows(None, None, None, weighed, lambda: ids, kept, order, digest.hexdigest())
+    named = all(ids)
+    return Rows(None, None, None, weighed, lambda: places, kept, order, digest.hexdigest(), None, named)
+
+
+def _parts(event: InEvent) -> tuple[bytes, bytes]:
+    """Input and outcome of a sample as bytes; a plain target's are those of a row of arrays."""
+    x = np.asarray(event.x, np.float32).tobytes()
+    if isinstance(event.feedback, Target) and event.feedback.loss == "mse":
+        return x, np.asarray(event.feedback.t, np.float32).tobytes()
+    kind, values = event.feedback.__reduce__()
+    texts = [v.encode() if isinstance(v, str) else np.asarray(v).tobytes() for v in values]
+    return x, kind.__name__.encode() + b";".join(texts)
+
+
+def _row_digest(x: bytes, y: bytes) -> bytes:
+    return hashlib.blake2b(len(x).to_bytes(8, "little") + x + y, digest_size=16).digest()
 
 
 def _floats(name: str, value: Any) -> Array:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from microlora._checks import check_keys, choice, integer, real, wrong
+from microlora._checks import check_keys, choice, integer, read_json, real, write_json, wrong
 from microlora.exceptions import ConfigError
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ class LearningRateSchedule:
         missing = []
         if self.base_lr is None:
             missing.append("base_lr")
-        needs = SCHEDULES[self.name].needs_total(self)
-        if needs and self.total is None:
+        if self.needs_total and self.total is None:
             missing.append("total")
         if self.name == "warmup_constant" and not self.warmup:
             missing.append("warmup")
@@ -174,6 +173,11 @@ class LearningRateSchedule:
             raise ConfigError(f"schedule.{name}: got None, expected a number: {self.name!r} needs it")
         if self.name == "exponential" and self.decay is None and self.min_lr == 0.0:
             raise ConfigError("schedule.min_lr: got 0.0, expected above 0 for 'exponential' without decay")
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether it must know how many steps the run makes."""
+        return SCHEDULES[self.name].needs_total(self)
 
     def bind(
         self, *, base_lr: float, total: int | None, warmup: int = 0, epoch_steps: int | None = None
@@ -208,6 +212,20 @@ class LearningRateSchedule:
             raise wrong("schedule", data, "a mapping")
         check_keys("schedule", data, (item.name for item in dataclasses.fields(cls)))
         return cls(**data)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """JSON text; equal schedules give equal text."""
+        return write_json(self.to_dict(), indent)
+
+    @classmethod
+    def from_json(cls, document: str | bytes) -> LearningRateSchedule:
+        """The schedule of a JSON text: exactly what `to_json` was called on.
+
+        Raises:
+            ConfigError: An unknown key (with the nearest known one), or a value out of its range.
+            FormatError: No JSON object, or a repeated key.
+        """
+        return cls.from_dict(read_json("schedule", document))
 
 
 class _Row(NamedTuple):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora._checks import choice
 from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
+from microlora.progress import CancelToken
 from microlora.training import bars, checkpoint, engine
 from microlora.training.callbacks import Callbacks
 from microlora.training.config import AdapterTrainingConfig
@@ -19,10 +21,11 @@ from microlora.training.feeds import feed_of
 from microlora.training.loop import Loop
 from microlora.training.result import TrainingHistory, TrainingResult
 from microlora.training.rows import Rows, rows_of
+from microlora.training.state import check_state
 
 if TYPE_CHECKING:
     from microlora.ewc import EwcPlusPlus
-    from microlora.progress import CancelToken, Progress
+    from microlora.progress import Progress
 
 __all__ = ["AdapterTrainer"]
 
@@ -95,7 +98,8 @@ class AdapterTrainer(EventLog):
         progress: Progress | bool | None = None,
         cancel: CancelToken | None = None,
         resume: bool | str | os.PathLike[str] | None = None,
-        modules: Sequence[str] | None = None,
+        modules: Sequence[str] | str | None = None,
+        base: str | None = None,
     ) -> TrainingResult:
         """Trains on a dataset.
 
@@ -110,7 +114,10 @@ class AdapterTrainer(EventLog):
             cancel: Looked at every few steps.
             resume: The checkpoint of a run that was cut short, with the same settings, data and kind of
                 learner; True takes the one in ``output_dir`` and starts anew where there is none.
-            modules: Modules that learn from arrays; None takes all whose widths fit.
+            modules: Modules that learn from arrays, or the name of one; None takes all whose widths fit.
+            base: ``"input"`` takes each sample's own input for the frozen layer's output, as where embeddings
+                are adapted; the widths must be equal. Preferences and contrastive feedback need it on a new
+                learner, whose dY is zero. It counts in training, validation and importance. None is no base.
 
         Returns:
             What was done and measured.
@@ -123,11 +130,14 @@ class AdapterTrainer(EventLog):
                 checkpoint of other settings or data.
             LeakageError: Two datasets that share samples, texts or variations.
             ShapeError: No module has the data's widths.
+            FeedbackError: No sample of an epoch, or of a look at the validation set, taught anything.
             FormatError: A damaged checkpoint, or one of a newer version.
             OSError: A file could not be written; the one before it is whole.
         """
         training = self.config.training
         engine.learner_of(lora)
+        if not (cancel is None or isinstance(cancel, CancelToken)):
+            raise DTypeError(f"cancel: got {type(cancel).__name__}, expected a CancelToken or None")
         rows = rows_of("dataset", dataset, training.quality_threshold)
         if validation is None:
             validation = getattr(dataset, "validation", None)
@@ -135,9 +145,11 @@ class AdapterTrainer(EventLog):
         if hasattr(dataset, "with_validation") and hasattr(validation, "with_validation"):
             dataset.with_validation(validation)  # looks for shared ids, texts and variations
         _refuse_shared(rows, held)
-        names = None if modules is None else list(modules)
-        feed = feed_of(lora, rows, training, names)
-        watched = None if held is None else feed_of(lora, held, training, names)
+        names = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
+        if base is not None:
+            base = choice("base", base, ("input",))
+        feed = feed_of(lora, rows, training, names, base)
+        watched = None if held is None else feed_of(lora, held, training, names, base)
         if training.measures_importance and not feed.estimates:
             raise ConfigError(
                 f"dataset: got no sample that fisher={training.fisher!r} can estimate importance from, "
@@ -151,12 +163,14 @@ class AdapterTrainer(EventLog):
         self._check_flags(lora)
         path = self._checkpoint_path(resume)
         found = None if path is None else checkpoint.read(path)
-        about = self._about(rows, held)
+        about = self._about(rows, held, lora, base)
         if found is not None:
-            _refuse_other(str(path), found, about)
+            _refuse_other(str(path), found, about, len(rows))
         watchers = Callbacks(callbacks)
         with bars.bar(progress) as report, self._storage(lora):
-            ewc, optimizer = self._begin(lora, rows, resumed=found is not None)
+            undo = _Undo(self, resumed=found is not None)
+            with undo:
+                ewc, optimizer = self._begin(lora, rows, resumed=found is not None)
             loop = Loop(
                 config=self.config,
                 target=lora,
@@ -177,7 +191,8 @@ class AdapterTrainer(EventLog):
                 place = self._output(checkpoint.FILE_NAME)
                 loop.save_checkpoint = lambda: checkpoint.write(place, loop.checkpoint(about))
             if found is not None:
-                loop.resume(found)
+                with undo:
+                    loop.resume(found)
                 self._before_fisher = None
             try:
                 reason = loop.run()
@@ -196,6 +211,15 @@ class AdapterTrainer(EventLog):
             return self._finish(loop, rows, reason)
 
     # -- before a run --
+
+    def _penalty_of(self, lora: Any) -> EwcPlusPlus | None:
+        """What holds the events of the learner trained last; the data of its runs are an earlier task."""
+        if self._target is not lora or self._ewc is None or engine.is_chain(lora):
+            return None
+        if self._before_fisher is not None:
+            self._ewc.start_new_task()
+            self._before_fisher = self._task = None
+        return self._ewc
 
     def _check_flags(self, lora: Any) -> None:
         """Flags that this learner cannot follow are refused."""
@@ -236,13 +260,16 @@ class AdapterTrainer(EventLog):
             self._optimizer = engine.make_optimizer(lora, training)
         return self._ewc, self._optimizer
 
-    def _about(self, rows: Rows, held: Rows | None) -> dict[str, Any]:
+    def _about(self, rows: Rows, held: Rows | None, lora: Any, base: str | None) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _PLACES}
         return {
             "config": config,
             "dataset": rows.fingerprint,
             "validation": None if held is None else held.fingerprint,
+            "learner": engine.shape_of(lora),
+            "network": getattr(lora, "digest", ""),
+            "base": base,
             "version": _core.__version__,
             "isa": _core.isa(),
         }
@@ -283,7 +310,11 @@ class AdapterTrainer(EventLog):
         elif reason == "diverged" and loop.start is not None:
             engine.restore(loop.target, loop.start)
         if reason == "diverged":
-            _log.warning("training diverged at step %d: the validation loss was not finite", loop.place.step)
+            why = loop.failed or "the validation loss was not finite"
+            _log.warning(
+                "training diverged at step %d: %s; a lower learning_rate than %g may help",
+                loop.place.step, why, self.config.training.learning_rate,
+            )  # fmt: skip
         self._accumulate(loop, rows)
         return TrainingResult(
             final_loss=loop.epochs[-1].train_loss,
@@ -311,12 +342,50 @@ class AdapterTrainer(EventLog):
         self._before_fisher = before
 
 
+class _Undo:
+    """Puts a trainer back to what it knew, tasks and moments included, where the block raises."""
+
+    FIELDS = ("_target", "_given_ewc", "_ewc", "_optimizer", "_task", "_before_fisher")
+
+    def __init__(self, trainer: AdapterTrainer, *, resumed: bool) -> None:
+        self._trainer = trainer
+        self._fields = {name: getattr(trainer, name) for name in self.FIELDS}
+        # Only resuming overwrites these, and only it may fail after it has.
+        penalties = [e for e in (trainer._ewc, trainer._given_ewc) if e is not None] if resumed else []
+        self._penalties = [(ewc, ewc.export_state()) for ewc in penalties]
+        optimizer = trainer._optimizer if resumed else None
+        self._moments = None if optimizer is None else (optimizer, optimizer.to_bytes())
+
+    def __enter__(self) -> None:
+        """Nothing to do yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Undoes, where there was an error."""
+        if kind is None:
+            return
+        for name, value in self._fields.items():
+            setattr(self._trainer, name, value)
+        for ewc, state in self._penalties:
+            ewc.import_state(state)
+        if self._moments is not None:
+            self._moments[0].restore(self._moments[1])
+
+
 def _refuse_shared(rows: Rows, held: Rows | None) -> None:
     if held is None:
         return
     if held is rows or held.fingerprint == rows.fingerprint:
         raise ConfigError("validation: got the training data themselves, expected other samples")
     if not (rows.named and held.named):
+        known = set(rows.contents())
+        twice = [
+            row for row, digest in zip(held.kept.tolist(), held.contents(), strict=True) if digest in known
+        ]
+        if twice:
+            raise ConfigError(
+                f"validation: got {len(twice)} rows with inputs and targets of training data (first: row "
+                f"{twice[0]}), expected none"
+            )
         return
     shared = sorted(set(rows.ids()) & set(held.ids()))
     if shared:
@@ -326,22 +395,43 @@ def _refuse_shared(rows: Rows, held: Rows | None) -> None:
         )
 
 
-def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another run."""
-    missing = [key for key in (*about, "place", "stopping", "best", "history") if key not in found.state]
+def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any], rows: int) -> None:
+    """Refuses a checkpoint of another run, or a state that no run could have written."""
+    needed = (*about, "place", "stopping", "best", "history", "stop_reason", "ewc")
+    missing = [key for key in needed if key not in found.state]
     if missing:
         raise FormatError(f"{path}: a checkpoint without {', '.join(missing)}")
+    if not isinstance(found.state["config"], dict):
+        raise FormatError(f"{path}: config: got {found.state['config']!r:.80}, expected a mapping")
     theirs = found.state["config"]
     ours = about["config"]
     if theirs != ours:
-        changed = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-        raise ConfigError(f"resume: {path} is of a run with other settings ({', '.join(changed)})")
+        raise ConfigError(
+            f"resume: {path} is of a run with other settings: {'; '.join(_differences(theirs, ours))}"
+        )
+    for key, what in (("learner", "a learner"), ("network", "a chain with a network"), ("base", "a base")):
+        if found.state[key] != about[key]:
+            came, wanted = found.state[key] or "none", about[key] or "none"
+            raise ConfigError(f"resume: {path} is of {what} {came}, this one is of {wanted}")
     for key in ("dataset", "validation"):
         if found.state[key] != about[key]:
             raise ConfigError(f"resume: {path} is of a run on other data ({key})")
+    check_state(path, found, rows)
     for key in ("version", "isa"):
         if found.state[key] != about[key]:
             _log.warning(
                 "resume: %s was written with %s %s, this is %s: results agree, but not bit for bit",
                 path, key, found.state[key], about[key],
             )  # fmt: skip
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], within: str = "") -> list[str]:
+    """Every setting that differs, with both values."""
+    out: list[str] = []
+    for key in sorted({*theirs, *ours}):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out += _differences(a, b, f"{within}{key}.")
+        elif a != b:
+            out.append(f"{within}{key}: the checkpoint has {a!r}, these settings {b!r}")
+    return out

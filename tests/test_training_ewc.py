@@ -92,7 +92,7 @@ def test_a_second_task_that_was_cut_goes_on_bit_for_bit(kind, tmp_path):
     first, second = tasks()
     how = settings(kind).replace(epochs=2, checkpoint_every=5, output_dir=str(tmp_path))
     whole, token = learner(), ml.CancelToken()
-    trainer = Trainer(how)
+    trainer = Trainer(how.replace(checkpoint_every=None))
     trainer.train(whole, first)
     want = trainer.train(whole, second)
     final = trainer.ewc.export_state()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from microlora._checks import real, wrong
 from microlora._core import FeedbackBase, Gradient, Target
-from microlora.exceptions import ConfigError, FeedbackError, NonFiniteError
+from microlora.exceptions import ConfigError, DTypeError, FeedbackError, NonFiniteError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -110,10 +110,14 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
 
     Raises:
         ConfigError: Arrays of different lengths, or arrays beside samples.
+        DTypeError: Something that is no sample.
     """
+    weights = None
+    if y is None and isinstance(samples, tuple) and len(samples) in (2, 3) and np.ndim(samples[0]) == 2:
+        samples, y, weights = (*samples, None)[:3]
     if y is not None:
         x, targets = np.asarray(samples), np.asarray(y)
-        others = {"base": base, "quality": quality}
+        others = {"base": base, "quality": quality, "weights": weights}
         rows = {k: np.asarray(v) for k, v in others.items() if v is not None}
         for name, array in {"y": targets, **rows}.items():
             if x.ndim != 2 or array.shape[:1] != x.shape[:1]:
@@ -122,15 +126,25 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
                 )
         for i in range(len(x)):
             q = float(rows["quality"][i]) if "quality" in rows else None
-            yield InEvent(x[i], Target(targets[i]), None, rows["base"][i] if "base" in rows else None, q)
+            weight = float(rows["weights"][i]) if "weights" in rows else 1.0
+            yield InEvent(
+                x[i], Target(targets[i]), None, rows["base"][i] if "base" in rows else None, q, weight
+            )
         return
     if base is not None or quality is not None:
         raise ConfigError("base, quality: got them without y, expected them with arrays only")
-    for item in samples:
-        if isinstance(item, tuple):
+    if not isinstance(samples, Iterable) or isinstance(samples, str | bytes):
+        raise DTypeError(f"samples: got {type(samples).__name__}, expected samples, pairs or arrays with y")
+    for i, item in enumerate(samples):
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], FeedbackBase):
             yield InEvent(item[0], item[1])
-        else:
+        elif hasattr(item, "input_embedding"):
             yield of_sample(item)
+        else:
+            shown = tuple(type(v).__name__ for v in item) if isinstance(item, tuple) else type(item).__name__
+            raise DTypeError(
+                f"samples[{i}]: got {shown}, expected a TrainingSample or (x, feedback); arrays come with y"
+            )
 
 
 def of_sample(sample: Any) -> InEvent:

@@ -127,6 +127,9 @@ def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
     elif hasattr(dataset, "arrays"):
         rows = _of_dataset(dataset, threshold)
     elif isinstance(dataset, list | tuple):
+        for i, sample in enumerate(dataset):
+            if not hasattr(sample, "input_embedding"):
+                raise DTypeError(f"{name}[{i}]: got {type(sample).__name__}, expected a TrainingSample")
         rows = _of_samples([of_sample(s) for s in dataset], [str(s.id) for s in dataset], threshold)
     else:
         raise DTypeError(

@@ -349,7 +349,7 @@ class TrainingPipeline:
 
         Raises:
             ConfigError: Another learner; no event was learned since the last task; or none of them says what
-                the task needs (rewards, gradients, cosine targets do not where ``fisher`` is "exact", "sample").
+                the task needs (with ``fisher`` "exact" or "sample" only what is a likelihood does).
         """
         run = self._ready(lora)
         if not run.learned:

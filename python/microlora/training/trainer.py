@@ -327,7 +327,8 @@ class AdapterTrainer(EventLog):
         elif reason == "diverged" and loop.start is not None:
             engine.restore(loop.target, loop.start)
         if reason == "diverged":
-            why = loop.failed or "the validation loss was not finite"
+            looked = bool(loop.validations) and loop.validations[-1].loss is None
+            why = loop.failed or f"the {'validation loss' if looked else 'gradient'} was not finite"
             _log.warning(
                 "training diverged at step %d: %s; a lower learning_rate than %g may help",
                 loop.place.step, why, self.config.training.learning_rate,

@@ -171,6 +171,7 @@ science-learning: $(BUILT) $(VENV)/.extra-science ## Learn task after task, here
 	@PYTHONPATH=benches/science $(PY) -m continual.table docs/data/continual.jsonl --json docs/data/continual.json
 	@PYTHONPATH=benches/science $(PY) -m continual.picture docs/data/continual.jsonl docs/continual.svg
 	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
+	@$(PY) benches/science/learning_rates.py --out docs/data/learning_rates.jsonl
 	@$(PY) docs/build.py
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md

@@ -1,4 +1,4 @@
-"""Writes the figures of README.md and docs/performance.md from the files that the commands wrote.
+"""Writes the figures of README.md and docs/ from the files that the commands wrote.
 
 `make docs` runs the bench table and the demo into `docs/data/` and then this script; a test checks that the
 pages still say what those files say.
@@ -106,6 +106,16 @@ def presets_block(lines: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def learning_rates_block(lines: list[dict[str, Any]]) -> str:
+    """Share of what can be learned that is missing after one epoch, by width, task and rate."""
+    rows: dict[tuple[int, str], list[str]] = {}
+    for line in lines:
+        key = line["width"], f"`{line['task']}` (rank {line['rank']})"
+        rows.setdefault(key, []).append(f"{line['missing']:.3f}")
+    rates = list(dict.fromkeys(f"{line['rate']:g}" for line in lines))
+    return table(["width", "task", *rates], [[str(width), task, *c] for (width, task), c in rows.items()])
+
+
 def performance(data: dict[str, Any]) -> str:
     """The whole page of measurements."""
     out = [
@@ -156,12 +166,17 @@ def pages() -> dict[Path, str]:
     if (DATA / "presets.jsonl").exists():
         presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
         learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
+    training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    if (DATA / "learning_rates.jsonl").exists():
+        rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
+        training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "learning.md": learning,
+        ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data),
     }
 

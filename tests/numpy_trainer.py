@@ -74,6 +74,8 @@ class NumpyOptimizer:
         progress=None,
         cancel=None,
     ):
+        assert ewc_every == 1, "the twin's penalty acts in every step"
+        assert not accumulate_fisher, "the twin estimates nothing while it trains"
         names = list(target.modules()) if modules is None else list(modules)
         now = {n: (f64(target[n].lora_a), f64(target[n].lora_b)) for n in names}
         scale = {n: target[n].scaling for n in names}
@@ -101,6 +103,8 @@ class NumpyOptimizer:
 
     def step(self, lora, lr, *, max_grad_norm=None, ewc=None, ewc_every=1):
         assert self.kind == "sgd", "the twin applies what adapt accumulated by plain descent only"
+        assert ewc_every == 1, "the twin's penalty acts in every step"
+        assert ewc is None or ewc.anchor is None, "the twin applies no penalty to what adapt accumulated"
         self.steps += 1
         return lora.apply_updates(lr, max_grad_norm), 0.0
 

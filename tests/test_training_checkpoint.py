@@ -13,7 +13,7 @@ import microlora as ml
 from microlora.exceptions import CancelledError, ConfigError, FormatError
 from microlora.training import checkpoint
 from microlora.training.checkpoint import FILE_NAME, Checkpoint
-from runs import N, chain, classes, comparable, config, learner, problem
+from runs import chain, classes, comparable, config, learner, problem
 from support import TESTS, make, read_tensors, state_of
 
 Trainer = ml.AdapterTrainer
@@ -82,36 +82,52 @@ def test_a_resumed_run_is_the_whole_run(kind, name, cut, every, tmp_path, no_syn
 
 
 KILLED = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, {tests!r})
 import microlora as ml
 from runs import config, learner, problem
-data, held = problem(n=400)
+first, (data, held) = problem(seed=5)[0], problem(n=400)
 lora = learner()
 
 class Slow:
     def on_step(self, event):
         print(event.step, flush=True)
+        if str(event.step) in sys.argv:  # waits for its end, where the run's own is near
+            time.sleep(100)
 
 settings = ml.AdapterTrainingConfig.from_json({settings!r})
-ml.AdapterTrainer(settings).train(lora, data, held, callbacks=Slow(), resume=True)
-print("done", lora.export_weights().hex(), flush=True)
+trainer = ml.AdapterTrainer(settings)
+trainer.config = settings.replace(checkpoint_every=None, output_dir=None)
+trainer.train(lora, first)
+trainer.config = settings
+result = trainer.train(lora, data, held, callbacks=Slow(), resume=True)
+print("done", result.task, result.total_steps, result.stop_reason, lora.export_weights().hex(), flush=True)
 """
 
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
     """SIGKILL in the middle of an epoch, several times over; each process takes up what the last one left."""
     settings = config(
-        {"learning_rate": 0.003},
-        epochs=2,
+        {"learning_rate": 0.02, "ewc_lambda": 1.0, "ewc_kind": "factor", "schedule": "constant"},
+        epochs=4,
         checkpoint_every=3,
-        validation_interval=20,
+        validation_interval=5,
+        early_stopping_patience=6,
         output_dir=str(tmp_path),
     )
+    whole = learner()
+    data, held = problem(n=400)
+    trainer = Trainer(settings.replace(checkpoint_every=None, output_dir=None))
+    trainer.train(whole, problem(seed=5)[0])
+    want = trainer.train(whole, data, held)
+    assert (want.task, want.stop_reason) == (1, "early_stopping")
+    waiting = want.total_steps - 8  # so that the last cut has looks without improvement behind it
+    assert waiting > 40
     code = KILLED.format(tests=str(TESTS), settings=settings.to_json())
     reached = 0
-    for kill_at in (7, 30, 31, 60):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for kill_at in (7, 30, 31, waiting):
+        command = [sys.executable, "-c", code, str(waiting)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             for line in process.stdout:
                 step = int(line)
@@ -124,13 +140,33 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
             process.communicate()
         assert process.returncode == -signal.SIGKILL
         reached = kill_at
-    assert (tmp_path / FILE_NAME).exists()
+    assert checkpoint.read(tmp_path / FILE_NAME).state["stopping"]["waited"] > 0
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     last = done.stdout.splitlines()[-1].split()
-    whole = learner()
-    data, held = problem(n=400)
-    Trainer(settings.replace(checkpoint_every=None)).train(whole, data, held)
-    assert last == ["done", whole.export_weights().hex()]
+    assert last == ["done", "1", str(want.total_steps), want.stop_reason, whole.export_weights().hex()]
+
+
+@pytest.mark.parametrize("patience", [3, 5])
+def test_a_run_that_has_waited_stops_where_it_would_have(patience, tmp_path, no_sync):
+    """The cut comes after looks without improvement: a patience that starts anew would stop later."""
+    data, _ = problem(n=40)
+    _, held = problem(n=8, seed=9)  # of another map, so that learning makes it worse
+    settings = config(
+        {"schedule": "constant"},
+        epochs=10,
+        validation_interval=1,
+        early_stopping_patience=patience,
+        checkpoint_every=1,
+        output_dir=str(tmp_path),
+    )
+    want = Trainer(settings.replace(checkpoint_every=None, output_dir=None)).train(learner(), data, held)
+    assert want.stop_reason == "early_stopping"
+    cut, token = want.total_steps - 1, ml.CancelToken()
+    with pytest.raises(CancelledError):
+        Trainer(settings).train(learner(), data, held, cancel=token, callbacks=stop_after(cut, token))
+    assert 0 < checkpoint.read(tmp_path / FILE_NAME).state["stopping"]["waited"] < patience
+    got = Trainer(settings).train(learner(), data, held, resume=True)
+    assert comparable(got) == comparable(want)
 
 
 def run_to_checkpoint(tmp_path, **settings):
@@ -195,7 +231,6 @@ def test_another_run_is_refused(tmp_path):
 
 def test_another_learner_is_refused(tmp_path):
     made, data, held = run_to_checkpoint(tmp_path)
-    from support import make
 
     lora = make(16, 16, 5, learned=False)
     before = state_of(lora)
@@ -251,6 +286,74 @@ def test_a_state_without_its_parts_is_refused(tmp_path):
         Trainer(made).train(learner(), data, held, resume=tmp_path / "short")
 
 
+def altered(state, path, value):
+    """A copy of a state with one value, deep inside it, replaced."""
+    out = json.loads(json.dumps(state))
+    at = out
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
+    for key in parents:
+        at = at[key]
+    at[last] = value
+    return out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("place", 3, "place: got 3, expected a mapping with epoch, row"),
+        ("place", {"epoch": 1}, "place: got {'epoch': 1}, expected a mapping with epoch, row"),
+        ("place.epoch", "a", r"place\.epoch: got 'a', expected an integer"),
+        ("place.epoch", True, r"place\.epoch: got True, expected an integer"),
+        ("place.row", -8, r"place\.row: got -8, expected an integer, 0 or above"),
+        ("place.row", 96, r"place\.row: got 96, expected a row of 96"),
+        ("place.loss_sum", None, r"place\.loss_sum: got None, expected a finite number"),
+        ("history", [], r"history: got \[\], expected a mapping"),
+        ("history", {}, "history: got {}, expected a mapping with epochs, validations"),
+        ("history.epochs", {}, r"history\.epochs: got {}, expected a list"),
+        ("history.epochs", [], r"history\.epochs: got '0 epochs', expected 1"),
+        ("history.epochs.0.steps", 1.5, r"history\.epochs\[0\]\.steps: got 1\.5, expected an integer"),
+        ("history.validations.0", 7, r"history\.validations\[0\]: got 7, expected a mapping"),
+        ("history.validations.0.improved", 1, r"improved: got 1, expected True or False"),
+        ("best", {"loss": 1}, "best: got {'loss': 1}, expected a mapping with loss, epoch, step"),
+        ("best.loss", "low", r"best\.loss: got 'low', expected a finite number"),
+        ("stopping", 3, "stopping: got 3, expected a mapping with best, checks"),
+        ("stopping.diverged", 0, r"stopping\.diverged: got 0, expected True or False"),
+        ("config", "x", "config: got 'x', expected a mapping"),
+        ("stop_reason", 5, "stop_reason: got 5, expected None or one of completed"),
+        ("stop_reason", ["completed"], "stop_reason: got .'completed'., expected None"),
+        ("ewc", 5, "ewc: got 5, expected a mapping or None"),
+    ],
+)
+def test_an_odd_state_with_a_right_digest_is_refused(field, value, message, tmp_path):
+    made, data, held = run_to_checkpoint(tmp_path)
+    read = checkpoint.read(tmp_path / FILE_NAME)
+    path = tmp_path / "odd"
+    checkpoint.write(path, Checkpoint(altered(read.state, field, value), read.parts))
+    lora = learner()
+    before = state_of(lora)
+    with pytest.raises(FormatError, match=message) as caught:
+        Trainer(made).train(lora, data, held, resume=path)
+    assert str(path) in str(caught.value)
+    assert state_of(lora) == before
+
+
+@pytest.mark.parametrize("part", ["snapshot", "optimizer", "best"])
+def test_a_missing_or_wrong_part_is_refused(part, tmp_path):
+    made, data, held = run_to_checkpoint(tmp_path)
+    read = checkpoint.read(tmp_path / FILE_NAME)
+    path, lora = tmp_path / "odd", learner()
+    before = state_of(lora)
+    left = {k: v for k, v in read.parts.items() if k != part}
+    checkpoint.write(path, Checkpoint(read.state, left))
+    with pytest.raises(FormatError, match=f"without the part {part}"):
+        Trainer(made).train(lora, data, held, resume=path)
+    if part != "best":
+        checkpoint.write(path, Checkpoint(read.state, {**read.parts, part: b"odd"}))
+        with pytest.raises(ml.exceptions.MicroLoraError):
+            Trainer(made).train(lora, data, held, resume=path)
+    assert state_of(lora) == before
+
+
 FULL = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
@@ -289,6 +392,45 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     Trainer(settings).train(resumed, data, held, resume=True)
     Trainer(config()).train(whole, data, held)
     assert resumed.export_weights() == whole.export_weights()
+
+
+def test_a_reader_sees_the_older_file_until_the_newer_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    old, new = Checkpoint({"a": 1}, {"p": b"old"}), Checkpoint({"a": 2}, {"p": b"new" * 1000})
+    checkpoint.write(path, old)
+    seen = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: seen.append(checkpoint.read(path)))
+    checkpoint.write(path, new)
+    assert seen[0] == old  # all is written by then, but under another name
+    assert checkpoint.read(path) == new
+
+    def pieces():
+        for _ in range(100):
+            yield bytes(100_000)  # more than any buffer holds back
+            assert checkpoint.read(path) == new
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomic(path, pieces())
+    assert checkpoint.read(path) == new
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_process_killed_while_writing_leaves_the_older_file(tmp_path):
+    path = tmp_path / "c"
+    old = Checkpoint({"a": 1}, {"p": b"old"})
+    checkpoint.write(path, old)
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from microlora.training import checkpoint\n"
+        "def pieces():\n"
+        "    yield bytes(10_000_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.write_atomic(pathlib.Path(sys.argv[1]), pieces())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoint.read(path) == old
 
 
 def test_an_error_while_writing_leaves_the_older_file(tmp_path, monkeypatch):
@@ -330,65 +472,3 @@ def test_times_go_on(tmp_path):
     started = time.perf_counter()
     result = Trainer(made).train(learner(), data, held, resume=True)
     assert seconds <= result.history.epochs[1].seconds <= seconds + time.perf_counter() - started
-
-
-def test_a_checkpoint_of_another_learner_is_refused(tmp_path):
-    made, data, held = run_to_checkpoint(tmp_path)
-    other = make(N, N, 2, learned=False)
-    before = state_of(other)
-    with pytest.raises(ConfigError, match=rf"resume: .*{FILE_NAME} is of a learner m 16 -> 16 rank 4"):
-        Trainer(made).train(other, data, held, resume=True)
-    assert state_of(other) == before
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """The frozen layers have a digest, which a chain says where it has one."""
-    data, held = classes()
-    settings = config(checkpoint_every=5, output_dir=str(tmp_path))
-    net, other = chain(), chain(seed=9)
-    if not getattr(net, "digest", ""):
-        pytest.skip("chains have no digest here")
-    Trainer(settings).train(net, data, held)
-    with pytest.raises(ConfigError, match="is of a chain with a network"):
-        Trainer(settings).train(other, data, held, resume=True)
-    with pytest.raises(ConfigError, match="is of a chain with a network"):
-        Trainer(settings).train(chain(activation="tanh"), data, held, resume=True)
-
-
-def test_a_run_writes_over_no_other(tmp_path):
-    made, data, held = run_to_checkpoint(tmp_path)
-    whole = (tmp_path / FILE_NAME).read_bytes()
-    lora = learner()
-    before = state_of(lora)
-    with pytest.raises(
-        ConfigError, match=rf"output_dir: .*{FILE_NAME} .*resume=True .*or another output_dir"
-    ):
-        Trainer(made).train(lora, data, held)
-    assert state_of(lora) == before
-    assert (tmp_path / FILE_NAME).read_bytes() == whole
-    elsewhere = made.replace(output_dir=str(tmp_path / "other"))
-    trainer = Trainer(elsewhere)
-    trainer.train(lora, data, held)
-    trainer.train(lora, data, held)  # its own it may
-    with pytest.raises(ConfigError, match="output_dir"):
-        Trainer(elsewhere).train(lora, data, held, resume=tmp_path)
-    Trainer(made.replace(checkpoint_every=None)).train(learner(), data, held)
-    assert (tmp_path / FILE_NAME).read_bytes() == whole
-
-
-def test_a_folder_stands_for_the_checkpoint_in_it(tmp_path):
-    made, data, held = run_to_checkpoint(tmp_path)
-    a, b = learner(), learner()
-    Trainer(made.replace(output_dir=None, checkpoint_every=None)).train(a, data, held, resume=tmp_path)
-    Trainer(made).train(b, data, held, resume=str(tmp_path))
-    assert a.export_weights() == b.export_weights()
-    with pytest.raises(OSError, match=FILE_NAME):
-        Trainer(made).train(learner(), data, held, resume=tmp_path.parent)
-
-
-def test_resuming_from_nothing_that_is_ever_written_is_refused(tmp_path):
-    data, held = problem()
-    settings = config(output_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"resume: got True, but .* checkpoint_every=None never writes it"):
-        Trainer(settings).train(learner(), data, held, resume=True)
-    Trainer(settings.replace(checkpoint_every=5)).train(learner(), data, held, resume=True)

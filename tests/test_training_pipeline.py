@@ -8,9 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import microlora as ml
-from microlora.exceptions import ConfigError, DTypeError, FeedbackError, NonFiniteError, UnknownModuleError
+from microlora.exceptions import (
+    ConfigError,
+    DTypeError,
+    FeedbackError,
+    NonFiniteError,
+    SampleError,
+    UnknownModuleError,
+)
 from microlora.training import SGD, AdamW
 from numpy_trainer import NumpyOptimizer, gradients
+from runs import Sample
 from support import close, feedback_kinds, make, normal, rng, state_of
 
 N = 24
@@ -266,6 +274,39 @@ def test_refusals_change_nothing():
         assert pipeline.stats() == stats
 
 
+def test_a_bad_row_of_a_batch_is_named():
+    lora, clean, (x, y) = make(), make(), data(12)
+    bad = x.copy()
+    bad[9, 3] = math.nan
+    pipeline = pipeline_of(lora)
+    with pytest.raises(SampleError, match=r"\(row 9\)") as caught:
+        pipeline.train_batch(lora, bad, y)
+    assert (caught.value.row, caught.value.steps_done, caught.value.sample_id) == (9, 2, None)
+    learn(clean, x[:9], y[:9])
+    assert state_of(lora) == state_of(clean)
+    assert pipeline.stats().pending == 1
+    samples = [Sample(a, ml.Target(b), f"s{i}") for i, (a, b) in enumerate(zip(bad, y, strict=True))]
+    with pytest.raises(SampleError, match=r"\(row 9, sample 's9'\)") as caught:
+        pipeline_of(clean).train_batch(clean, iter(samples))
+    assert caught.value.sample_id == "s9"
+
+
+def test_samples_of_no_kind_are_refused():
+    lora = make()
+    pipeline = pipeline_of(lora)
+    before = state_of(lora)
+    for samples, message in [
+        (3, "samples: got int"),
+        ("text", "samples: got str"),
+        ([3], r"samples\[0\]: got int, expected a TrainingSample"),
+        ([(1, 2)], r"samples\[0\]: got \(int, int\), expected a TrainingSample or \(x, feedback\)"),
+        ([(1,)], r"samples\[0\]: got \(int\)"),
+    ]:
+        with pytest.raises(DTypeError, match=message):
+            pipeline.train_batch(lora, samples)
+    assert state_of(lora) == before
+
+
 def test_set_up_is_needed_and_checked():
     lora, (x, y) = make(), data(1)
     pipeline = ml.TrainingPipeline(config())
@@ -316,7 +357,7 @@ def test_a_batch_takes_what_the_trainer_takes():
     close(weighed.adapter().lora_b("m"), samples.adapter().lora_b("m"), rtol=1e-6)
     for bad, message in (
         ([1, 2], r"samples\[0\]: got int"),
-        ([(x[0], y[0])], r"samples\[0\]: got \('ndarray', 'ndarray'\), expected a TrainingSample"),
+        ([(x[0], y[0])], r"samples\[0\]: got \(ndarray, ndarray\), expected a TrainingSample"),
         (3, "samples: got int"),
         ("text", "samples: got str"),
     ):

@@ -103,6 +103,7 @@ def test_refusals_change_nothing():
     before = state_of(lora)
     bad = x.copy()
     bad[7, 3] = np.inf
+    good = Sample(x[0], ml.Target(y[0]), "good")
     cases = [
         (DTypeError, "lora: got object", lambda: trainer.train(object(), data)),
         (DTypeError, "dataset: got int", lambda: trainer.train(lora, 3)),
@@ -120,6 +121,15 @@ def test_refusals_change_nothing():
         (ConfigError, "got labels", lambda: trainer.train(lora, (x, np.zeros(96, int)))),
         (ConfigError, "got the training data themselves", lambda: trainer.train(lora, data, data)),
         (ShapeError, "dataset: got widths 16 -> 3", lambda: trainer.train(lora, data, (x, y[:, :3]))),
+        (
+            DTypeError,
+            r"dataset\[0\]: got tuple, expected a Tr",
+            lambda: trainer.train(lora, list(zip(x, y, strict=True))),
+        ),
+        (DTypeError, r"dataset\[0\]: got int, expected a Training", lambda: trainer.train(lora, [1, 2])),
+        (DTypeError, r"dataset\[1\]: got str", lambda: trainer.train(lora, [good, "no"])),
+        (DTypeError, r"validation\[0\]: got NoneType", lambda: trainer.train(lora, data, [None])),
+        (DTypeError, "cancel: got int, expected a CancelToken", lambda: trainer.train(lora, data, cancel=5)),
         (DTypeError, "progress: got str", lambda: trainer.train(lora, data, progress="yes")),
         (ConfigError, "resume: got True without", lambda: trainer.train(lora, data, resume=True)),
         (OSError, "nowhere", lambda: trainer.train(lora, data, resume="nowhere")),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from microlora.ewc import EwcPlusPlus
     from microlora.micro_lora import MicroLoRA
 
 __all__ = ["EventLog", "EventOutcome", "EventStats", "LearningEvent"]
@@ -139,15 +140,21 @@ class EventLog:
         self._last = False
         self._pipeline: TrainingPipeline | None = None
         self._learner: MicroLoRA | None = None
+        self._penalty: EwcPlusPlus | None = None
+
+    def _penalty_of(self, lora: MicroLoRA) -> EwcPlusPlus | None:
+        """The penalty that holds this learner's events; None leaves the pipeline to make its own."""
+        return None
 
     def process_event(self, event: LearningEvent, lora: MicroLoRA | None = None) -> EventOutcome:
         """Takes one event.
 
         Args:
             event: With ``x`` and ``feedback`` it is learned from, where ``lora`` is given, by the steps of
-                `TrainingPipeline` under ``config.training``, at a constant rate where its schedule needs a
-                total and ``max_steps`` is None. Its loss, or else the one measured while
-                learning, goes to the detector.
+                `TrainingPipeline` under ``config.training``, held by the trainer's penalty: what ``lora`` was
+                trained on before is an earlier task. The rate is constant where its schedule needs a total
+                and ``max_steps`` is None. Its loss, or else the one measured while learning, goes to the
+                detector.
             lora: The learner; another one starts afresh.
 
         Returns:
@@ -161,9 +168,12 @@ class EventLog:
             raise DTypeError(f"event: got {type(event).__name__}, expected a LearningEvent")
         step = None
         if lora is not None and event.x is not None and event.feedback is not None:
-            if self._pipeline is None or self._learner is not lora:
+            penalty = self._penalty_of(lora)
+            made_for = self._learner is lora and (penalty is None or penalty is self._penalty)
+            if self._pipeline is None or not made_for:
                 config: TrainingConfig = self.config.training
-                self._pipeline = TrainingPipeline(config.for_stream()).init_for_lora(lora)
+                self._pipeline = TrainingPipeline(config.for_stream()).init_for_lora(lora, penalty)
+                self._penalty = penalty
                 self._learner = lora
             step = self._pipeline.train_step(
                 lora, event.x, event.feedback, event.module, event.base, event.quality

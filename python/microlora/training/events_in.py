@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -133,26 +133,27 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
         return
     if base is not None or quality is not None:
         raise ConfigError("base, quality: got them without y, expected them with arrays only")
-    if not isinstance(samples, Iterable) or isinstance(samples, str | bytes):
-        raise DTypeError(f"samples: got {type(samples).__name__}, expected samples, pairs or arrays with y")
+    if not isinstance(samples, Iterable) or isinstance(samples, str | bytes | Mapping):
+        raise DTypeError(f"samples: got {type(samples).__name__}, expected samples, pairs or an array with y")
     for i, item in enumerate(samples):
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], FeedbackBase):
+        if isinstance(item, tuple):
+            if len(item) != 2 or not isinstance(item[1], FeedbackBase):
+                held = ", ".join(type(v).__name__ for v in item)
+                raise DTypeError(f"samples[{i}]: got ({held}), expected a TrainingSample or (x, feedback)")
             yield InEvent(item[0], item[1])
-        elif hasattr(item, "input_embedding"):
-            yield of_sample(item)
         else:
-            shown = tuple(type(v).__name__ for v in item) if isinstance(item, tuple) else type(item).__name__
-            raise DTypeError(
-                f"samples[{i}]: got {shown}, expected a TrainingSample or (x, feedback); arrays come with y"
-            )
+            yield of_sample(item, f"samples[{i}]")
 
 
-def of_sample(sample: Any) -> InEvent:
+def of_sample(sample: Any, name: str = "sample") -> InEvent:
     """The event of a `TrainingSample`.
 
     Raises:
         ConfigError: It has no input embedding, or nothing that says what should come out.
+        DTypeError: It is none.
     """
+    if not (hasattr(sample, "input_embedding") and hasattr(sample, "feedback")):
+        raise DTypeError(f"{name}: got {type(sample).__name__}, expected a TrainingSample")
     x, feedback = sample.input_embedding, sample.feedback
     if feedback is None and sample.output_embedding is not None:
         feedback = Target(sample.output_embedding)

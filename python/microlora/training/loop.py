@@ -17,6 +17,7 @@ from microlora.training.callbacks import Callbacks, StepsEvent
 from microlora.training.checkpoint import Checkpoint
 from microlora.training.early_stopping import EarlyStopping
 from microlora.training.result import EpochRecord, TrainingHistory, ValidationRecord
+from microlora.training.state import refuse_other_ewc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -291,12 +292,14 @@ class Loop:
             "best": best,
             "history": self.history.to_dict(),
             "stop_reason": self.stop_reason,
+            "ewc": None if self.ewc is None else self.ewc.settings,
         }
         return Checkpoint(state, parts)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes back to where a checkpoint was written."""
         state, parts = checkpoint.state, checkpoint.parts
+        refuse_other_ewc(state["ewc"], None if self.ewc is None else self.ewc.settings)
         place, history = Place(**state["place"]), TrainingHistory.from_dict(state["history"])
         stopping = EarlyStopping(self.config.early_stopping_patience, self.config.min_improvement)
         stopping.restore(state["stopping"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from microlora._core import FeedbackBase, Optimizer, StepResult
-from microlora.exceptions import ConfigError, DTypeError
+from microlora.exceptions import ConfigError, DTypeError, NonFiniteError, SampleError
 from microlora.training import engine
 from microlora.training.config import TrainingConfig
 from microlora.training.events_in import event_weight, incoming, weighted
@@ -312,20 +312,32 @@ class TrainingPipeline:
         Raises:
             ConfigError: Another learner, or arguments that do not go together.
             DTypeError: Something that is no sample.
+            SampleError: NaN or infinity in a sample, named by its row and id; those before it count.
             MicroLoraError: As `train_step`, at the first bad sample; those before it count.
         """
         run = self._ready(lora)
-        events = list(incoming(samples, y, base, quality))
+        listed = list(samples) if isinstance(samples, Iterator) else samples
+        events = list(incoming(listed, y, base, quality))
         before = (run.counts.events, run.counts.steps, run.counts.skipped_quality, run.counts.skipped_other)
         losses: list[float] = []
         reasons: Counter[str] = Counter()
         for _ in range(self.config.epochs):
             losses.clear()
-            for event in events:
+            for row, event in enumerate(events):
                 where = module if event.module is None else event.module
-                outcome = self.train_step(
-                    lora, event.x, event.feedback, where, event.base, event.quality, event.weight
-                )
+                try:
+                    outcome = self.train_step(
+                        lora, event.x, event.feedback, where, event.base, event.quality, event.weight
+                    )
+                except NonFiniteError as error:
+                    name = getattr(listed[row], "id", None) if isinstance(listed, list | tuple) else None
+                    shown = "" if name is None else f", sample {name!r}"
+                    raise SampleError(
+                        f"{error} (row {row}{shown})",
+                        row=row,
+                        steps_done=run.counts.steps - before[1],
+                        sample_id=name,
+                    ) from error
                 if outcome.loss is not None:
                     losses.append(outcome.loss)
                 if outcome.reason is not None:

@@ -127,10 +127,8 @@ def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
     elif hasattr(dataset, "arrays"):
         rows = _of_dataset(dataset, threshold)
     elif isinstance(dataset, list | tuple):
-        for i, sample in enumerate(dataset):
-            if not hasattr(sample, "input_embedding"):
-                raise DTypeError(f"{name}[{i}]: got {type(sample).__name__}, expected a TrainingSample")
-        rows = _of_samples([of_sample(s) for s in dataset], [str(s.id) for s in dataset], threshold)
+        events = [of_sample(s, f"{name}[{i}]") for i, s in enumerate(dataset)]
+        rows = _of_samples(events, [str(s.id) for s in dataset], threshold)
     else:
         raise DTypeError(
             f"{name}: got {type(dataset).__name__}, expected an AdapterDataset, (x, y) or a list of samples"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import microlora._core as _core
 from microlora._checks import choice
 from microlora.exceptions import CancelledError, ConfigError, DTypeError, FormatError
+from microlora.progress import CancelToken
 from microlora.training import bars, checkpoint, engine
 from microlora.training.callbacks import Callbacks
 from microlora.training.config import AdapterTrainingConfig
@@ -20,10 +21,11 @@ from microlora.training.feeds import feed_of
 from microlora.training.loop import Loop
 from microlora.training.result import TrainingHistory, TrainingResult
 from microlora.training.rows import Rows, rows_of
+from microlora.training.state import check_state
 
 if TYPE_CHECKING:
     from microlora.ewc import EwcPlusPlus
-    from microlora.progress import CancelToken, Progress
+    from microlora.progress import Progress
 
 __all__ = ["AdapterTrainer"]
 
@@ -139,6 +141,8 @@ class AdapterTrainer(EventLog):
         """
         training = self.config.training
         engine.learner_of(lora)
+        if not (cancel is None or isinstance(cancel, CancelToken)):
+            raise DTypeError(f"cancel: got {type(cancel).__name__}, expected a CancelToken or None")
         rows = rows_of("dataset", dataset, training.quality_threshold)
         if validation is None:
             validation = getattr(dataset, "validation", None)
@@ -171,11 +175,13 @@ class AdapterTrainer(EventLog):
         found = None if path is None else checkpoint.read(path)
         about = self._about(rows, held, lora, base)
         if found is not None:
-            _refuse_other(str(path), found, about)
+            _refuse_other(str(path), found, about, len(rows))
         self._check_place(path)
         watchers = Callbacks(callbacks)
         with bars.bar(progress) as report, self._storage(lora):
-            ewc, optimizer = self._begin(lora, rows, resumed=found is not None)
+            undo = _Undo(self, resumed=found is not None)
+            with undo:
+                ewc, optimizer = self._begin(lora, rows, resumed=found is not None)
             loop = Loop(
                 config=self.config,
                 target=lora,
@@ -197,7 +203,8 @@ class AdapterTrainer(EventLog):
                 self._written.add(place)
                 loop.save_checkpoint = lambda: checkpoint.write(place, loop.checkpoint(about))
             if found is not None:
-                loop.resume(found)
+                with undo:
+                    loop.resume(found)
                 self._before_fisher = None
             try:
                 reason = loop.run()
@@ -216,6 +223,15 @@ class AdapterTrainer(EventLog):
             return self._finish(loop, rows, reason)
 
     # -- before a run --
+
+    def _penalty_of(self, lora: Any) -> EwcPlusPlus | None:
+        """What holds the events of the learner trained last; the data of its runs are an earlier task."""
+        if self._target is not lora or self._ewc is None or engine.is_chain(lora):
+            return None
+        if self._before_fisher is not None:
+            self._ewc.start_new_task()
+            self._before_fisher = self._task = None
+        return self._ewc
 
     def _check_flags(self, lora: Any) -> None:
         """Flags that this learner cannot follow are refused."""
@@ -360,6 +376,35 @@ class AdapterTrainer(EventLog):
         self._before_fisher = before
 
 
+class _Undo:
+    """Puts a trainer back to what it knew, tasks and moments included, where the block raises."""
+
+    FIELDS = ("_target", "_given_ewc", "_ewc", "_optimizer", "_task", "_before_fisher")
+
+    def __init__(self, trainer: AdapterTrainer, *, resumed: bool) -> None:
+        self._trainer = trainer
+        self._fields = {name: getattr(trainer, name) for name in self.FIELDS}
+        # Only resuming overwrites these, and only it may fail after it has.
+        penalties = [e for e in (trainer._ewc, trainer._given_ewc) if e is not None] if resumed else []
+        self._penalties = [(ewc, ewc.export_state()) for ewc in penalties]
+        optimizer = trainer._optimizer if resumed else None
+        self._moments = None if optimizer is None else (optimizer, optimizer.to_bytes())
+
+    def __enter__(self) -> None:
+        """Nothing to do yet."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Undoes, where there was an error."""
+        if kind is None:
+            return
+        for name, value in self._fields.items():
+            setattr(self._trainer, name, value)
+        for ewc, state in self._penalties:
+            ewc.import_state(state)
+        if self._moments is not None:
+            self._moments[0].restore(self._moments[1])
+
+
 def _refuse_shared(rows: Rows, held: Rows | None) -> None:
     if held is None:
         return
@@ -384,11 +429,14 @@ def _refuse_shared(rows: Rows, held: Rows | None) -> None:
         )
 
 
-def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another run."""
-    missing = [key for key in (*about, "place", "stopping", "best", "history") if key not in found.state]
+def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any], rows: int) -> None:
+    """Refuses a checkpoint of another run, or a state that no run could have written."""
+    needed = (*about, "place", "stopping", "best", "history", "stop_reason", "ewc")
+    missing = [key for key in needed if key not in found.state]
     if missing:
         raise FormatError(f"{path}: a checkpoint without {', '.join(missing)}")
+    if not isinstance(found.state["config"], dict):
+        raise FormatError(f"{path}: config: got {found.state['config']!r:.80}, expected a mapping")
     theirs = found.state["config"]
     ours = about["config"]
     if theirs != ours:
@@ -402,6 +450,7 @@ def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any]
     for key in ("dataset", "validation"):
         if found.state[key] != about[key]:
             raise ConfigError(f"resume: {path} is of a run on other data ({key})")
+    check_state(path, found, rows)
     for key in ("version", "isa"):
         if found.state[key] != about[key]:
             _log.warning(

@@ -370,9 +370,20 @@ def test_sources_may_share_a_sample_but_not_an_id():
 def test_domains_choose_sources():
     sources = [DataSource("a", questions(5, 1), domains=("code",)), DataSource("b", questions(5, 2))]
     assert len(TrainingDataManager(sources).prepare(validation=None, domain="code")[0]) == 10
-    assert len(TrainingDataManager(sources).prepare(validation=None, domain="law")[0]) == 5
-    with pytest.raises(ConfigError, match="domain"):
-        TrainingDataManager(sources[:1]).prepare(domain="law")
+    law = [*sources, DataSource("c", questions(5, 3), domains=("law",))]
+    assert len(TrainingDataManager(law).prepare(validation=None, domain="law")[0]) == 10
+    for some in (sources, sources[:1], sources[1:]):
+        with pytest.raises(ConfigError, match="domain: got 'law', expected one that a source names"):
+            TrainingDataManager(some).prepare(domain="law")
+
+
+@pytest.mark.parametrize("what", ["filters", "variations"])
+def test_a_class_is_no_filter(what):
+    from microlora.data import Duplicates, WordDropout
+
+    cls = Duplicates if what == "filters" else WordDropout
+    with pytest.raises(ConfigError, match=rf"{what}\[0\]: got .*{cls.__name__}.*as {cls.__name__}\(\) makes"):
+        TrainingDataManager([DataSource("a", questions(5, 1))], **{what: [cls]})
 
 
 def test_texts_and_their_variations_become_vectors():

@@ -166,3 +166,13 @@ def test_parquet(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(FormatError, match=r"x\.parquet: not a Parquet file"):
         AdapterDataset.from_parquet(path)
+
+
+def test_a_name_that_the_file_lacks_is_refused(tmp_path):
+    lines, table = tmp_path / "x.jsonl", tmp_path / "x.csv"
+    lines.write_text('{"query": "a"}\n{"query": "b", "answer": "c"}\n')
+    table.write_text("query,answer\na,b\n")
+    for read, path in ((read_jsonl, lines), (read_csv, table)):
+        list(read(path, columns={"answer": "response"}))
+        with pytest.raises(ConfigError, match=r"columns: got 'answr', expected a name in .*x\.(jsonl|csv)"):
+            list(read(path, columns={"answr": "response"}, ignore_unknown=True))

@@ -13,7 +13,7 @@ import microlora as ml
 from microlora.exceptions import CancelledError, ConfigError, FormatError
 from microlora.training import checkpoint
 from microlora.training.checkpoint import FILE_NAME, Checkpoint
-from runs import N, chain, classes, comparable, config, learner, problem
+from runs import chain, classes, comparable, config, learner, problem
 from support import TESTS, make, read_tensors, state_of
 
 Trainer = ml.AdapterTrainer
@@ -231,7 +231,6 @@ def test_another_run_is_refused(tmp_path):
 
 def test_another_learner_is_refused(tmp_path):
     made, data, held = run_to_checkpoint(tmp_path)
-    from support import make
 
     lora = make(16, 16, 5, learned=False)
     before = state_of(lora)
@@ -473,26 +472,3 @@ def test_times_go_on(tmp_path):
     started = time.perf_counter()
     result = Trainer(made).train(learner(), data, held, resume=True)
     assert seconds <= result.history.epochs[1].seconds <= seconds + time.perf_counter() - started
-
-
-def test_a_checkpoint_of_another_learner_is_refused(tmp_path):
-    made, data, held = run_to_checkpoint(tmp_path)
-    other = make(N, N, 2, learned=False)
-    before = state_of(other)
-    with pytest.raises(ConfigError, match=rf"resume: .*{FILE_NAME} is of a learner m 16 -> 16 rank 4"):
-        Trainer(made).train(other, data, held, resume=True)
-    assert state_of(other) == before
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """The frozen layers have a digest, which a chain says where it has one."""
-    data, held = classes()
-    settings = config(checkpoint_every=5, output_dir=str(tmp_path))
-    net, other = chain(), chain(seed=9)
-    if not getattr(net, "digest", ""):
-        pytest.skip("chains have no digest here")
-    Trainer(settings).train(net, data, held)
-    with pytest.raises(ConfigError, match="is of a chain with a network"):
-        Trainer(settings).train(other, data, held, resume=True)
-    with pytest.raises(ConfigError, match="is of a chain with a network"):
-        Trainer(settings).train(chain(activation="tanh"), data, held, resume=True)

@@ -299,7 +299,7 @@ def test_samples_of_no_kind_are_refused():
         (3, "samples: got int"),
         ("text", "samples: got str"),
         ([3], r"samples\[0\]: got int, expected a TrainingSample"),
-        ([(1, 2)], r"samples\[0\]: got \(int, int\), expected a sample or \(x, feedback\)"),
+        ([(1, 2)], r"samples\[0\]: got \(int, int\), expected a TrainingSample or \(x, feedback\)"),
         ([(1,)], r"samples\[0\]: got \(int\)"),
     ]:
         with pytest.raises(DTypeError, match=message):
@@ -342,3 +342,40 @@ def test_a_new_task_starts_the_moments_afresh():
     pipeline_of(through, epochs=2).train_batch(through, x, y)
     assert outcomes[True] == through.export_weights()
     assert outcomes[False] != outcomes[True]
+
+
+def test_a_batch_takes_what_the_trainer_takes():
+    x, y = data(10)
+    weights = np.linspace(0.5, 2.0, 10).astype(np.float32)
+    pair, plain, weighed, samples = make(), make(), make(), make()
+    pipeline_of(pair).train_batch(pair, (x, y))
+    pipeline_of(plain).train_batch(plain, x, y)
+    assert pair.export_weights() == plain.export_weights()
+    pipeline_of(weighed).train_batch(weighed, (x, y, weights))
+    dataset = ml.AdapterDataset.from_arrays(x, y, weights=weights)
+    pipeline_of(samples).train_batch(samples, dataset)
+    close(weighed.adapter().lora_b("m"), samples.adapter().lora_b("m"), rtol=1e-6)
+    for bad, message in (
+        ([1, 2], r"samples\[0\]: got int"),
+        ([(x[0], y[0])], r"samples\[0\]: got \(ndarray, ndarray\), expected a TrainingSample"),
+        (3, "samples: got int"),
+        ("text", "samples: got str"),
+    ):
+        with pytest.raises(DTypeError, match=message):
+            pipeline_of(plain).train_batch(plain, bad)
+    with pytest.raises(ConfigError, match="y: got shape"):
+        pipeline_of(plain).train_batch(plain, (x, y[:3]))
+
+
+def test_a_batch_that_taught_nothing_says_why():
+    r = rng(0)
+    lora = make(learned=False)
+    pairs = [(normal(r, N), ml.Preference(normal(r, N), normal(r, N))) for _ in range(5)]
+    outcome = pipeline_of(lora).train_batch(lora, pairs)
+    assert (outcome.events, outcome.skipped_other) == (0, 5)
+    assert "all zeros" in outcome.reason
+    x, y = data(4)
+    mixed = pipeline_of(lora).train_batch(lora, [*pairs, (x[0], ml.Target(y[0]))])
+    assert (mixed.events, mixed.skipped_other, mixed.reason) == (1, 5, None)
+    low = pipeline_of(lora).train_batch(lora, x, y, quality=np.full(4, 0.1))
+    assert (low.events, low.skipped, low.reason) == (0, 4, "quality")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import microlora as ml
-from microlora.exceptions import CancelledError, ConfigError
+from microlora.exceptions import CancelledError, ConfigError, FeedbackError, MicroLoraError
 from microlora.training import engine
 from numpy_trainer import NumpyEwc, NumpyOptimizer
 from runs import N, Sample, config, learner, problem
@@ -146,7 +146,7 @@ def test_a_checkpoint_carries_the_penalty(made, tmp_path):
     first, second = problem(seed=1)[0], problem(seed=2)[0]
     how = settings(checkpoint_every=5, output_dir=str(tmp_path))
     whole, cut, token = learner(), learner(), ml.CancelToken()
-    trainer = Trainer(how)
+    trainer = Trainer(how.replace(checkpoint_every=None))
     trainer.train(whole, first)
     want = trainer.train(whole, second)
 
@@ -222,28 +222,51 @@ def test_what_the_caller_writes_to_its_arrays_later_does_not_matter(made):
     assert made[0].calls[0][0] == x[0].tobytes()
 
 
-def test_feedback_without_a_likelihood_needs_the_empirical_estimate(made):
+@pytest.mark.parametrize("fisher", ["exact", "sample"])
+def test_feedback_without_a_likelihood_needs_another_estimate(fisher, made):
     r = rng(6)
     lora = learner()
     reward = ml.Reward(0.5, response=normal(r, N))
     x = normal(r, N)
-    pipeline = ml.TrainingPipeline(settings({"batch_size": 1}).training).init_for_lora(lora)
+    how = settings({"batch_size": 1, "fisher": fisher})
+    pipeline = ml.TrainingPipeline(how.training).init_for_lora(lora)
     pipeline.train_step(lora, x, reward)
-    with pytest.raises(ConfigError, match=r"fisher='auto' can estimate.*fisher='empirical'"):
+    with pytest.raises(ConfigError, match=rf"fisher='{fisher}' can estimate.*fisher='empirical'"):
         pipeline.start_new_task(lora)
     pipeline.train_step(lora, x, ml.Preference(normal(r, N), normal(r, N)))
     pipeline.start_new_task(lora)
     assert [type(call[1]) for call in made[0].calls] == [ml.Preference]
-    how = settings({"batch_size": 1, "fisher": "empirical"}).training
-    pipeline = ml.TrainingPipeline(how).init_for_lora(lora)
-    pipeline.train_step(lora, x, reward)
-    pipeline.start_new_task(lora)
-    assert len(made[1].calls) == 1
     samples = [Sample(x, reward, "a"), Sample(x, reward, "b")]
     before = state_of(lora)
-    with pytest.raises(ConfigError, match=r"dataset: got no sample that fisher='auto'"):
-        Trainer(settings()).train(lora, samples)
+    with pytest.raises(ConfigError, match=rf"dataset: got no sample that fisher='{fisher}'"):
+        Trainer(how).train(lora, samples)
     assert state_of(lora) == before
+
+
+@pytest.mark.parametrize("fisher", ["auto", "empirical"])
+def test_observed_gradients_are_counted(fisher, made):
+    r = rng(6)
+    lora = learner()
+    x, reward = normal(r, N), ml.Reward(0.5, response=normal(r, N))
+    how = settings({"batch_size": 1, "fisher": fisher})
+    pipeline = ml.TrainingPipeline(how.training).init_for_lora(lora)
+    pipeline.train_step(lora, x, reward)
+    pipeline.start_new_task(lora)
+    assert len(made[0].calls) == 1
+    Trainer(how).train(learner(), [Sample(x, reward, "a"), Sample(x, ml.Gradient(x), "b")])
+    assert len(made[1].calls) == 2
+
+
+def test_rewards_are_learned_under_default_settings():
+    r, lora = rng(6), learner()
+    try:
+        ml.EwcPlusPlus(lora).accumulate_fisher(normal(r, N), ml.Gradient(normal(r, N)))
+    except FeedbackError:
+        pytest.skip("importance of bare gradients is refused here")
+    samples = [Sample(normal(r, N), ml.Reward(i % 2, response=normal(r, N)), str(i)) for i in range(9)]
+    trainer = Trainer()
+    trainer.train(lora, samples)
+    assert trainer.ewc.n_samples == 9
 
 
 @pytest.mark.parametrize("kind", ["l2", "si"])
@@ -254,12 +277,48 @@ def test_kinds_that_need_no_samples_get_none(kind, made):
     assert not made[0].calls
 
 
-def test_dora_has_no_penalty():
+def test_a_dora_chain_has_tasks():
     from runs import chain, classes
 
-    data, _ = classes()
+    (data, _), (other, _) = classes(), classes(seed=5)
+    net = chain(use_dora=True)
+    try:
+        ml.EwcPlusPlus(net)
+    except MicroLoraError:
+        pytest.skip("chains of DoRA layers have no penalty here")
     trainer = Trainer(config({"ewc_lambda": None}))
-    trainer.train(chain(use_dora=True), data)
-    assert trainer.ewc is None
-    with pytest.raises(ConfigError, match=r"ewc_lambda: got 3\.0.*DoRA"):
-        Trainer(config({"ewc_lambda": 3.0})).train(chain(use_dora=True), data)
+    trainer.train(net, data)
+    assert trainer.train(net, other).task == 1
+    assert trainer.ewc.penalty() > 0
+
+
+def test_a_given_penalty_keeps_its_own_settings():
+    lora, data = learner(), problem()[0]
+    ewc = ml.EwcPlusPlus(lora, kind="factor", ewc_lambda=7.0, fisher="empirical")
+    with pytest.raises(ConfigError, match="ewc: got one of another learner"):
+        Trainer(config({"ewc_lambda": None}), ewc=ewc).train(learner(), data)
+    with pytest.raises(ConfigError, match="ewc: got one of another learner"):
+        ml.TrainingPipeline().init_for_lora(learner(), ewc)
+    for name, value in (
+        ("ewc_lambda", 3.0),
+        ("ewc_kind", "mas"),
+        ("online_ewc_gamma", 0.5),
+        ("fisher", "sample"),
+    ):
+        how = config({"ewc_lambda": None, name: value})
+        with pytest.raises(ConfigError, match=rf"{name}: got {value!r} beside ewc="):
+            Trainer(how, ewc=ewc).train(lora, data)
+        with pytest.raises(ConfigError, match=rf"{name}: got {value!r} beside ewc="):
+            ml.TrainingPipeline(how.training).init_for_lora(lora, ewc)
+    for own in ({"ewc_lambda": None}, {"ewc_lambda": 7.0, "ewc_kind": "factor", "fisher": "empirical"}):
+        trainer = Trainer(config(own), ewc=ewc)
+        trainer.train(lora, data)
+        assert trainer.ewc is ewc
+
+
+def test_the_kind_of_a_given_penalty_says_what_it_needs():
+    """Path integrals take no samples; the default kind of the settings would."""
+    lora = learner()
+    trainer = Trainer(config({"ewc_lambda": None}), ewc=ml.EwcPlusPlus(lora, kind="si"))
+    trainer.train(lora, problem(seed=1)[0])
+    assert trainer.train(lora, problem(seed=2)[0]).task == 1

@@ -145,6 +145,9 @@ def test_every_module_that_fits_learns():
     lora = ml.MicroLoRA(cfg, dims=dims)
     Trainer(config()).train(lora, data, modules=["k"])
     assert [bool(np.abs(lora[n].lora_b).max() > 0) for n in dims] == [False, True, False]
+    named = ml.MicroLoRA(cfg, dims=dims)
+    Trainer(config()).train(named, data, modules="k")
+    assert named.export_weights() == lora.export_weights()
     with pytest.raises(ShapeError, match=r"got widths 5 -> 7.*q 16 -> 16, k 16 -> 16, up 16 -> 32"):
         Trainer(config()).train(lora, (normal(r, 9, 5), normal(r, 9, 7)))
     with pytest.raises(ShapeError, match="expected those of up: 16 -> 32"):

@@ -118,15 +118,16 @@ class TrainingDataManager:
                 weights allow.
             validation: Share to hold out, a dataset that is held out, or None for nothing.
             by: What the split keeps together, as in `AdapterDataset.split`.
-            domain: Draw only from sources that serve this domain.
+            domain: Draw only from sources that serve this domain, which one of them must name.
             encoder: Makes vectors of texts that have none, variations included.
 
         Returns:
             The dataset with its held-out part, and what became of every sample.
 
         Raises:
-            ConfigError: a source has too few samples, one id stands for two different samples, a part would
-                be empty, or a text would be varied beside an embedding without an encoder to make a new one.
+            ConfigError: no source names the domain, a source has too few samples, one id stands for two
+                different samples, a part would be empty, or a text would be varied beside an embedding with
+                no encoder to make a new one.
             ShapeError: mixed widths.
             LeakageError: a sample or a text on both sides.
         """
@@ -149,9 +150,10 @@ class TrainingDataManager:
     # -- stages --
 
     def _draw(self, count: int | None, domain: str | None, stages: list[Stage]) -> list[TrainingSample]:
+        known = sorted({name for s in self.sources for name in s.domains})
+        if domain is not None and domain not in known:
+            raise wrong("domain", domain, f"one that a source names: {', '.join(known) or 'none does'}")
         sources = [s for s in self.sources if domain is None or not s.domains or domain in s.domains]
-        if not sources:
-            raise ConfigError(f"domain: got {domain!r}, expected one that a source serves")
         loaded = [source.load() for source in sources]
         sizes = [len(samples) for samples in loaded]
         weights = [float(n) if s.weight is None else s.weight for s, n in zip(sources, sizes, strict=True)]
@@ -322,6 +324,7 @@ def _encoded(samples: list[TrainingSample], encoder: TextEncoder | None) -> list
 def _all(what: str, items: Iterable[Any], kind: Any) -> tuple[Any, ...]:
     out = tuple(items)
     for i, item in enumerate(out):
-        if not isinstance(item, kind):
-            raise wrong(f"{what}[{i}]", item, f"a {kind.__name__}")
+        if isinstance(item, type) or not isinstance(item, kind):
+            hint = f", as {item.__name__}() makes one" if isinstance(item, type) else ""
+            raise wrong(f"{what}[{i}]", item, f"a {kind.__name__}{hint}")
     return out

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from microlora._checks import choice, read_json
+from microlora._checks import choice, near, read_json
 from microlora._core import Contrastive, FeedbackBase, Gradient, Preference, Reward, Target
 from microlora.data.sample import TrainingSample
 from microlora.exceptions import ConfigError, FormatError, MicroLoraError
@@ -58,10 +58,10 @@ def read_jsonl(
 
     Raises:
         FormatError: a line that is no sample; names the file, the line and the reason.
-        ConfigError: ``columns`` names a field that is none.
+        ConfigError: ``columns`` names a field that is none, or a name that is not in the file.
         OSError: the file cannot be read.
     """
-    rename = _renaming(columns)
+    rename, seen = _renaming(columns), set[str]()
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(_LINE + 1):
@@ -70,7 +70,12 @@ def read_jsonl(
             if len(line) > _LINE:
                 raise FormatError(f"{at}: longer than {_LINE} bytes")
             if line.strip():
-                yield _sample(at, read_json(at, line), rename, ignore_unknown)
+                given = read_json(at, line)
+                if len(seen) < len(rename):
+                    seen.update(rename.keys() & given.keys())
+                yield _sample(at, given, rename, ignore_unknown)
+        if number:
+            _refuse_unseen(os.fspath(path), rename, seen)
 
 
 def read_csv(
@@ -90,7 +95,7 @@ def read_csv(
 
     Raises:
         FormatError: a line that is no sample; names the file, the line and the reason.
-        ConfigError: ``columns`` names a field that is none.
+        ConfigError: ``columns`` names a field that is none, or a name that is not in the file.
         OSError: the file cannot be read.
     """
     rename, name = _renaming(columns), os.fspath(path)
@@ -102,6 +107,7 @@ def read_csv(
                 raise FormatError(f"{name}: line 1: expected the names of the columns")
             if len(set(header)) != len(header):
                 raise FormatError(f"{name}: line 1: a column name appears twice")
+            _refuse_unseen(name, rename, header)
             spread = _spread(name, header)
             for cells in reader:
                 at = f"{name}: line {reader.line_num}"
@@ -138,7 +144,7 @@ def read_parquet(
     Raises:
         MissingExtraError: pyarrow is not installed.
         FormatError: no Parquet file, or a row that is no sample; names the file, the row and the reason.
-        ConfigError: ``columns`` names a field that is none.
+        ConfigError: ``columns`` names a field that is none, or a name that is not in the file.
         OSError: the file cannot be read.
     """
     from microlora.cli.extras import require
@@ -149,7 +155,9 @@ def read_parquet(
     with open(path, "rb") as source:
         try:
             number = 0
-            for batch in parquet.ParquetFile(source).iter_batches(batch_size=batch_rows):
+            table = parquet.ParquetFile(source)
+            _refuse_unseen(name, rename, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=batch_rows):
                 fields = {key: _arrow_column(batch.column(key)) for key in batch.schema.names}
                 for row in range(batch.num_rows):
                     number += 1
@@ -188,6 +196,15 @@ def _renaming(columns: Mapping[str, str] | None) -> Mapping[str, str]:
     for field in (columns or {}).values():
         choice("columns", field, FIELDS)
     return columns or {}
+
+
+def _refuse_unseen(name: str, rename: Mapping[str, str], seen: Iterable[str]) -> None:
+    """A name that is nowhere in the file is a slip of the pen."""
+    found = set(seen)
+    for key in rename:
+        if key not in found:
+            known = f" (columns: {', '.join(map(repr, sorted(found)))})" if found else ""
+            raise ConfigError(f"columns: got {key!r}, expected a name in {name}{near(key, found)}{known}")
 
 
 def _sample(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 import microlora._core as _core
-from microlora._checks import wrong
 from microlora._core import Contrastive, FeedbackBase, Preference, Target
 from microlora.adapter import Snapshot
 from microlora.exceptions import ConfigError, DTypeError
@@ -45,8 +45,11 @@ def learner_of(target: Trainee) -> MicroLoRA:
 
 
 def can_estimate(config: TrainingConfig, feedback: FeedbackBase) -> bool:
-    """Whether the penalty can estimate importance from such feedback (a likelihood, unless empirical)."""
-    if config.ewc_kind == "mas" or config.fisher == "empirical":
+    """Whether the penalty can estimate importance from such feedback.
+
+    ``"exact"`` and ``"sample"`` need a likelihood; the others take the observed gradient where there is none.
+    """
+    if config.ewc_kind == "mas" or config.fisher in ("auto", "empirical"):
         return True
     if isinstance(feedback, Target):
         return feedback.loss == "mse"
@@ -59,20 +62,38 @@ def make_optimizer(target: Trainee, config: TrainingConfig) -> _core.Optimizer:
 
 
 def make_ewc(target: Trainee, config: TrainingConfig) -> EwcPlusPlus | None:
-    """An EWC penalty without a task yet; None where the config turns it off, or leaves it open for DoRA.
-
-    Raises:
-        ConfigError: A lambda for a chain of DoRA layers.
-    """
+    """An EWC penalty without a task yet; None where the config turns it off."""
     if not config.ewc:
         return None
-    if is_chain(target) and cast("LoraChain", target).use_dora:
-        if config.ewc_lambda is None:
-            return None
-        raise wrong("ewc_lambda", config.ewc_lambda, "None or 0 for a chain of DoRA layers")
     from microlora.ewc import EwcPlusPlus
 
     return EwcPlusPlus(target, **config.ewc_kwargs())
+
+
+def check_ewc(ewc: EwcPlusPlus, target: Trainee, config: TrainingConfig) -> None:
+    """Refuses a given penalty of another learner, or settings of which it would follow none.
+
+    Raises:
+        ConfigError: Names what does not fit.
+    """
+    if getattr(ewc, "_target", target) is not target:
+        raise ConfigError("ewc: got one of another learner, expected that of the learner to train")
+    own = ewc.settings
+    names = {"ewc_lambda": "ewc_lambda", "ewc_kind": "kind", "online_ewc_gamma": "gamma", "fisher": "fisher"}
+    for item in dataclasses.fields(config):
+        came = getattr(config, item.name)
+        if item.name in names and came != item.default and came != own[names[item.name]]:
+            raise ConfigError(
+                f"{item.name}: got {came!r} beside ewc=, whose {names[item.name]} is "
+                f"{own[names[item.name]]!r}, expected {item.default!r}: the given one keeps its own"
+            )
+
+
+def follow_ewc(ewc: EwcPlusPlus | None, config: TrainingConfig) -> TrainingConfig:
+    """The settings with the kind and the Fisher of the penalty that acts."""
+    if ewc is None:
+        return config
+    return config.replace(ewc_kind=ewc.settings["kind"], fisher=ewc.settings["fisher"])
 
 
 def snapshot(target: Trainee) -> State:

@@ -151,9 +151,9 @@ class EventLog:
 
         Args:
             event: With ``x`` and ``feedback`` it is learned from, where ``lora`` is given, by the steps of
-                `TrainingPipeline` under ``config.training``, at a constant rate where its schedule needs a
-                total and ``max_steps`` is None; held by the trainer's penalty, what ``lora`` was trained on
-                before being an earlier task. Its loss, or else the one measured while learning, goes to the
+                `TrainingPipeline` under ``config.training``, held by the trainer's penalty: what ``lora`` was
+                trained on before is an earlier task. The rate is constant where its schedule needs a total
+                and ``max_steps`` is None. Its loss, or else the one measured while learning, goes to the
                 detector.
             lora: The learner; another one starts afresh.
 

@@ -110,10 +110,14 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
 
     Raises:
         ConfigError: Arrays of different lengths, or arrays beside samples.
+        DTypeError: Something that is no sample.
     """
+    weights = None
+    if y is None and isinstance(samples, tuple) and len(samples) in (2, 3) and np.ndim(samples[0]) == 2:
+        samples, y, weights = (*samples, None)[:3]
     if y is not None:
         x, targets = np.asarray(samples), np.asarray(y)
-        others = {"base": base, "quality": quality}
+        others = {"base": base, "quality": quality, "weights": weights}
         rows = {k: np.asarray(v) for k, v in others.items() if v is not None}
         for name, array in {"y": targets, **rows}.items():
             if x.ndim != 2 or array.shape[:1] != x.shape[:1]:
@@ -122,7 +126,10 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
                 )
         for i in range(len(x)):
             q = float(rows["quality"][i]) if "quality" in rows else None
-            yield InEvent(x[i], Target(targets[i]), None, rows["base"][i] if "base" in rows else None, q)
+            weight = float(rows["weights"][i]) if "weights" in rows else 1.0
+            yield InEvent(
+                x[i], Target(targets[i]), None, rows["base"][i] if "base" in rows else None, q, weight
+            )
         return
     if base is not None or quality is not None:
         raise ConfigError("base, quality: got them without y, expected them with arrays only")
@@ -132,7 +139,7 @@ def incoming(samples: Any, y: Any, base: Any, quality: Any) -> Iterator[InEvent]
         if isinstance(item, tuple):
             if len(item) != 2 or not isinstance(item[1], FeedbackBase):
                 held = ", ".join(type(v).__name__ for v in item)
-                raise DTypeError(f"samples[{i}]: got ({held}), expected a sample or (x, feedback)")
+                raise DTypeError(f"samples[{i}]: got ({held}), expected a TrainingSample or (x, feedback)")
             yield InEvent(item[0], item[1])
         else:
             yield of_sample(item, f"samples[{i}]")

@@ -66,7 +66,7 @@ class Tally:
         reason = self.reasons.most_common(1)[0][0]
         if self.based:
             return reason
-        return f"{reason} (base='input' takes the sample's own input as the frozen layer's output)"
+        return f"{reason}; base='input' takes each sample's own input for the frozen layer's output"
 
 
 class Feed(Protocol):

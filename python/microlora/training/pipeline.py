@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,8 @@ class BatchOutcome:
         skipped: Events passed over for their quality.
         loss: Mean loss of the last epoch's events, each before its step; None where none has one.
         learning_rate: Rate of the last step; None where none was made.
+        skipped_other: Events that ``adapt`` gave a reason not to learn from.
+        reason: The commonest of all reasons, where no event taught anything; None where one did.
     """
 
     events: int
@@ -61,6 +64,8 @@ class BatchOutcome:
     skipped: int
     loss: float | None
     learning_rate: float | None
+    skipped_other: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class _Run:
     ewc: EwcPlusPlus | None
     schedule: LearningRateSchedule
     reservoir: Reservoir
+    config: TrainingConfig
     pending: int = 0
     learned: int = 0
     counts: _Counts = field(default_factory=_Counts)
@@ -160,7 +166,7 @@ class TrainingPipeline:
 
         Raises:
             ConfigError: The schedule needs a total and ``max_steps`` is None; or ``ewc`` with
-                ``ewc_lambda`` 0, which would not use it.
+                ``ewc_lambda`` 0, which would not use it, of another learner, or beside other settings.
             DTypeError: ``lora`` is no learner.
         """
         config = self.config
@@ -169,12 +175,16 @@ class TrainingPipeline:
         if ewc is not None and not config.ewc:
             raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
         learner = engine.learner_of(lora)
+        if ewc is not None:
+            engine.check_ewc(ewc, learner, config)
+            config = engine.follow_ewc(ewc, config)
         self._run = _Run(
             lora=learner,
             optimizer=engine.make_optimizer(learner, config),
             ewc=engine.make_ewc(learner, config) if ewc is None else ewc,
             schedule=config.bound_schedule(None),
             reservoir=Reservoir(config.fisher_samples if config.measures_importance else 0, config.seed),
+            config=config,
         )
         return self
 
@@ -239,7 +249,7 @@ class TrainingPipeline:
             counts.loss_sum += loss
             counts.last_loss = loss
         run.learned += 1
-        if run.ewc is not None and engine.can_estimate(self.config, feedback):
+        if run.ewc is not None and engine.can_estimate(run.config, feedback):
             run.reservoir.offer(lambda: Event.copy_of(x, feedback, module, base))
         if run.pending < self.config.step_size:
             return StepOutcome(result, False, None, loss)
@@ -290,24 +300,27 @@ class TrainingPipeline:
         Args:
             lora: The learner of `init_for_lora`.
             samples: `TrainingSample` values, ``(x, feedback)`` pairs, or float32 (n, in_features) with ``y``.
+                Arrays ``(x, y)`` and ``(x, y, weights)`` are taken as by `AdapterTrainer`.
             y: float32 (n, out_features): targets, where ``samples`` is an array.
             module: Name of the module; None where there is only one.
             base: float32 (n, out_features): outputs of the frozen layer, with arrays only.
             quality: (n,): quality of each row, with arrays only.
 
         Returns:
-            Counts and mean loss.
+            Counts and mean loss; where all events were passed over, why.
 
         Raises:
             ConfigError: Another learner, or arguments that do not go together.
+            DTypeError: Something that is no sample.
             SampleError: NaN or infinity in a sample, named by its row and id; those before it count.
             MicroLoraError: As `train_step`, at the first bad sample; those before it count.
         """
         run = self._ready(lora)
         listed = list(samples) if isinstance(samples, Iterator) else samples
         events = list(incoming(listed, y, base, quality))
-        before = (run.counts.events, run.counts.steps, run.counts.skipped_quality)
+        before = (run.counts.events, run.counts.steps, run.counts.skipped_quality, run.counts.skipped_other)
         losses: list[float] = []
+        reasons: Counter[str] = Counter()
         for _ in range(self.config.epochs):
             losses.clear()
             for row, event in enumerate(events):
@@ -327,6 +340,8 @@ class TrainingPipeline:
                     ) from error
                 if outcome.loss is not None:
                     losses.append(outcome.loss)
+                if outcome.reason is not None:
+                    reasons[outcome.reason] += 1
         counts = run.counts
         steps = counts.steps - before[1]
         return BatchOutcome(
@@ -335,6 +350,8 @@ class TrainingPipeline:
             skipped=counts.skipped_quality - before[2],
             loss=float(np.mean(losses)) if losses else None,
             learning_rate=counts.learning_rate if steps else None,
+            skipped_other=counts.skipped_other - before[3],
+            reason=reasons.most_common(1)[0][0] if reasons and counts.events == before[0] else None,
         )
 
     def start_new_task(self, lora: MicroLoRA) -> None:
@@ -344,14 +361,14 @@ class TrainingPipeline:
 
         Raises:
             ConfigError: Another learner; no event was learned since the last task; or none of them says what
-                the task needs (rewards, gradients and cosine targets do with ``fisher="empirical"`` alone).
+                the task needs (with ``fisher`` "exact" or "sample" only what is a likelihood does).
         """
         run = self._ready(lora)
         if not run.learned:
             raise ConfigError("start_new_task: got no event since the last task, expected one or more")
-        if run.ewc is not None and self.config.measures_importance and not len(run.reservoir):
+        if run.ewc is not None and run.config.measures_importance and not len(run.reservoir):
             raise ConfigError(
-                f"start_new_task: got no event that fisher={self.config.fisher!r} can estimate importance "
+                f"start_new_task: got no event that fisher={run.config.fisher!r} can estimate importance "
                 "from, expected some, or fisher='empirical'"
             )
         self.flush(lora)

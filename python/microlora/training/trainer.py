@@ -45,7 +45,9 @@ class AdapterTrainer(EventLog):
 
     Args:
         config: Settings; None takes the defaults.
-        ewc: An `EwcPlusPlus` of the learner that will be trained, which knows earlier tasks.
+        ewc: An `EwcPlusPlus` of the learner that will be trained, which knows earlier tasks. It keeps its own
+            settings: ``ewc_lambda``, ``ewc_kind``, ``online_ewc_gamma`` and ``fisher`` of the config are left
+            at their defaults, or agree with it.
 
     Raises:
         DTypeError: ``config`` is none.
@@ -67,6 +69,7 @@ class AdapterTrainer(EventLog):
         if ewc is not None and not self.config.training.ewc:
             raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
         self._given_ewc = ewc
+        self._written: set[Path] = set()
         super().__init__()
         self.reset()
 
@@ -112,8 +115,9 @@ class AdapterTrainer(EventLog):
             callbacks: See `microlora.training.callbacks`.
             progress: A callable of ``(done, total, message)``, or True for a bar.
             cancel: Looked at every few steps.
-            resume: The checkpoint of a run that was cut short, with the same settings, data and kind of
-                learner; True takes the one in ``output_dir`` and starts anew where there is none.
+            resume: The checkpoint of a run that was cut short, or the folder that it is in, with the same
+                settings, data and kind of learner; True takes the one in ``output_dir`` and, with
+                ``checkpoint_every``, starts anew where there is none.
             modules: Modules that learn from arrays, or the name of one; None takes all whose widths fit.
             base: ``"input"`` takes each sample's own input for the frozen layer's output, as where embeddings
                 are adapted; the widths must be equal. Preferences and contrastive feedback need it on a new
@@ -126,8 +130,9 @@ class AdapterTrainer(EventLog):
             SampleError: A sample that cannot be learned from. Its step changed nothing, earlier ones stand.
             CancelledError: ``cancel`` was set. The learner has the best weights by validation so far with
                 ``save_best``, otherwise the latest.
-            ConfigError: Settings that do not fit, shared samples in training and validation data, or a
-                checkpoint of other settings or data.
+            ConfigError: Settings that do not fit, an ``ewc`` of another learner, shared samples in training
+                and validation data, a checkpoint of other settings, data or learner, or another run's
+                checkpoint where this one's would be written.
             LeakageError: Two datasets that share samples, texts or variations.
             ShapeError: No module has the data's widths.
             FeedbackError: No sample of an epoch, or of a look at the validation set, taught anything.
@@ -148,6 +153,11 @@ class AdapterTrainer(EventLog):
         names = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
         if base is not None:
             base = choice("base", base, ("input",))
+        given = self._given_ewc if self._target is not lora else None
+        if given is not None:
+            engine.check_ewc(given, lora, training)
+        ewc = given if given is not None else self._ewc if self._target is lora else None
+        training = engine.follow_ewc(ewc, training)
         feed = feed_of(lora, rows, training, names, base)
         watched = None if held is None else feed_of(lora, held, training, names, base)
         if training.measures_importance and not feed.estimates:
@@ -166,6 +176,7 @@ class AdapterTrainer(EventLog):
         about = self._about(rows, held, lora, base)
         if found is not None:
             _refuse_other(str(path), found, about, len(rows))
+        self._check_place(path)
         watchers = Callbacks(callbacks)
         with bars.bar(progress) as report, self._storage(lora):
             undo = _Undo(self, resumed=found is not None)
@@ -189,6 +200,7 @@ class AdapterTrainer(EventLog):
             )
             if self.config.checkpoint_every is not None:
                 place = self._output(checkpoint.FILE_NAME)
+                self._written.add(place)
                 loop.save_checkpoint = lambda: checkpoint.write(place, loop.checkpoint(about))
             if found is not None:
                 with undo:
@@ -282,11 +294,32 @@ class AdapterTrainer(EventLog):
         if resume is None or resume is False:
             return None
         if resume is not True:
-            return Path(resume)
+            given = Path(resume)
+            return given / checkpoint.FILE_NAME if given.is_dir() else given
         if self.config.output_dir is None:
             raise ConfigError("resume: got True without output_dir, expected one, or a checkpoint's path")
         path = self._output(checkpoint.FILE_NAME)
-        return path if path.exists() else None
+        if path.exists():
+            return path
+        if self.config.checkpoint_every is None:
+            raise ConfigError(
+                f"resume: got True, but {path} is not there and checkpoint_every=None never writes it; "
+                "expected checkpoint_every, or resume=None"
+            )
+        return None
+
+    def _check_place(self, resumed: Path | None) -> None:
+        """Refuses to write over the checkpoint of a run that this one does not go on from."""
+        if self.config.checkpoint_every is None:
+            return
+        path = self._output(checkpoint.FILE_NAME)
+        if path in self._written or not path.exists():
+            return
+        if resumed is None or not path.samefile(resumed):
+            raise ConfigError(
+                f"output_dir: {path} is the checkpoint of another run, which this one would write over; "
+                "expected resume=True to go on from it, or another output_dir"
+            )
 
     def _on_best(self) -> Callable[[engine.State], None] | None:
         """Writes the best adapter where there is a folder for it."""
@@ -310,7 +343,8 @@ class AdapterTrainer(EventLog):
         elif reason == "diverged" and loop.start is not None:
             engine.restore(loop.target, loop.start)
         if reason == "diverged":
-            why = loop.failed or "the validation loss was not finite"
+            looked = bool(loop.validations) and loop.validations[-1].loss is None
+            why = loop.failed or f"the {'validation loss' if looked else 'gradient'} was not finite"
             _log.warning(
                 "training diverged at step %d: %s; a lower learning_rate than %g may help",
                 loop.place.step, why, self.config.training.learning_rate,
@@ -334,7 +368,7 @@ class AdapterTrainer(EventLog):
         """Estimates what this task needs, at the weights that it ended with."""
         if self._ewc is None:
             return
-        training = self.config.training
+        training = engine.follow_ewc(self._ewc, self.config.training)
         before = self._ewc.export_state()
         if training.measures_importance:
             order = rows.order(training.seed, self.config.epochs)

@@ -52,7 +52,8 @@ class EwcPlusPlus(_core.Ewc):
     ``step="proximal"`` any lambda is stable.
 
     Args:
-        lora: A :class:`MicroLoRA` or :class:`LoraChain`. Its present weights begin the first task.
+        lora: A :class:`MicroLoRA` or :class:`LoraChain`. Its present weights begin the first task. Of DoRA
+            layers A and B are held, their magnitudes stay free.
         ewc_lambda: Strength, 0 or above; None takes the table's. Other systems: an F summed over N samples
             needs lambda N here; squared means of batches of b without a 1/2 need about 2 lambda / b.
         kind: A row of the table.
@@ -100,7 +101,7 @@ class EwcPlusPlus(_core.Ewc):
         seed: int = 0,
     ) -> Self:
         """Nothing to hold yet; see the class."""
-        learner = lora.lora if isinstance(lora, _core.Chain) and hasattr(lora, "lora") else lora
+        learner = getattr(lora, "_lora", None) if isinstance(lora, _core.Chain) else lora
         if not isinstance(learner, _core.MicroLora):
             raise DTypeError(f"lora: got {type(lora).__name__}, expected a MicroLoRA or a LoraChain")
         self = super().__new__(

@@ -264,6 +264,29 @@ fn outer_batch_matches_float64_and_keeps_the_padding_zero() {
 }
 
 #[test]
+fn moved_rows_unpack_and_weigh() {
+    for k in Kernels::available() {
+        for rank in RANKS {
+            for len in LENGTHS {
+                let (w, th, d) = (numbers(rank * len, 71), numbers(rank * len, 72), numbers(len, 73));
+                let [pw, pth] = [&w, &th].map(|v| Factor::from_rows(v, rank, len, Dtype::F32));
+                for swap in [false, true] {
+                    let (mut first, mut second) = (vec![9.0; rank * len], vec![9.0; rank * len]);
+                    let out = [&mut first[..], &mut second[..]];
+                    k.moved_rows(pw.geometry(), [pw.stream(), pth.stream()], &d, out, swap);
+                    for i in 0..rank * len {
+                        let (moved, by) = ((w[i] - th[i]) * d[i % len], d[i % len]);
+                        let want = if swap { (w[i] * by, moved) } else { (moved, th[i] * by) };
+                        let close = |a: f32, b: f32| (a - b).abs() <= 1e-6;
+                        assert!(close(first[i], want.0) && close(second[i], want.1), "{} {i}", k.isa());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn optimiser_steps_match_float64() {
     let (b1, b2, lr, wd, eps, grad) = (0.9f64, 0.999f64, 0.01f64, 0.1f64, 1e-8f64, 0.25f64);
     for k in Kernels::available() {

@@ -16,13 +16,10 @@ from microlora._core import (
     set_num_threads,
 )
 from microlora.adapter import Adapter, ModuleInfo, Snapshot
-from microlora.chain import LoraChain
 from microlora.config import InstantConfig, LoraConfig, LoraConfigBuilder
-from microlora.ewc import EwcPlusPlus
 from microlora.exceptions import MicroLoraError
 from microlora.feedback import Feedback
 from microlora.files import load, save
-from microlora.gram import Gram, collect_gram
 from microlora.metadata import AdapterMetadata, Metric
 from microlora.micro_lora import MicroLoRA, create_lora
 from microlora.progress import CancelToken, Progress
@@ -32,7 +29,10 @@ if TYPE_CHECKING:
     from microlora import data as data
     from microlora import encoders as encoders
     from microlora import training as training
+    from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
+    from microlora.ewc import EwcPlusPlus
+    from microlora.gram import Gram, collect_gram
     from microlora.training import (
         AdapterTrainer,
         AdapterTrainingConfig,
@@ -94,8 +94,11 @@ __all__ = [
 
 
 _ROOMS = {
+    "chain": ("LoraChain",),
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
+    "ewc": ("EwcPlusPlus",),
+    "gram": ("Gram", "collect_gram"),
     "training": (
         "training",
         "AdapterTrainer",

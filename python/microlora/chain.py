@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,6 +157,8 @@ class LoraChain(_core.Chain):
     @property
     def digest(self) -> str:
         """SHA-256 of the frozen layers, activation, head and which layers are DoRA: which network it is."""
+        import hashlib  # Loads OpenSSL, which `import microlora` need not wait for.
+
         sha = hashlib.sha256()
         for key in ("activation", "head", "use_dora"):
             sha.update(repr(self._options[key]).encode())

@@ -217,7 +217,7 @@ proptest! {
             assert!(one > 0.0 && (more - 2.5 * one).abs() <= 1e-9 * more, "{one} {more}");
             let mut ga = now.a.cast(Dtype::F32);
             let mut gb = now.b.cast(Dtype::F32);
-            all[0].add_gradient(k, 0, &now, &mut ga, &mut gb).unwrap();
+            all[0].add_gradient(k, 0, &now, 1.0, (&mut ga, &mut gb)).unwrap();
             assert!(ga == *now.a && gb == *now.b && !all[0].is_active() && all[1].is_active());
         });
     }

@@ -5,6 +5,7 @@
 //! change under `(A Q, Q^-1 B)`. The difference is written `A B - A* B* = dA B + A* dB`, rank 2r, so that it
 //! vanishes exactly at the anchor and nothing cancels near it; only 2r x 2r Grams are formed.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use super::accumulator::{Accumulator, Dims};
@@ -12,7 +13,7 @@ use super::state::{Reader, Writer};
 use super::{Boundary, Importance, KindRow, Memory, Statistic};
 use crate::error::Result;
 use crate::factor::{Factor, SharedFactor};
-use crate::kernels::{Kernels, TILE};
+use crate::kernels::Kernels;
 use crate::layer::Layer;
 
 /// One remembered optimum and the importance around it.
@@ -43,31 +44,25 @@ struct Delta {
     tasks: u64,
 }
 
-/// Calls `f` with `(position in rows, position in the stream, column)` for every number of a factor.
-fn each(factor: &Factor, mut f: impl FnMut(usize, usize, usize, usize)) {
-    let (g, len) = (factor.geometry(), factor.len());
-    for r in 0..g.rank {
-        for t in 0..g.tiles() {
-            f(r * len + t * TILE, g.at(r, t), t * TILE, TILE.min(len - t * TILE));
-        }
-    }
+/// Rows `[dW d ; W* d]` of a factor against its anchor, row-major, with the diagonal weights `d`.
+/// `swap` puts `[W d ; dW d]` there instead. Every number of `out` is written.
+fn rows(k: &Kernels, now: &Factor, anchor: &Factor, d: &[f32], swap: bool, out: &mut Vec<f32>) {
+    let half = now.rank() * now.len();
+    out.resize(2 * half, 0.0);
+    let (first, second) = out.split_at_mut(half);
+    k.moved_rows(now.geometry(), [now.stream(), anchor.stream()], d, [first, second], swap);
 }
 
-/// Rows `[dW d ; W* d]` of a factor against its anchor, row-major, with the diagonal weights `d`.
-/// `swap` puts `[W d ; dW d]` there instead.
-fn rows(now: &Factor, anchor: &Factor, d: &[f32], swap: bool) -> Vec<f32> {
-    let (w, th, half) = (now.stream(), anchor.stream(), now.rank() * now.len());
-    let mut out = vec![0.0; 2 * half];
-    let (first, second) = out.split_at_mut(half);
-    each(now, |to, at, column, n| {
-        let (w, th, d) = (&w[at..at + n], &th[at..at + n], &d[column..column + n]);
-        let (first, second) = (&mut first[to..to + n], &mut second[to..to + n]);
-        for i in 0..n {
-            let moved = (w[i] - th[i]) * d[i];
-            (first[i], second[i]) = if swap { (w[i] * d[i], moved) } else { (moved, th[i] * d[i]) };
-        }
-    });
-    out
+/// Buffers of one gradient, so that steps do not allocate; each thread has its own.
+#[derive(Default)]
+struct Scratch {
+    u: Vec<f32>,
+    v: Vec<f32>,
+    coef: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
 /// `W diag(d) W^T` of 2r rows, in f64: the penalty is small against its terms where the gauge has moved.
@@ -106,19 +101,22 @@ impl Memory for Delta {
 
     fn add_gradient(&mut self, k: &Kernels, lambda: f64, layer: &Layer, ga: &mut Factor, gb: &mut Factor) {
         let c = (lambda * self.scale2) as f32;
-        let mut coef = vec![0.0; 2 * layer.rank() * layer.rank()];
+        let mut scratch = SCRATCH.take();
+        let Scratch { u, v, coef } = &mut scratch;
+        coef.resize(2 * layer.rank() * layer.rank(), 0.0);
         for anchor in &self.anchors {
             if anchor.is_at(layer) {
                 continue;
             }
             // U = [dA, A*], V = [B ; dB]: dOmega/dA = lambda s^2 Da U (V Dc B^T), and B likewise.
-            let u = rows(&layer.a, &anchor.factors[0], &anchor.a, false);
-            let v = rows(&layer.b, &anchor.factors[1], &anchor.c, true);
-            layer.b.dots_batch(k, &v, &mut coef, c);
-            ga.outer_batch(k, &coef, &u);
-            layer.a.dots_batch(k, &u, &mut coef, c);
-            gb.outer_batch(k, &coef, &v);
+            rows(k, &layer.a, &anchor.factors[0], &anchor.a, false, u);
+            rows(k, &layer.b, &anchor.factors[1], &anchor.c, true, v);
+            layer.b.dots_batch(k, v, coef, c);
+            ga.outer_batch(k, coef, u);
+            layer.a.dots_batch(k, u, coef, c);
+            gb.outer_batch(k, coef, v);
         }
+        SCRATCH.set(scratch);
     }
 
     fn penalty(&mut self, _k: &Kernels, layer: &Layer) -> f64 {

@@ -22,11 +22,17 @@ impl Regularizer for Ewc {
         k: &Kernels,
         module: usize,
         layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
+        weight: f64,
+        gradient: (&mut Factor, &mut Factor),
     ) -> Result<()> {
         if self.settings.lambda > 0.0 && self.in_gradient() {
-            self.modules[module].memory.add_gradient(k, self.settings.lambda, layer, ga, gb);
+            self.modules[module].memory.add_gradient(
+                k,
+                self.settings.lambda * weight,
+                layer,
+                gradient.0,
+                gradient.1,
+            );
         }
         Ok(())
     }

@@ -1,5 +1,8 @@
 //! Plain loops over slices, compiled once per ISA (the compiler vectorises them inside the ISA's wrappers).
 
+use super::TILE;
+use super::geometry::Geometry;
+
 /// `<a, b>` with 16 independent f32 partial sums.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -128,6 +131,32 @@ pub(crate) fn products(a: &[f32], b: &[f32], out: &mut [f32]) {
 pub(crate) fn pull(c: f32, f: &[f32], w: &[f32], anchor: &[f32], g: &mut [f32]) {
     for (((g, f), w), t) in g.iter_mut().zip(f).zip(w).zip(anchor) {
         *g = (c * f).mul_add(w - t, *g);
+    }
+}
+
+/// Row-major `first = (w - th) d` and `second = th d` of two packed factors, with one weight per column;
+/// `swap` gives `first = w d` and `second = (w - th) d`.
+#[inline(always)]
+pub(crate) fn moved_rows(
+    g: Geometry,
+    [w, th]: [&[f32]; 2],
+    d: &[f32],
+    [first, second]: [&mut [f32]; 2],
+    swap: bool,
+) {
+    for r in 0..g.rank {
+        for t in 0..g.tiles() {
+            let (at, column) = (g.at(r, t), t * TILE);
+            let n = TILE.min(g.len - column);
+            let (w, th, d) = (&w[at..at + n], &th[at..at + n], &d[column..column + n]);
+            let to = r * g.len + column;
+            let (first, second) = (&mut first[to..to + n], &mut second[to..to + n]);
+            for i in 0..n {
+                let moved = (w[i] - th[i]) * d[i];
+                let (a, b) = if swap { (w[i] * d[i], moved) } else { (moved, th[i] * d[i]) };
+                (first[i], second[i]) = (a, b);
+            }
+        }
     }
 }
 

@@ -72,6 +72,7 @@ type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
 type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
 type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
 type Pull = unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]);
+type MovedRows = unsafe fn(Geometry, [&[f32]; 2], &[f32], [&mut [f32]; 2], bool);
 type AdamW = unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]);
 type Momentum = unsafe fn([f32; 4], &mut [f32], &mut [f32], &mut [f32]);
 type RlsGain = unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64;
@@ -103,6 +104,7 @@ pub struct Kernels {
     squares: unsafe fn(&[f32], &mut [f32]),
     products: unsafe fn(&[f32], &[f32], &mut [f32]),
     pull: Pull,
+    moved_rows: MovedRows,
     adamw: AdamW,
     momentum: Momentum,
     dot: unsafe fn(&[f32], &[f32]) -> f32,
@@ -310,6 +312,26 @@ impl Kernels {
         }
         // SAFETY: the table exists only where its ISA does.
         unsafe { (self.pull)(c, f, w, anchor, g) }
+    }
+
+    /// Row-major `[(w - th) d, th d]` of two packed f32 factors with one weight per column; `swap` gives
+    /// `[w d, (w - th) d]`.
+    #[inline]
+    pub fn moved_rows(
+        &self,
+        g: Geometry,
+        [w, th]: [&[f32]; 2],
+        d: &[f32],
+        [first, second]: [&mut [f32]; 2],
+        swap: bool,
+    ) {
+        need("moved_rows w", w.len(), g.stored());
+        need("moved_rows th", th.len(), g.stored());
+        need("moved_rows d", d.len(), g.len);
+        need("moved_rows first", first.len(), g.rank * g.len);
+        need("moved_rows second", second.len(), g.rank * g.len);
+        // SAFETY: the table exists only where its ISA does.
+        unsafe { (self.moved_rows)(g, [w, th], d, [first, second], swap) }
     }
 
     /// One AdamW step on `w` from the gradient sum `g`, which is cleared; `m` and `v` are the moments.

@@ -65,6 +65,10 @@ macro_rules! isa_table {
             elementwise::pull(c, f, w, t, g)
         }
         $(#[$attr])*
+        unsafe fn moved_rows(g: Geometry, w: [&[f32]; 2], d: &[f32], out: [&mut [f32]; 2], swap: bool) {
+            elementwise::moved_rows(g, w, d, out, swap)
+        }
+        $(#[$attr])*
         unsafe fn adamw(s: &AdamStep, g: &mut [f32], m: &mut [f32], v: &mut [f32], w: &mut [f32]) {
             elementwise::adamw(s, g, m, v, w)
         }
@@ -118,6 +122,7 @@ macro_rules! isa_table {
             squares,
             products,
             pull,
+            moved_rows,
             adamw,
             momentum,
             dot,

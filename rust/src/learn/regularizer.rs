@@ -29,7 +29,7 @@ pub trait Regularizer {
     /// Whether its gradient belongs to the loss (otherwise [`Regularizer::proximal`] acts after the step).
     fn in_gradient(&self) -> bool;
 
-    /// `ga += dOmega/dA`, `gb += dOmega/dB` for one module.
+    /// `ga += weight dOmega/dA`, `gb += weight dOmega/dB` for one module.
     ///
     /// # Errors
     /// A gradient that overflows.
@@ -38,8 +38,8 @@ pub trait Regularizer {
         k: &Kernels,
         module: usize,
         layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
+        weight: f64,
+        gradient: (&mut Factor, &mut Factor),
     ) -> Result<()>;
 
     /// The implicit step towards the anchor, after the optimiser's.

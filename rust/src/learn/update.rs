@@ -93,23 +93,17 @@ pub(crate) fn update(
         outcome.events += s.count;
         scales[i] = 1.0 / s.count as f64;
         if let (true, Some(e)) = (pulls || follows, anchor.as_deref_mut()) {
-            let scale = |s: &mut Gradients, c: f64| {
-                k.scale(c as f32, s.a.stream_mut());
-                k.scale(c as f32, s.b.stream_mut());
-                k.scale(c as f32, &mut s.magnitude);
-            };
-            scale(s, scales[i]);
-            scales[i] = 1.0;
             if follows {
+                k.scale(scales[i] as f32, s.a.stream_mut());
+                k.scale(scales[i] as f32, s.b.stream_mut());
+                k.scale(scales[i] as f32, &mut s.magnitude);
+                scales[i] = 1.0;
                 pure[i] = Some((s.a.clone(), s.b.clone()));
             }
             if pulls {
-                // A penalty of weight n is added to an n-th of the mean, and the sum counts n-fold.
-                if at.penalty != 1.0 {
-                    scale(s, 1.0 / at.penalty);
-                    scales[i] = at.penalty;
-                }
-                e.add_gradient(k, i, learner.master(), &mut s.a, &mut s.b)?;
+                // The sums are made a mean in the step, and the penalty with them.
+                let weight = at.penalty / scales[i];
+                e.add_gradient(k, i, learner.master(), weight, (&mut s.a, &mut s.b))?;
             }
         }
         sizes[i] = norms(k, s, !pulls).map(|n| n * scales[i]);

@@ -29,10 +29,10 @@ impl Regularizer for Shared {
         k: &Kernels,
         module: usize,
         layer: &Layer,
-        ga: &mut Factor,
-        gb: &mut Factor,
+        weight: f64,
+        gradient: (&mut Factor, &mut Factor),
     ) -> crate::Result<()> {
-        lock(&self.0).add_gradient(k, module, layer, ga, gb)
+        lock(&self.0).add_gradient(k, module, layer, weight, gradient)
     }
     fn proximal(&self, module: usize, lr: f64, layer: &mut Layer) {
         lock(&self.0).proximal(module, lr, layer);

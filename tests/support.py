@@ -143,3 +143,21 @@ def run_python(code, *args, env=None, timeout=100):
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def factors(lora, module="m"):
+    return lora[module].lora_a, lora[module].lora_b
+
+
+def scaling(lora, module="m"):
+    return float(lora[module].scaling)
+
+
+def move(lora, r, module="m", by=0.3):
+    """Other weights nearby."""
+    a, b = factors(lora, module)
+    set_weights(lora, {module: (a + by * normal(r, *a.shape), b + by * normal(r, *b.shape))})
+
+
+def event_args(r, n_in, n_out):
+    return normal(r, n_in), normal(r, n_out)

@@ -11,29 +11,11 @@ import microlora as ml
 import reference as ref
 import reference_ewc as twin
 from microlora import exceptions
-from support import make, normal, rng, set_weights
+from support import factors, make, move, normal, rng, scaling, set_weights
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 20)
 KINDS = ("delta", "factor", "l2", "si", "mas")
-
-
-def factors(lora, module="m"):
-    return lora[module].lora_a, lora[module].lora_b
-
-
-def scaling(lora, module="m"):
-    return float(lora[module].scaling)
-
-
-def move(lora, r, module="m", by=0.3):
-    """Other weights nearby."""
-    a, b = factors(lora, module)
-    set_weights(lora, {module: (a + by * normal(r, *a.shape), b + by * normal(r, *b.shape))})
-
-
-def event_args(r, n_in, n_out):
-    return normal(r, n_in), normal(r, n_out)
 
 
 # -- penalties --

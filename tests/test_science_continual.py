@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import microlora as ml
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "benches" / "science"))
 from continual import methods, penalties, plan, reference, run, table
 from continual.network import Network, Views, residual, softmax
@@ -160,11 +158,8 @@ def test_first_task_is_kept_better_than_without(small, none, name):
     assert kept.r[1, 0] > none.r[1, 0] + 0.02
 
 
-@pytest.mark.skipif(not hasattr(ml, "LoraChain"), reason="needs chains")
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if not m.missing and m.memory != 200])
 def test_native_equals_reference(small, name):
-    if METHODS[name].native is not None and not hasattr(ml, "EwcPlusPlus"):
-        pytest.skip("needs EwcPlusPlus")
     from continual import native
 
     ours, theirs = native.run(small, METHODS[name]), reference.run(small, METHODS[name])

@@ -12,18 +12,16 @@ from microlora._checks import (
     SCHEMA_KEY,
     FrozenMap,
     check_document,
-    check_keys,
     choice,
     flag,
     integer,
     near,
-    read_json,
     real,
     text,
     texts,
-    write_json,
     wrong,
 )
+from microlora._document import Document
 from microlora.exceptions import ConfigError, UnknownModuleError
 from microlora.instant_config import InstantConfig
 from microlora.target import TargetModule, check_module_name, parse_targets
@@ -39,7 +37,7 @@ Dims = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Document):
     """Settings of one LoRA adapter: ``dY = scaling * (x A) B`` per target module.
 
     Validated on construction; immutable, hashable, equal by value.
@@ -231,15 +229,6 @@ class LoraConfig:
         rank = min(features, 8 if features < 2048 else 16)
         return cls(rank=rank, alpha=2.0 * rank)
 
-    def replace(self, **changes: Any) -> LoraConfig:
-        """A copy with some fields changed, validated again.
-
-        Raises:
-            ConfigError: an unknown field (with the nearest known one), or a value out of its range.
-        """
-        check_keys("config", changes, (item.name for item in dataclasses.fields(self)))
-        return dataclasses.replace(self, **changes)
-
     # -- JSON --
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,20 +258,6 @@ class LoraConfig:
         if "instant" in values:
             values["instant"] = InstantConfig.from_dict(values["instant"])
         return cls(**values)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """JSON text; equal configs give equal text."""
-        return write_json(self.to_dict(), indent)
-
-    @classmethod
-    def from_json(cls, document: str | bytes) -> LoraConfig:
-        """The config of a JSON text: exactly what `to_json` was called on.
-
-        Raises:
-            ConfigError: an unknown key (with the nearest known one), or a value out of its range.
-            FormatError: no JSON object, a repeated key, or written by a newer version of microlora.
-        """
-        return cls.from_dict(read_json("config", document))
 
 
 class LoraConfigBuilder:

@@ -6,20 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from microlora._checks import (
     SCHEMA_KEY,
     check_document,
     check_keys,
     integer,
-    read_json,
     real,
     text,
     texts,
-    write_json,
     wrong,
 )
+from microlora._document import Document
 from microlora.exceptions import ConfigError
 
 __all__ = ["AdapterMetadata", "Metric", "utc_now"]
@@ -68,7 +67,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class AdapterMetadata:
+class AdapterMetadata(Document):
     """What is known of an adapter besides its weights and config.
 
     Attributes:
@@ -85,6 +84,8 @@ class AdapterMetadata:
     Raises:
         ConfigError: names the field, the value that came and what was wanted.
     """
+
+    _document: ClassVar[str] = "metadata"
 
     name: str = ""
     version: str = ""
@@ -105,15 +106,6 @@ class AdapterMetadata:
         put(self, "training_size", integer("training_size", self.training_size, 0, 2**63 - 1))
         put(self, "metrics", _metrics(self.metrics))
         put(self, "created", _utc(self.created))
-
-    def replace(self, **changes: Any) -> AdapterMetadata:
-        """A copy with some fields changed, validated again.
-
-        Raises:
-            ConfigError: an unknown field (with the nearest known one), or a wrong value.
-        """
-        check_keys("metadata", changes, (item.name for item in dataclasses.fields(self)))
-        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold, with its ``schema_version``."""
@@ -136,20 +128,6 @@ class AdapterMetadata:
                 raise wrong("metrics", items, "a list of metrics")
             values["metrics"] = tuple(Metric.from_dict(item) for item in items)
         return cls(**values)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """JSON text; equal metadata give equal text."""
-        return write_json(self.to_dict(), indent)
-
-    @classmethod
-    def from_json(cls, document: str | bytes) -> AdapterMetadata:
-        """The metadata of a JSON text: exactly what `to_json` was called on.
-
-        Raises:
-            ConfigError: an unknown key (with the nearest known one), or a wrong value.
-            FormatError: no JSON object, a repeated key, or written by a newer version of microlora.
-        """
-        return cls.from_dict(read_json("metadata", document))
 
 
 def utc_now() -> str:

@@ -15,12 +15,11 @@ from microlora._checks import (
     choice,
     flag,
     integer,
-    read_json,
     real,
     text,
-    write_json,
     wrong,
 )
+from microlora._document import Document
 from microlora.exceptions import ConfigError
 from microlora.training.optimizers import OptimizerSettings, as_optimizer, decay_rate
 from microlora.training.schedule import LearningRateSchedule, factor, rate
@@ -34,22 +33,13 @@ FISHERS = ("auto", "exact", "sample", "empirical")
 STORAGE = ("f16", "bf16")
 
 # After an epoch of 800 samples of the synthetic tasks (widths 64 to 768, batches of 4) the usual 3e-4 has
-# still up to three quarters to learn, this 1.3 % at most: see docs/training.md.
+# still up to three quarters to learn, this a few percent at most: see the table in docs/training.md.
 DEFAULT_LEARNING_RATE = 2e-3
 DEFAULT_EPOCHS = 3
 
 
-class _Json:
-    """JSON both ways for a frozen dataclass."""
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again.
-
-        Raises:
-            ConfigError: An unknown field (with the nearest known one), or a value out of its range.
-        """
-        check_keys("config", changes, (item.name for item in dataclasses.fields(self)))  # type: ignore[arg-type]
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+class _Settings(Document):
+    """Fields as JSON, with a schema version."""
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold, with its ``schema_version``."""
@@ -70,23 +60,9 @@ class _Json:
         names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
         return cls(**check_document("config", data, names, SCHEMA_VERSION))
 
-    def to_json(self, indent: int | None = None) -> str:
-        """JSON text; equal configs give equal text."""
-        return write_json(self.to_dict(), indent)
-
-    @classmethod
-    def from_json(cls, document: str | bytes) -> Self:
-        """The config of a JSON text: exactly what `to_json` was called on.
-
-        Raises:
-            ConfigError: An unknown key (with the nearest known one), or a value out of its range.
-            FormatError: No JSON object, a repeated key, or written by a newer version of microlora.
-        """
-        return cls.from_dict(read_json("config", document))
-
 
 @dataclass(frozen=True)
-class TrainingConfig(_Json):
+class TrainingConfig(_Settings):
     """How weights are learned: batches, step sizes, and what earlier tasks may still say.
 
     Attributes:
@@ -275,7 +251,7 @@ class TrainingConfig(_Json):
 
 
 @dataclass(frozen=True)
-class AdapterTrainingConfig(_Json):
+class AdapterTrainingConfig(_Settings):
     """A whole training run over a dataset.
 
     Attributes:

@@ -21,11 +21,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from microlora._checks import check_keys, choice, integer, read_json, real, write_json, wrong
+from microlora._checks import check_keys, choice, integer, real, wrong
+from microlora._document import Document
 from microlora.exceptions import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 25.0, 1e4
 
 
 @dataclass(frozen=True)
-class LearningRateSchedule:
+class LearningRateSchedule(Document):
     """The learning rate of every step.
 
     Attributes:
@@ -65,6 +66,8 @@ class LearningRateSchedule:
         >>> LearningRateSchedule("linear", base_lr=1.0, total=4).lrs([0, 1, 2, 3, 4, 9]).tolist()
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     """
+
+    _document: ClassVar[str] = "schedule"
 
     name: str = "constant"
     base_lr: float | None = None
@@ -212,20 +215,6 @@ class LearningRateSchedule:
             raise wrong("schedule", data, "a mapping")
         check_keys("schedule", data, (item.name for item in dataclasses.fields(cls)))
         return cls(**data)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """JSON text; equal schedules give equal text."""
-        return write_json(self.to_dict(), indent)
-
-    @classmethod
-    def from_json(cls, document: str | bytes) -> LearningRateSchedule:
-        """The schedule of a JSON text: exactly what `to_json` was called on.
-
-        Raises:
-            ConfigError: An unknown key (with the nearest known one), or a value out of its range.
-            FormatError: No JSON object, or a repeated key.
-        """
-        return cls.from_dict(read_json("schedule", document))
 
 
 class _Row(NamedTuple):

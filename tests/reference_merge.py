@@ -188,7 +188,7 @@ def top(d, density):
 
 
 def crumbs(d, density, gamma):
-    """2312.06795: without the top gamma fraction, and without so many of the smallest that density is left."""
+    """2312.06795: without the top gamma fraction, and of the rest the largest, `density` of all."""
     flat = np.abs(f64(d)).ravel()
     order = np.argsort(-flat, kind="stable")
     mask = np.zeros(flat.size, bool)

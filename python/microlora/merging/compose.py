@@ -61,7 +61,7 @@ def compose_parallel(
         ShapeError: Another number of weights; modules of one name with different widths.
     """
     if callable(weights) or hasattr(weights, "weights"):
-        return RoutedEnsemble(adapters, weights)  # type: ignore[arg-type]
+        return RoutedEnsemble(adapters, weights)
     parents = _numbered(adapters)
     k = len(parents.adapters)
     shares = [1.0 / k] * k

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from microlora._checks import (
     SCHEMA_KEY,
@@ -46,8 +46,8 @@ class MergeConfig(Constructors, Document):
 
     Attributes:
         method: A name of the table in docs/merging.md.
-        weights: ``{adapter: weight}``, one for each; ``"performance"`` for weights from recorded metrics; None
-            for equal ones.
+        weights: ``{adapter: weight}``, one for each; ``"performance"`` for weights from recorded metrics;
+            None for equal ones.
         density: Share of the entries that is kept, above 0 and up to 1.
         lam: Factor of the result.
         rank: Rank of every merged module; None takes the sum of the parents' ranks (family ``"factor"``) or
@@ -55,8 +55,8 @@ class MergeConfig(Constructors, Document):
         seed: Seed of random masks, 0 to 2^64 - 1.
         semantics: ``"exact"`` (the paper, on the delta), ``"mergekit"`` or ``"peft"`` where those differ.
         dtype: How results are stored: ``"f32"``, ``"f16"`` or ``"bf16"``; None takes the parents' widest.
-        report: ``"default"``, or ``"full"`` for the rate of sign conflicts too, at the cost of a pass over the
-            deltas.
+        report: ``"default"``, or ``"full"`` for the rate of sign conflicts too, at the cost of a pass over
+            the deltas.
         t: Place between the first (0) and the second (1) of two adapters.
         epsilon: Spread of keep probabilities around ``density``.
         gamma: Share of the largest entries that is dropped.
@@ -66,9 +66,10 @@ class MergeConfig(Constructors, Document):
         missing: Modules that not every adapter has: ``"skip"`` merges those that have it, ``"zero"`` takes a
             change of zero for the others, ``"common"`` leaves such modules out, ``"error"`` refuses.
         metric: Name of the metric of ``weights="performance"``; None where there is only one.
-        overrides: Settings of single modules, ``{pattern: {setting: value}}``: the first pattern (``*``, ``?``,
-            ``[..]``, case-sensitive, on the whole name) that matches wins. One that names a method begins from
-            that method's defaults; weights, lam, rank and seed are taken over where it has a use for them.
+        overrides: Settings of single modules, ``{pattern: {setting: value}}``: the first pattern (``*``,
+            ``?``, ``[..]``, case-sensitive, on the whole name) that matches wins. One that names a method
+            begins from that method's defaults; weights, lam, rank and seed are taken over where it has a use
+            for them.
 
     Raises:
         ConfigError: names the setting, the value that came and what was wanted.
@@ -119,7 +120,7 @@ class MergeConfig(Constructors, Document):
             put(self, "metric", text("metric", self.metric, empty=False))
         self._together(row)
         put(self, "overrides", _overrides(self.overrides))
-        effective = [self._overridden(changes) for _, changes in self.overrides]
+        effective = [self._overridden(changes) for _, changes in self.pairs]
         if self.metric is not None and all(c.weights != PERFORMANCE for c in (self, *effective)):
             raise wrong("metric", self.metric, f"none without weights={PERFORMANCE!r}")
 
@@ -133,6 +134,11 @@ class MergeConfig(Constructors, Document):
             if density - half <= 0.0 or density + half > 1.0 + 1e-12:
                 want = "probabilities density -+ epsilon" + ("" if half == epsilon else " / 2")
                 raise wrong("density, epsilon", (density, epsilon), f"{want} above 0 and up to 1")
+
+    @property
+    def pairs(self) -> Overrides:
+        """The overrides in order, ``(pattern, settings)``."""
+        return cast(Overrides, self.overrides)
 
     @property
     def row(self) -> Method:
@@ -152,7 +158,7 @@ class MergeConfig(Constructors, Document):
 
     @cached_property
     def _effective(self) -> list[tuple[str, MergeConfig]]:
-        return [(pattern, self._overridden(changes)) for pattern, changes in self.overrides]
+        return [(pattern, self._overridden(changes)) for pattern, changes in self.pairs]
 
     def for_module(self, module: str) -> MergeConfig:
         """What holds for one module: these settings, or those of the first override whose pattern matches."""
@@ -187,7 +193,7 @@ class MergeConfig(Constructors, Document):
         out["weights"] = _plain(self.weights)
         out["overrides"] = [
             {"modules": pattern, **{name: _plain(value) for name, value in changes.items()}}
-            for pattern, changes in self.overrides
+            for pattern, changes in self.pairs
         ]
         return out
 

@@ -31,7 +31,8 @@ class Method:
         when: What it is good for.
         laws: Names of the laws that it obeys before truncation.
         defaults: Settings that it takes, with their defaults.
-        weights: Weights where none are given: ``"equal"`` (1/m), ``"one"``, or ``"none"`` where it takes none.
+        weights: Weights where none are given: ``"equal"`` (1/m), ``"one"``, or ``"none"`` where it takes
+            none.
         parents: Fewest and most parents.
         statistics: ``"gram"``, ``"importance"`` or None: what it needs to know of every parent.
         semantics: The values of ``semantics=`` that it knows.
@@ -64,7 +65,11 @@ def methods() -> Mapping[str, Method]:
     """Every method by its name, in the order of the table; other names come last."""
     rows = _core.merge_methods()
     table = {row["name"]: _method(row) for row in rows}
-    return table | {alias: table[row["name"]] for row in rows for alias in row.get("aliases", _ALIASES.get(row["name"], ()))}
+    return table | {
+        alias: table[row["name"]]
+        for row in rows
+        for alias in row.get("aliases", _ALIASES.get(row["name"], ()))
+    }
 
 
 def method(name: object) -> Method:

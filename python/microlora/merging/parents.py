@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import microlora._core as _core
 from microlora._checks import text, wrong
@@ -27,7 +26,7 @@ def as_adapter(name: str, source: object) -> Adapter:
     Raises:
         DTypeError: Anything else.
         FormatError: A file that is none of an adapter.
-        UnsupportedVariantError: One of a kind that is not relative to the plain base weights (PiSSA, DoRA ...).
+        UnsupportedVariantError: One that is not relative to the plain base weights (PiSSA, DoRA ...).
     """
     if isinstance(source, MicroLoRA):
         return source.adapter()
@@ -134,7 +133,9 @@ class Parents:
             extra = list(adapter.extra_tensors())
             if extra:
                 more = "" if len(extra) < 4 else f", ... ({len(extra)} in all)"
-                out.append(f"tensors of {name!r} that are no factors are left out: {', '.join(extra[:3])}{more}")
+                out.append(
+                    f"tensors of {name!r} that are no factors are left out: {', '.join(extra[:3])}{more}"
+                )
         return tuple(out)
 
     def metadata(self) -> AdapterMetadata:

@@ -17,7 +17,7 @@ LOWER_IS_BETTER = ("loss", "error", "perplexity")
 def performance_weights(adapters: Mapping[str, Adapter], metric: str | None = None) -> dict[str, float]:
     """Weights in proportion to a metric that all adapters have, of the same data; they sum to 1.
 
-    Of a metric where lower is better (its name contains loss, error or perplexity) in proportion to its inverse.
+    Where lower is better (the name contains loss, error or perplexity) in proportion to its inverse.
 
     Args:
         adapters: With metrics in their metadata.
@@ -37,7 +37,8 @@ def performance_weights(adapters: Mapping[str, Adapter], metric: str | None = No
     for who, value in values.items():
         if value <= 0.0:
             raise ConfigError(
-                f"weights: got {name} = {value:g} of {who!r}, expected a metric above 0 for weights='performance'"
+                f"weights: got {name} = {value:g} of {who!r}, expected a number above 0 for "
+                "weights='performance'"
             )
     if any(word in name.lower() for word in LOWER_IS_BETTER):
         best = min(values.values())  # keeps the inverses of very small values finite
@@ -53,7 +54,9 @@ def _table(name: str, metrics: tuple[Metric, ...]) -> dict[tuple[str, str], floa
     for item in metrics:
         key = item.name, item.data_hash
         if out.setdefault(key, item.value) != item.value:
-            raise ConfigError(f"weights: {name!r} has two values of {item.name} on the same data, expected one")
+            raise ConfigError(
+                f"weights: {name!r} has two values of {item.name} on the same data, expected one"
+            )
     return out
 
 

@@ -58,7 +58,11 @@ def draw(report: MergeReport, path: str | os.PathLike[str]) -> None:
     axes = figure.add_subplot()
     # Cosines keep their sign; error and interference are at least 0 and saturate at 1.
     image = axes.imshow(
-        np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-1.0, vmax=1.0, aspect="auto"  # type: ignore[no-untyped-call]
+        np.ma.masked_invalid(values),
+        cmap="RdBu_r",
+        vmin=-1.0,
+        vmax=1.0,
+        aspect="auto",
     )
     axes.set_xticks(range(len(head)), head, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), [m.name for m in report.modules])

@@ -133,7 +133,7 @@ class MergeReport(Table):
 
 
 def aligned(head: list[str], rows: list[list[str]], *, text: int) -> list[str]:
-    """Lines of a table, the first ``text`` columns left, the others right; the first gives way to the width."""
+    """Lines of a table, the first ``text`` columns on the left; the first gives way to the width."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     widths[0] = max(8, min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)))
     lines = []

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,7 +94,9 @@ class CentroidRouter(Document):
 
     def __repr__(self) -> str:
         k, d = self.centroids.shape
-        return f"CentroidRouter({k} centroids of {d} features, temperature={self.temperature}, hard={self.hard})"
+        return (
+            f"CentroidRouter({k} centroids of {d} features, temperature={self.temperature}, hard={self.hard})"
+        )
 
     def weights(self, x: ArrayLike) -> Floats:
         """Weights float32 (n, K) of rows (n, d), or (K,) of one row (d,); they sum to 1.
@@ -145,8 +147,8 @@ class CentroidRouter(Document):
 class RoutedEnsemble:
     """Members side by side, mixed by weights that depend on the input: ``y = sum_k pi_k(x) y_k``.
 
-    No weights are merged. Members whose weight is exactly 0 for a row are not evaluated on it. With one member
-    of weight 1 it is that member; with equal weights it is :func:`compose_parallel`'s average.
+    No weights are merged. Members whose weight is exactly 0 for a row are not evaluated on it. With one
+    member of weight 1 it is that member; with equal weights it is :func:`compose_parallel`'s average.
 
     Args:
         adapters: Members, in the router's order: :class:`Adapter`, :class:`MicroLoRA` (as it stands now) or
@@ -172,7 +174,8 @@ class RoutedEnsemble:
         self._members = [MicroLoRA(a) for a in self._parents.adapters.values()]
         if isinstance(router, CentroidRouter) and len(router.centroids) != len(self._members):
             raise ShapeError(
-                f"router: got {len(router.centroids)} centroids, expected {len(self._members)}, one for each member"
+                f"router: got {len(router.centroids)} centroids, expected {len(self._members)}, "
+                "one for each member"
             )
         self._router = router
 
@@ -211,7 +214,7 @@ class RoutedEnsemble:
         rows = np.asarray(x, np.float32)
         many = np.atleast_2d(rows)
         route = getattr(self._router, "weights", self._router)
-        pi = np.asarray(route(many), np.float32)
+        pi = np.asarray(cast(Any, route)(many), np.float32)
         if pi.shape != (len(many), len(self)):
             raise ShapeError(f"router: got weights of shape {pi.shape}, expected ({len(many)}, {len(self)})")
         if not np.isfinite(pi).all():
@@ -287,7 +290,8 @@ class RoutedEnsemble:
         """
         if not isinstance(self._router, CentroidRouter):
             raise ConfigError(
-                f"router: got {type(self._router).__name__}, expected a CentroidRouter; others cannot be written"
+                f"router: got {type(self._router).__name__}, expected a CentroidRouter; "
+                "others cannot be written"
             )
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +314,9 @@ class RoutedEnsemble:
         try:
             values = check_document("ensemble", document, ("members", "router"), SCHEMA_VERSION)
             files = values.get("members")
-            if not isinstance(files, list) or not all(isinstance(f, str) and Path(f).name == f for f in files):
+            if not isinstance(files, list) or not all(
+                isinstance(f, str) and Path(f).name == f for f in files
+            ):
                 raise wrong("members", files, "names of files in the directory")
             router = CentroidRouter.from_dict(values.get("router", {}))
             return cls([load(folder / file) for file in files], router)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import microlora._core as _core
-from microlora._checks import near, read_json
+from microlora._checks import near
 from microlora.ewc import EwcPlusPlus, _grams, _sidecar
 from microlora.exceptions import ConfigError, DTypeError, FormatError, NonFiniteError, ShapeError
 from microlora.gram import Gram
@@ -41,8 +41,8 @@ def statistics_of(name: str, source: Any) -> Statistics:
 
     Args:
         name: The parent, for messages.
-        source: An :class:`~microlora.EwcPlusPlus`; the path of its file, or of the adapter beside which it lies;
-            ``{module: Gram}``; ``{module: (a, c)}``; or a :class:`Statistics`.
+        source: An :class:`~microlora.EwcPlusPlus`; the path of its file, or of the adapter beside which it
+            lies; ``{module: Gram}``; ``{module: (a, c)}``; or a :class:`Statistics`.
 
     Raises:
         DTypeError: Anything else.
@@ -55,7 +55,9 @@ def statistics_of(name: str, source: Any) -> Statistics:
     if isinstance(source, Statistics):
         return source
     if isinstance(source, EwcPlusPlus):
-        found = {m: source.moments(m) for m in source._target.modules()} if _counted(source) else {}
+        target = source._target  # a learner, or a chain with one
+        learner: _core.MicroLora = target if isinstance(target, _core.MicroLora) else target._lora  # type: ignore[attr-defined]
+        found = {module: source.moments(module) for module in learner.modules()}
         return Statistics(source.grams, {m: (a, c) for m, (a, c, n) in found.items() if n})
     if isinstance(source, str | os.PathLike):
         return read(Path(_sidecar(source)).read_bytes())
@@ -76,10 +78,6 @@ def statistics_of(name: str, source: Any) -> Statistics:
         f"{where}: got {type(source).__name__}, expected an EwcPlusPlus, a path, {{module: Gram}} or "
         "{module: (a, c)}"
     )
-
-
-def _counted(ewc: EwcPlusPlus) -> bool:
-    return ewc.n_samples > 0 or ewc.task_count > 0
 
 
 def _pair(where: str, value: Iterable[Any]) -> tuple[Floats, Floats]:
@@ -197,7 +195,8 @@ def for_core(
         if kind == "gram":
             if value.features != n_in:
                 raise ShapeError(
-                    f"statistics[{parent!r}][{module!r}]: got a Gram of {value.features} features, expected {n_in}"
+                    f"statistics[{parent!r}][{module!r}]: got a Gram of {value.features} features, "
+                    f"expected {n_in}"
                 )
             out[module] = {"gram": value.arrays() if value.dense is None else {"dense": value.dense}}
         else:

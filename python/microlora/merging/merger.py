@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import microlora._core as _core
-from microlora._checks import FrozenMap, check_keys, near
+from microlora._checks import check_keys, near
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.merging.config import PERFORMANCE, MergeConfig
@@ -62,8 +62,8 @@ def merge(
     """Merges adapters of one base model into one, on their deltas ``D_i = s_i B_i A_i``; no base is needed.
 
     Args:
-        adapters: ``{name: adapter}`` or pairs of these: an :class:`Adapter`, a :class:`MicroLoRA` (as it stands
-            now) or the path of a file. Ranks, alphas, dtypes and sets of modules may differ.
+        adapters: ``{name: adapter}`` or pairs of these: an :class:`Adapter`, a :class:`MicroLoRA` (as it
+            stands now) or the path of a file. Ranks, alphas, dtypes and sets of modules may differ.
         method: A name of the table in docs/merging.md.
         weights: See :class:`MergeConfig`, as for all that follows up to ``missing``.
         density: Share of the entries that is kept.
@@ -212,7 +212,9 @@ class _Plan:
         _check_count(self.config.row, names, None)
         if len(names) > 1 and not any(len(have) > 1 for have in modules.values()):
             have = "; ".join(f"{n!r}: {', '.join(self.parents.adapters[n].modules()[:3])}" for n in names)
-            raise ConfigError(f"adapters: got no module that two of them have ({have}), expected one at least")
+            raise ConfigError(
+                f"adapters: got no module that two of them have ({have}), expected one at least"
+            )
 
     def _taken(self) -> dict[str, list[str]]:
         """``{module: adapters that take part}`` by the policy for missing modules."""
@@ -233,7 +235,9 @@ class _Plan:
                     "missing='error' ('skip', 'zero' and 'common' are the ways to do without)"
                 )
         if not out:
-            raise ConfigError("adapters: got no module that all of them have, expected one with missing='common'")
+            raise ConfigError(
+                "adapters: got no module that all of them have, expected one with missing='common'"
+            )
         return out
 
     def _check_patterns(self) -> None:
@@ -241,17 +245,15 @@ class _Plan:
         from fnmatch import fnmatchcase
 
         taken = [m["name"] for m in self.modules]
-        first = {next((i for i, (p, _) in enumerate(self._pairs) if fnmatchcase(m, p)), -1) for m in taken}
-        for i, (pattern, _) in enumerate(self._pairs):
+        first = {
+            next((i for i, (p, _) in enumerate(self.config.pairs) if fnmatchcase(m, p)), -1) for m in taken
+        }
+        for i, (pattern, _) in enumerate(self.config.pairs):
             if i not in first:
                 raise ConfigError(
                     f"overrides: got the pattern {pattern!r}, which is the first that matches for no module; "
                     f"expected some of {', '.join(taken[:6])}{near(pattern, taken)}"
                 )
-
-    @property
-    def _pairs(self) -> tuple[tuple[str, FrozenMap[Any]], ...]:
-        return self.config.overrides  # type: ignore[return-value]
 
     # -- one module --
 
@@ -294,8 +296,8 @@ class _Plan:
             if len(present) < len(self._names):
                 return sum(ranks)
             raise ConfigError(
-                f"rank: got {config.rank}, expected at most {sum(ranks)} for {module!r}: method {row.name!r} is "
-                "exact at the sum of the parents' ranks"
+                f"rank: got {config.rank}, expected at most {sum(ranks)} for {module!r}, the sum of the "
+                f"parents' ranks, at which method {row.name!r} is exact"
             )
         smaller = min(self.parents.dims[module])
         if not row.exact and config.rank > smaller:
@@ -337,7 +339,9 @@ class _Plan:
             at = len(self.rows)
             self._stands_in[at] = name, modules
             dims = self.parents.dims
-            zeros = [(m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0) for m in modules]
+            zeros = [
+                (m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0) for m in modules
+            ]
             self.rows.append((name, _core.adapter_from_factors(zeros, False, "f32")))
             for entry in self.modules:
                 if entry["name"] in modules:

@@ -79,7 +79,9 @@ def keep_plan(
     given = {"rank": rank, "energy": energy, "max_error": max_error}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ConfigError(f"rank, energy, max_error: got {' and '.join(named) or 'none'}, expected one of them")
+        raise ConfigError(
+            f"rank, energy, max_error: got {' and '.join(named) or 'none'}, expected one of them"
+        )
     if dtype is not None:
         choice("dtype", dtype, tuple(DTYPE_BYTES))
     value: float

@@ -74,7 +74,9 @@ def known(of, seed=7, shared=False):
 def merge(of, method, *, statistics=None, full=False, **settings):
     """A merge before truncation (of the highest rank there is), in float32."""
     row = methods()[method]
-    if row.statistics and statistics is None:
+    if not row.statistics:
+        statistics = None
+    elif statistics is None:
         statistics = known(of)
     if full and not row.exact:
         settings["rank"] = min(next(iter(of.values())).dims["m"])

@@ -22,7 +22,7 @@ NAMES = tuple(methods())
 GOOD = {
     "weights": st.dictionaries(full_texts, st.floats(-9, 9), min_size=1, max_size=3) | st.just("performance"),
     "density": st.floats(0.3, 0.6),
-    "lam": st.floats(-9, 9),
+    "lam": st.just(0.0) | st.floats(0.01, 9) | st.floats(-9, -0.01),
     "rank": st.integers(1, 65_536),
     "seed": st.integers(0, 2**64 - 1),
     "t": st.floats(0, 1),
@@ -159,7 +159,7 @@ INVALID = [
     *[("average", "method", v) for v in ("", "tiess", None, 3, "AVERAGE")],
     *[("ties", "density", v) for v in (0, 0.0, -0.1, 1.0001, NAN, INF, "0.5", True)],
     *[("slerp", "t", v) for v in (-0.01, 1.01, NAN, "0", False)],
-    *[("average", "lam", v) for v in (NAN, INF, "1", True)],
+    *[("average", "lam", v) for v in (NAN, INF, "1", True, 1e-13, -1e13)],
     *[("average", "rank", v) for v in (0, -1, 65_537, 1.0, "8", True)],
     *[("dare_linear", "seed", v) for v in (-1, 2**64, 1.0, "1", True)],
     *[("della", "epsilon", v) for v in (-0.1, 1.0, NAN, "0.1")],

@@ -246,10 +246,18 @@ def _between(low: float, high: float, want: str, *, low_open: bool = False, high
     return check
 
 
+def _lam(name: str, value: object) -> float:
+    want = "0, or a number of a size from 1e-12 to 1e12"  # beyond, alpha leaves the range of LoraConfig
+    number = real(name, value, want)
+    if number != 0.0 and not 1e-12 <= abs(number) <= 1e12:
+        raise wrong(name, value, want)
+    return number + 0.0
+
+
 _CHECKS: Mapping[str, Any] = {
     "weights": _weights,
     "density": _between(0.0, 1.0, "a number above 0 and up to 1, the share that is kept", low_open=True),
-    "lam": _between(-1e30, 1e30, "a finite number"),
+    "lam": _lam,
     "rank": lambda name, value: integer(name, value, 1, MAX_RANK),
     "seed": lambda name, value: integer(name, value, 0, 2**64 - 1),
     "t": _between(0.0, 1.0, "a number from 0 to 1"),

@@ -116,6 +116,27 @@ def learning_rates_block(lines: list[dict[str, Any]]) -> str:
     return table(["width", "task", *rates], [[str(width), task, *c] for (width, task), c in rows.items()])
 
 
+def methods_block() -> str:
+    """The merge methods, one row each, as the core's table has them."""
+    from microlora.merging import methods
+
+    rows = []
+    for name, m in methods().items():
+        if name != m.name:
+            continue
+        taken = sorted(set(m.defaults) - {"lam", "rank"})
+        settings = ", ".join(f"{key} {_shown(m.defaults[key])}" for key in taken)
+        laws = ", ".join(m.laws)
+        formula = f"`{m.formula.replace('|', chr(92) + '|')}`"
+        rows.append([f"`{name}`", m.family, formula, m.paper, m.when, settings, m.weights, laws])
+    head = ["method", "family", "formula", "from", "when", "settings", "weights", "laws"]
+    return table(head, rows)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
 def performance(data: dict[str, Any]) -> str:
     """The whole page of measurements."""
     out = [
@@ -166,6 +187,8 @@ def pages() -> dict[Path, str]:
     if (DATA / "presets.jsonl").exists():
         presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
         learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
+    merging = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    merging = inject(merging, "methods", methods_block())
     training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
@@ -176,6 +199,7 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "learning.md": learning,
+        ROOT / "docs" / "merging.md": merging,
         ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data),
     }

@@ -101,7 +101,11 @@ def masks(of, method, *, seed=0, **settings):
 def expected(of, method, *, weights=None, seed=0, statistics=None, semantics="exact", **settings):
     """The twin's result on the dense deltas."""
     dense, row = deltas(of), methods()[method]
-    args = {"density": None, "lam": 1.0, **{k: v for k, v in row.defaults.items() if k not in ("rank", "seed")}}
+    args = {
+        "density": None,
+        "lam": 1.0,
+        **{k: v for k, v in row.defaults.items() if k not in ("rank", "seed")},
+    }
     args.update(settings)
     args = {k: v for k, v in args.items() if k in row.defaults}
     w = None if weights is None else [weights[name] for name in of]
@@ -126,7 +130,10 @@ def expected(of, method, *, weights=None, seed=0, statistics=None, semantics="ex
 def stable(of, method, **settings):
     """Whether rounding cannot turn a choice of the method: no two candidates nearly alike."""
     r = rng(5)
-    moved = {n: from_delta(d * (1 + 1e-5 * r.standard_normal(d.shape))) for n, d in zip(of, deltas(of), strict=True)}
+    moved = {
+        n: from_delta(d * (1 + 1e-5 * r.standard_normal(d.shape)))
+        for n, d in zip(of, deltas(of), strict=True)
+    }
     args = {"weights": None, **settings}
     row = methods()[method]
     if method.startswith(("dare", "della")) or row.statistics:

@@ -128,7 +128,7 @@ def law_idempotent(method, r):
 
 def law_permutation(method, r):
     of = some(method)
-    weights = {n: w for n, w in zip(of, (0.5, 2.0, 1.0), strict=False)}
+    weights = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
     settings = {} if methods()[method].weights == "none" else {"weights": weights}
     turned = dict(reversed(of.items()))
     stats = known(of)
@@ -145,7 +145,7 @@ def law_scale(method, r):
 
 def law_weights_ratio(method, r):
     of = some(method)
-    w = {n: x for n, x in zip(of, (0.5, 2.0, 1.0), strict=False)}
+    w = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
     more = {n: 3.0 * x for n, x in w.items()}
     return dense_merge(of, method, weights=more), dense_merge(of, method, weights=w)
 
@@ -179,7 +179,7 @@ def law_endpoints(method, r):
 
 def law_equal_statistics(method, r):
     of = some(method)
-    w = {n: x for n, x in zip(of, (0.5, 2.0, 1.0), strict=False)}
+    w = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
     got = dense_merge(of, method, weights=w, statistics=known(of, shared=True))
     return got, twin.weighted(deltas(of), list(w.values()))
 
@@ -387,7 +387,7 @@ def test_modules_come_in_the_order_of_first_appearance():
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "model_stock", "regmean", "fisher"])
 def test_what_only_one_has_is_taken_as_it_is(method):
     of = {n: a for n, a in three().items() if n != "c"}
-    stats = {n: s for n, s in known(of).items()} if methods()[method].statistics else None
+    stats = known(of) if methods()[method].statistics else None
     made = ml.merge(of, method=method, statistics=stats).adapter
     assert distance(delta(made, "v"), delta(of["b"], "v")) < 1e-5
 
@@ -437,7 +437,10 @@ def test_a_merger_is_the_function():
     merger = ml.AdapterMerger(config)
     assert merger.config is config
     got = merger.merge(of)
-    assert delta(got.adapter).tolist() == delta(ml.merge(of, method="ties", density=0.5, rank=3).adapter).tolist()
+    assert (
+        delta(got.adapter).tolist()
+        == delta(ml.merge(of, method="ties", density=0.5, rank=3).adapter).tolist()
+    )
 
 
 def test_the_result_says_what_it_is(tmp_path):

@@ -140,7 +140,11 @@ def test_a_setting_that_the_method_does_not_take_is_refused(name):
 def test_defaults_are_those_of_the_table():
     config = MergeConfig.ties()
     assert config.density is None
-    assert (config.value("density"), config.value("majority"), config.value("normalize")) == (0.2, "total", True)
+    assert (config.value("density"), config.value("majority"), config.value("normalize")) == (
+        0.2,
+        "total",
+        True,
+    )
     assert config.value("t") is None
     assert methods()["dare"] is methods()["dare_linear"]
 
@@ -167,13 +171,19 @@ INVALID = [
     *[("regmean", "rho", v) for v in (-0.1, 1.1, NAN, "1")],
     *[("linear", "normalize", v) for v in (0, 1, "yes")],
     *[("ties", "majority", v) for v in ("count", "", 1)],
-    *[("linear", "weights", v) for v in ({}, [0.5, 0.5], "best", 1.0, {"a": NAN}, {"a": "1"}, {1: 1.0}, {"": 1.0})],
+    *[
+        ("linear", "weights", v)
+        for v in ({}, [0.5, 0.5], "best", 1.0, {"a": NAN}, {"a": "1"}, {1: 1.0}, {"": 1.0})
+    ],
     *[("average", "semantics", v) for v in ("", "paper", None, 1)],
     *[("average", "dtype", v) for v in ("f64", "float32", "", 32)],
     *[("average", "report", v) for v in ("", "none", None, True)],
     *[("average", "missing", v) for v in ("", "ignore", None)],
     *[("average", "metric", v) for v in ("", "mrr", 1)],
-    *[("average", "overrides", v) for v in ("m", 3, {"": {"lam": 2.0}}, {"m": {}}, {"m": 2}, {1: {"lam": 2.0}})],
+    *[
+        ("average", "overrides", v)
+        for v in ("m", 3, {"": {"lam": 2.0}}, {"m": {}}, {"m": 2}, {1: {"lam": 2.0}})
+    ],
     ("average", "overrides", {"m": {"semantics": "peft"}}),
     ("average", "overrides", {"m": {"density": 0.5}}),
     ("average", "overrides", {"m": {"method": "ties", "density": 1.5}}),

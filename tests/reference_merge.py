@@ -171,12 +171,56 @@ def fisher(deltas, importance, weights=None, lam=1.0):
     return lam * np.divide((f * stack(deltas)).sum(0), below, out=np.zeros_like(below), where=below > 0)
 
 
+# -- random numbers --
+
+
+def key_of(seed):
+    """Eight words drawn from a seed by PCG32 (O'Neill 2014)."""
+    state, key = seed, []
+    for _ in range(8):
+        state = (state * 6364136223846793005 + 11634580027462260723) % 2**64
+        word, turn = (((state >> 18) ^ state) >> 27) % 2**32, state >> 59
+        key.append((word >> turn | word << (32 - turn)) % 2**32)
+    return key
+
+
+def chacha8(key, stream, n):
+    """n words of ChaCha with 8 rounds (Bernstein 2008)."""
+    blocks = -(-n // 16)
+    counter = np.arange(blocks, dtype=np.uint64)
+    start = [0x61707865, 0x3320646E, 0x79622D32, 0x6B206574, *key]
+    start += [counter % 2**32, counter >> np.uint64(32), stream % 2**32, stream >> 32]
+    first = np.stack([np.broadcast_to(np.asarray(v, np.uint64), blocks) for v in start]).astype(np.uint32)
+    x = first.copy()
+
+    def quarter(a, b, c, d):
+        for p, q, r, by in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+            x[p] += x[q]
+            x[r] ^= x[p]
+            x[r] = x[r] << np.uint32(by) | x[r] >> np.uint32(32 - by)
+
+    for _ in range(4):
+        for i in range(4):
+            quarter(i, 4 + i, 8 + i, 12 + i)
+        for i in range(4):
+            quarter(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
+    return (x + first).T.ravel()[:n]
+
+
+def uniforms(seed, module, parent, shape):
+    """What decides on each entry of a parent's delta: 24 bits a word; the stream is FNV-1a of the names."""
+    stream = 0xCBF29CE484222325
+    for byte in [*module.encode(), 255, *parent.encode()]:
+        stream = (stream ^ byte) * 0x100000001B3 % 2**64
+    return ((chacha8(key_of(seed), stream, shape[0] * shape[1]) >> np.uint32(8)) / 2**24).reshape(shape)
+
+
 # -- masks --
 
 
 def kept(n, density):
-    """How many of n entries a density keeps."""
-    return int(np.floor(density * n + 1e-9))
+    """How many of n entries a density keeps: rounded down, at least one."""
+    return max(1, int(density * n))
 
 
 def top(d, density):
@@ -192,7 +236,7 @@ def crumbs(d, density, gamma):
     flat = np.abs(f64(d)).ravel()
     order = np.argsort(-flat, kind="stable")
     mask = np.zeros(flat.size, bool)
-    first = kept(flat.size, gamma)
+    first = int(gamma * flat.size)
     mask[order[first : first + kept(flat.size, density)]] = True
     return mask.reshape(np.shape(d)) & (f64(d) != 0)
 
@@ -230,14 +274,14 @@ def elect(pruned, weights=None, majority="total"):
 
 
 def consensus(pruned, weights=None, majority="total", normalize=True, lam=1.0):
-    """Weighted mean (or sum) of those that agree with the elected sign."""
+    """Weighted mean (or sum) of those that agree with the elected sign; negative weights turn parents."""
     t = stack(pruned)
     w = column(weights, len(t))
     agree = (np.sign(w * t) == elect(pruned, weights, majority)) & (t != 0)
-    over, below = (w * t * agree).sum(0), (w * agree).sum(0)
+    over, below = (w * t * agree).sum(0), (np.abs(w) * agree).sum(0)
     if not normalize:
         return lam * over
-    return lam * np.divide(over, below, out=np.zeros_like(over), where=np.abs(below) > 0)
+    return lam * np.divide(over, below, out=np.zeros_like(over), where=below > 0)
 
 
 def weighted_sum(pruned, weights, lam, normalize):

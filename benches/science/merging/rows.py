@@ -45,7 +45,7 @@ class Row:
         """The settings in words."""
         if not self.method:
             return ""
-        out = [f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in self._said()]
+        out = [f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in self._said()]
         return ", ".join(out) or "default"
 
     def _said(self) -> list[tuple[str, Any]]:

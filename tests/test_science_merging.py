@@ -11,9 +11,8 @@ import pytest
 import microlora as ml
 from microlora import _core
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-sys.path.insert(0, str(ROOT / "benches" / "science"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benches"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benches" / "science"))
 from continual.plan import Plan, Setup
 from merging import engines, parents, personas, run, table
 from merging.rows import BOUNDS, FACTOR, PEFT, RANK, ROWS, WRONG, Row

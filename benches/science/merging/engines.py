@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ class Merged:
     Attributes:
         adapter: The adapter.
         ranks: Of its modules.
-        error: Largest relative truncation error of a module, None where nobody says.
+        error: Relative norm of what truncation dropped, None where nobody says.
         notes: What the report remarks.
     """
 
@@ -39,9 +38,10 @@ def have_peft() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "peft"))
 
 
-def full_rank(adapter: ml.Adapter) -> dict[str, dict[str, int]]:
-    """Overrides with the highest rank that each module can have."""
-    return {module: {"rank": min(dims)} for module, dims in adapter.dims.items()}
+def narrow(adapter: ml.Adapter, rank: int | str) -> dict[str, dict[str, int]]:
+    """Overrides for modules that cannot have a rank as high as this."""
+    widths = {module: min(dims) for module, dims in adapter.dims.items()}
+    return {m: {"rank": width} for m, width in widths.items() if rank == FULL or width < int(rank)}
 
 
 def native(row: Row, adapters: Mapping[str, ml.Adapter], statistics: Any, seed: int) -> Merged:
@@ -49,17 +49,16 @@ def native(row: Row, adapters: Mapping[str, ml.Adapter], statistics: Any, seed: 
     options = dict(row.options)
     if "weight" in options:
         options["weights"] = dict.fromkeys(adapters, options.pop("weight"))
-    if options.get("rank") == FULL:
-        options["rank"] = None
-        options["overrides"] = full_rank(next(iter(adapters.values())))
+    if "rank" in options:
+        options["overrides"] = narrow(next(iter(adapters.values())), options["rank"])
+        options["rank"] = None if options["rank"] == FULL else options["rank"]
     if row.method in STATISTICS:
         options["statistics"] = statistics
     if row.method.startswith(("dare", "della")):
         options["seed"] = seed
     adapter, report = ml.merge(adapters, method=row.method, **options)
-    said = json.loads(report.to_json())["modules"]
-    notes = sorted({note for module in said for note in module["notes"]})
-    return Merged(adapter, ranks(adapter), max(module["error"] for module in said), tuple(notes))
+    notes = {note for module in report.modules for note in module.notes}
+    return Merged(adapter, ranks(adapter), report.error, tuple(sorted({*report.notes, *notes})))
 
 
 @functools.lru_cache(maxsize=1)

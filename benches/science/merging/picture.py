@@ -46,7 +46,7 @@ def draw(found: Lines, path: Path) -> None:
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(0.0, 1.02)
     axes.set_xlabel("retained: accuracy of one network on both domains, as a share of the two adapters' own")
-    axes.legend(loc="lower left", frameon=True, fontsize=7)
+    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="svg", metadata={"Date": None})
 

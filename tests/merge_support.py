@@ -108,7 +108,7 @@ def expected(of, method, *, weights=None, seed=0, statistics=None, semantics="ex
         return f(dense, [statistics[n].importance["m"] for n in of], **args)
     if semantics == "mergekit" and method in ("dare_linear", "dare_ties", "della", "della_linear", "sce"):
         args["semantics"] = semantics
-    drawn = [twin.uniforms(seed, "m", name, d.shape) for name, d in zip(of, dense, strict=True)]
+    drawn = [twin.uniforms(seed, ("m", name), d.shape) for name, d in zip(of, dense, strict=True)]
     if method.startswith("dare"):
         return f(dense, [u < args["density"] for u in drawn], **args)
     if method.startswith("della"):

@@ -207,12 +207,18 @@ def chacha8(key, stream, n):
     return (x + first).T.ravel()[:n]
 
 
-def uniforms(seed, module, parent, shape):
-    """What decides on each entry of a parent's delta: 24 bits a word; the stream is FNV-1a of the names."""
+def stream_of(*names):
+    """FNV-1a of names with a byte 255 between them, which is in no UTF-8 text."""
     stream = 0xCBF29CE484222325
-    for byte in [*module.encode(), 255, *parent.encode()]:
+    for byte in b"\xff".join(name.encode() for name in names):
         stream = (stream ^ byte) * 0x100000001B3 % 2**64
-    return ((chacha8(key_of(seed), stream, shape[0] * shape[1]) >> np.uint32(8)) / 2**24).reshape(shape)
+    return stream
+
+
+def uniforms(seed, names, shape):
+    """Numbers of 24 bits in [0, 1), a word each, row by row."""
+    words = chacha8(key_of(seed), stream_of(*names), int(np.prod(shape)))
+    return ((words >> np.uint32(8)) / 2**24).reshape(shape)
 
 
 # -- masks --

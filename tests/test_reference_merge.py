@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import microlora as ml
 import reference_merge as twin
 from support import rng
 
@@ -207,8 +208,14 @@ def test_chacha_has_its_published_words():
     assert np.array_equal(words[:7], twin.chacha8([0] * 8, 0, 7))
     assert not np.array_equal(words, twin.chacha8([0] * 8, 1, 20))
     assert twin.key_of(1) != twin.key_of(2)
-    share = (twin.uniforms(3, "m", "a", (100, 80)) < 0.3).mean()
+    share = (twin.uniforms(3, ("m", "a"), (100, 80)) < 0.3).mean()
     assert abs(share - 0.3) < 0.02
+
+
+def test_a_seed_and_a_name_give_what_a_learner_starts_from():
+    lora = ml.MicroLoRA(ml.LoraConfig(rank=2, target_modules=["q_proj"]), hidden_dim=8, seed=5)
+    drawn = twin.uniforms(5, ["q_proj"], (2, 8))
+    assert_allclose(lora["q_proj"].lora_a, (2 * drawn - 1) / np.sqrt(8), atol=1e-7)
 
 
 # -- the rest --

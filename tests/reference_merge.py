@@ -229,22 +229,24 @@ def kept(n, density):
     return max(1, int(density * n))
 
 
+def largest(magnitudes, k):
+    """The k-th largest number."""
+    return np.sort(magnitudes, axis=None)[-k]
+
+
 def top(d, density):
-    """Mask of the largest magnitudes; of equals the earlier in the row-major order."""
-    flat = np.abs(f64(d)).ravel()
-    mask = np.zeros(flat.size, bool)
-    mask[np.argsort(-flat, kind="stable")[: kept(flat.size, density)]] = True
-    return mask.reshape(np.shape(d)) & (f64(d) != 0)
+    """Mask of the largest magnitudes; those equal to the smallest of them stay too."""
+    size = np.abs(f64(d))
+    return (size >= largest(size, kept(size.size, density))) & (size > 0)
 
 
 def crumbs(d, density, gamma):
     """2312.06795: without the top gamma fraction, and of the rest the largest, `density` of all."""
-    flat = np.abs(f64(d)).ravel()
-    order = np.argsort(-flat, kind="stable")
-    mask = np.zeros(flat.size, bool)
-    first = int(gamma * flat.size)
-    mask[order[first : first + kept(flat.size, density)]] = True
-    return mask.reshape(np.shape(d)) & (f64(d) != 0)
+    size = np.abs(f64(d))
+    first = int(gamma * size.size)
+    last = min(first + kept(size.size, density), size.size)
+    inside = size <= largest(size, first + 1) if first else np.ones(size.shape, bool)
+    return inside & (size >= largest(size, last)) & (size > 0)
 
 
 def della_probability(d, density, epsilon):
@@ -386,7 +388,8 @@ def breadcrumbs_ties(
 def sce(deltas, density=0.1, lam=1.0, semantics="exact"):
     """2408.07990: select by variance across parents, calculate weights from squares, erase minorities."""
     t = stack(deltas)
-    t = t * top(t.var(0), density)
+    variance = t.var(0)
+    t = t * (variance >= largest(variance, kept(variance.size, density)))
     squares = (t**2).sum((1, 2))
     if squares.sum() == 0:
         return np.zeros_like(t[0])

@@ -189,6 +189,7 @@ def test_sce_by_hand():
     got = twin.sce([A, B], density=0.5)
     assert_allclose(got, [[0.0, 25 / 30 * 3.0], [25 / 30 * -4.0, 0.0]])
     assert_allclose(twin.sce([A, B], density=0.5, semantics="mergekit"), [[0.0, 3.0], [-4.0, 0.0]])
+    assert_allclose(twin.sce([A, A], density=0.1), A)  # equal variances stay together
 
 
 def test_a_share_is_rounded_down_and_at_least_one():

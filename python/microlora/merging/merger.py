@@ -326,6 +326,11 @@ class _Plan:
         divides = config.value("normalize")
         if divides is None:
             divides = "weights_ratio" in row.laws
+        if row.statistics == "importance" and min(values) < 0.0:
+            shown = {n: table[n] for n in names}
+            raise ConfigError(
+                f"weights: got {shown}, expected numbers of 0 or above: they weigh an importance"
+            )
         if divides and abs(sum(values)) <= 1e-12 * sum(map(abs, values)):
             shown = {n: table[n] for n in names}
             raise ConfigError(f"weights: got {shown} for {module!r}, expected a sum that is not 0")
@@ -350,7 +355,7 @@ class _Plan:
     def _statistics(self, given: Mapping[str, Any] | None) -> list[dict[str, dict[str, Any]] | None]:
         needs: dict[str, list[str]] = {}
         for entry in self.modules:
-            kind = method_of(entry["method"]).statistics
+            kind = method_of(entry["method"], self.config.semantics).statistics
             if kind is not None:
                 needs.setdefault(kind, []).append(entry["name"])
         if given is not None:

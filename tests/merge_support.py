@@ -14,6 +14,10 @@ METHODS = tuple(name for name, row in methods().items() if name == row.name)
 FACTOR = tuple(name for name in METHODS if methods()[name].exact)
 ELEMENT = tuple(name for name in METHODS if not methods()[name].exact)
 
+TOLERANCE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-4)}
+GAUGE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-2)}
+TWO = {"slerp", "nuslerp"}
+
 
 def factors(r, n_in, n_out, rank):
     return normal(r, rank, n_in) / np.sqrt(n_in), normal(r, n_out, rank) / np.sqrt(rank)
@@ -31,6 +35,10 @@ def adapter(shapes=None, seed=0, *, alpha=None, dtype="f32", use_rslora=False):
 def parents(m=3, shapes=None, seed=0, **settings):
     names = "abcdefgh"[:m]
     return {name: adapter(shapes, 100 * seed + i, **settings) for i, name in enumerate(names)}
+
+
+def some(method, seed=0, **settings):
+    return parents(2 if method in TWO else 3, seed=seed, **settings)
 
 
 def delta(one, module="m"):

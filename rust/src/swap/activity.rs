@@ -29,7 +29,6 @@ impl Activity {
 
     /// Whether any is under way.
     pub fn is_busy(&self) -> bool {
-        self.count.load(Ordering::Acquire) > 0
-            && self.process.load(Ordering::Acquire) == std::process::id()
+        self.count.load(Ordering::Acquire) > 0 && self.process.load(Ordering::Acquire) == std::process::id()
     }
 }

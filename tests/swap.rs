@@ -368,7 +368,7 @@ fn every_read_is_exactly_one_generation_and_memory_returns() {
     // The active generation, the one before; not one more of the thousands.
     assert!(real.swap.live_generations() <= 2);
     assert!(o.leaked <= 2, "{} of {} learned adapters are still there", o.leaked, o.learned);
-    real.swap.forget_previous();
+    drop(real.swap.forget_previous());
     assert_eq!(real.swap.live_generations(), 1);
     let seen = real.seen.into_inner().unwrap();
     assert!(!seen.is_empty());
@@ -494,7 +494,7 @@ fn a_generation_lives_as_long_as_its_last_reader() {
     assert!(weak.upgrade().is_none());
     assert_eq!(swap.live_generations(), 2);
     assert!(swap.previous().is_some());
-    swap.set_keep_previous(false);
+    drop(swap.set_keep_previous(false));
     assert_eq!(swap.live_generations(), 1);
     drop(swap.set_active(version(5), false).unwrap());
     assert_eq!(swap.live_generations(), 1);

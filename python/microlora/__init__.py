@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
     from microlora.gram import Gram, collect_gram
+    from microlora.hot_swap import HotSwapManager
     from microlora.training import (
         AdapterTrainer,
         AdapterTrainingConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "Feedback",
     "Gradient",
     "Gram",
+    "HotSwapManager",
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
@@ -99,6 +101,7 @@ _ROOMS = {
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
     "gram": ("Gram", "collect_gram"),
+    "hot_swap": ("HotSwapManager",),
     "training": (
         "training",
         "AdapterTrainer",

@@ -20,6 +20,7 @@ mod long;
 mod machine;
 mod micro_lora;
 mod step;
+mod swap;
 mod train;
 
 use pyo3::prelude::*;
@@ -48,6 +49,8 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
+    #[pymodule_export]
+    use super::swap::{PyGeneration, PyHotSwap, SwapHandle, probe_swap};
     #[pymodule_export]
     use super::train::{PyOptimizer, evaluate};
 

@@ -248,14 +248,19 @@ impl HotSwap {
     pub fn prepare_standby(&self, adapter: Arc<Adapter>, reshape: bool, tick: &mut Tick<'_>) -> Result<()> {
         let ticket = self.ticket();
         self.check(&adapter, reshape, tick)?;
-        self.install(adapter, ticket, reshape)
+        self.install(adapter, ticket, reshape).map(drop)
     }
 
-    /// Lets an adapter that was checked stand by.
+    /// Lets an adapter that was checked stand by; gives what stood by before, to be freed by the caller.
     ///
     /// # Errors
     /// [`Error::Swap`] when a preparation that started later is done already.
-    pub(crate) fn install(&self, adapter: Arc<Adapter>, ticket: u64, reshape: bool) -> Result<()> {
+    pub(crate) fn install(
+        &self,
+        adapter: Arc<Adapter>,
+        ticket: u64,
+        reshape: bool,
+    ) -> Result<Option<Arc<Adapter>>> {
         let mut writer = self.write();
         if ticket < writer.installed {
             let reason = "standby: a preparation that started later is done already".into();
@@ -264,9 +269,7 @@ impl HotSwap {
         let content = Arc::new(Content::new(adapter, &mut writer.names, reshape));
         writer.installed = ticket;
         let before = writer.standby.replace(content);
-        drop(writer);
-        drop(before);
-        Ok(())
+        Ok(before.map(|c| Arc::clone(c.adapter())))
     }
 
     /// The adapter that stands by.
@@ -274,10 +277,10 @@ impl HotSwap {
         self.write().standby.as_ref().map(|c| Arc::clone(c.adapter()))
     }
 
-    /// Lets the standby go; whether there was one.
-    pub fn discard_standby(&self) -> bool {
+    /// Takes the standby out, to be freed by the caller.
+    pub fn discard_standby(&self) -> Option<Arc<Adapter>> {
         let before = self.write().standby.take();
-        before.is_some()
+        before.map(|c| Arc::clone(c.adapter()))
     }
 
     /// Makes the standby the active generation.
@@ -321,10 +324,9 @@ impl HotSwap {
         self.write().previous.as_ref().and_then(|g| g.adapter().cloned())
     }
 
-    /// Lets go of what is kept for a rollback; whether there was anything.
-    pub fn forget_previous(&self) -> bool {
-        let before = self.write().previous.take();
-        before.is_some()
+    /// Takes out what is kept for a rollback, to be freed by the caller unless readers hold it.
+    pub fn forget_previous(&self) -> Option<Arc<Generation>> {
+        self.write().previous.take()
     }
 
     /// Whether the generation before the active one is kept.
@@ -332,12 +334,12 @@ impl HotSwap {
         self.keep_previous.load(Ordering::Relaxed)
     }
 
-    /// Keeps the generation before the active one from the next change on, or lets go of it now.
-    pub fn set_keep_previous(&self, keep: bool) {
+    /// Keeps the generation before the active one from the next change on, or takes it out now, to be freed by
+    /// the caller.
+    pub fn set_keep_previous(&self, keep: bool) -> Option<Arc<Generation>> {
+        let mut writer = self.write();
         self.keep_previous.store(keep, Ordering::Relaxed);
-        if !keep {
-            self.forget_previous();
-        }
+        if keep { None } else { writer.previous.take() }
     }
 }
 

@@ -102,7 +102,7 @@ def peft(report: Report, clock: Clock) -> None:
         state = {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
         a, b = numbers(16, 768), numbers(768, 16)
         manager = ml.HotSwapManager()
-        value = ml.Adapter.from_factors({n: (a, b) for n in names}, alpha=32.0)
+        value = ml.Adapter.from_factors(dict.fromkeys(names, (a, b)), alpha=32.0)
         swap = {"f": hotswap_adapter_from_state_dict, "m": model, "s": state, "c": config}
         cases = {
             "ours": Case("f(a)", {"f": manager.set_active, "a": value}),

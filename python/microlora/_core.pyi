@@ -1114,9 +1114,7 @@ def num_threads() -> int:
 def probe_read_gbps(bytes: int, seconds: float) -> float:
     """Read bandwidth in GB/s over a buffer of ``bytes``, best instruction set, in ``seconds``."""
 
-def probe_swap(
-    adapter: Adapter, readers: int, swapping: bool, seconds: float
-) -> tuple[float, float, float, float, float]:
+def probe_swap(adapter: Adapter, readers: int, swapping: bool, seconds: float) -> dict[str, float]:
     """Swaps and reads without Python, for benches: the clock's own time is in every figure.
 
     Args:
@@ -1126,8 +1124,8 @@ def probe_swap(
         seconds: How long.
 
     Returns:
-        Nanoseconds of a swap (median, 99th percentile) and of a read (median, 99th percentile); swaps per
-        second with their preparation.
+        Nanoseconds, medians and 99th percentiles (``swap``, ``swap_p99``, ``free``, ``free_p99``, ``read``,
+        ``read_p99``; 0 where nothing ran), and ``swaps_per_second``, preparation included.
     """
 
 def probe_fma_gflops(seconds: float) -> float:

@@ -113,8 +113,10 @@ impl AlignedBuffer {
 /// What [`swap_ns`] measured, in nanoseconds: (median, 99th percentile).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SwapTimes {
-    /// `HotSwap::swap` with what it frees.
+    /// `HotSwap::swap`.
     pub swap: (f64, f64),
+    /// Freeing what it retired, where the weights live on elsewhere.
+    pub free: (f64, f64),
     /// Load of the generation and [`Layer::forward`] of the adapter's first module.
     pub read: (f64, f64),
     /// Preparations and swaps together.
@@ -151,7 +153,8 @@ pub fn swap_ns(adapter: &Arc<Adapter>, readers: usize, swapping: bool, seconds: 
         }
         times
     };
-    let (mut swaps, mut reads, mut count) = (Vec::with_capacity(MOST_TIMES), Vec::new(), 0u32);
+    let (mut swaps, mut frees) = (Vec::with_capacity(MOST_TIMES), Vec::with_capacity(MOST_TIMES));
+    let (mut reads, mut count) = (Vec::new(), 0u32);
     let mut spent = 0.0;
     std::thread::scope(|s| -> Result<()> {
         let running: Vec<_> = (0..readers).map(|_| s.spawn(read)).collect();
@@ -165,11 +168,13 @@ pub fn swap_ns(adapter: &Arc<Adapter>, readers: usize, swapping: bool, seconds: 
                 let ticket = manager.ticket();
                 drop(manager.install(Arc::clone(adapter), ticket, false)?);
                 let start = Instant::now();
-                drop(manager.swap()?);
-                let ns = start.elapsed().as_nanos() as f64;
+                let done = manager.swap()?;
+                let swapped = start.elapsed();
+                drop(done);
                 count += 1;
                 if swaps.len() < MOST_TIMES {
-                    swaps.push(ns);
+                    swaps.push(swapped.as_nanos() as f64);
+                    frees.push((start.elapsed() - swapped).as_nanos() as f64);
                 }
             }
             Ok(())
@@ -182,7 +187,8 @@ pub fn swap_ns(adapter: &Arc<Adapter>, readers: usize, swapping: bool, seconds: 
         }
         result
     })?;
-    Ok(SwapTimes { swap: spread(swaps), read: spread(reads), swaps_per_second: f64::from(count) / spent })
+    let rate = f64::from(count) / spent;
+    Ok(SwapTimes { swap: spread(swaps), free: spread(frees), read: spread(reads), swaps_per_second: rate })
 }
 
 /// Times kept per thread.

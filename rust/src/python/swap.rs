@@ -461,17 +461,22 @@ impl PyGeneration {
     }
 }
 
-/// Nanoseconds without Python, for benches: swap (median, p99), read (median, p99), and swaps per second, with
-/// ``readers`` threads that read the first module all the time.
+/// Medians and 99th percentiles in nanoseconds without Python, for benches.
 #[pyfunction]
-pub(super) fn probe_swap(
-    py: Python<'_>,
+pub(super) fn probe_swap<'py>(
+    py: Python<'py>,
     adapter: &PyAdapter,
     readers: usize,
     swapping: bool,
     seconds: f64,
-) -> PyResult<(f64, f64, f64, f64, f64)> {
+) -> PyResult<Bound<'py, PyDict>> {
     let adapter = Arc::new(adapter.inner.clone());
     let p = py.detach(|| crate::probe::swap_ns(&adapter, readers, swapping, seconds))?;
-    Ok((p.swap.0, p.swap.1, p.read.0, p.read.1, p.swaps_per_second))
+    let out = PyDict::new(py);
+    for (name, (median, p99)) in [("swap", p.swap), ("free", p.free), ("read", p.read)] {
+        out.set_item(name, median)?;
+        out.set_item(format!("{name}_p99"), p99)?;
+    }
+    out.set_item("swaps_per_second", p.swaps_per_second)?;
+    Ok(out)
 }

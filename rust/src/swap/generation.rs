@@ -20,32 +20,27 @@ pub(super) struct Content {
     slots: Slots,
     /// `(in_features, out_features)` by slot, (0, 0) where empty: compared at a swap without touching layers.
     shapes: Box<[(usize, usize)]>,
-    /// Position among the adapter's modules; only where there are many.
-    index: HashMap<String, usize>,
+    names: Arc<Names>,
     /// Whether shapes other than those of the generation before are wanted.
     pub reshape: bool,
 }
 
 impl Content {
     /// Lays an adapter out; names that are new take the next slots.
-    pub fn new(adapter: Arc<Adapter>, names: &mut Names, reshape: bool) -> Self {
-        let places: Vec<usize> = adapter.modules.iter().map(|(name, _)| names.place(name)).collect();
+    pub fn new(adapter: Arc<Adapter>, names: &mut Arc<Names>, reshape: bool) -> Self {
+        let places: Vec<usize> = adapter.modules.iter().map(|(name, _)| Names::place(names, name)).collect();
         let mut slots: Vec<Option<Arc<Layer>>> = vec![None; names.len()];
         let mut shapes = vec![(0, 0); names.len()].into_boxed_slice();
         for (&at, (_, layer)) in places.iter().zip(&adapter.modules) {
             slots[at] = Some(Arc::clone(layer));
             shapes[at] = (layer.in_features(), layer.out_features());
         }
-        let mut index = HashMap::new();
-        if adapter.modules.len() > SCAN {
-            index = adapter.modules.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
-        }
-        Content { adapter, slots: slots.into(), shapes, index, reshape }
+        Content { adapter, slots: slots.into(), shapes, names: Arc::clone(names), reshape }
     }
 
     /// No modules at all: what is active before the first adapter.
     pub fn empty() -> Self {
-        Content::new(Arc::default(), &mut Names::default(), true)
+        Content::new(Arc::default(), &mut Arc::default(), true)
     }
 
     pub fn adapter(&self) -> &Arc<Adapter> {
@@ -61,30 +56,30 @@ impl Content {
 
     fn find(&self, name: &str) -> Option<&Arc<Layer>> {
         let modules = &self.adapter.modules;
-        let at = if modules.len() <= SCAN {
-            modules.iter().position(|(n, _)| n == name)
-        } else {
-            self.index.get(name).copied()
-        };
-        at.map(|i| &modules[i].1)
+        if modules.len() <= SCAN {
+            return modules.iter().find_map(|(n, layer)| (n == name).then_some(layer));
+        }
+        self.slots.get(self.names.find(name)?)?.as_ref()
     }
 }
 
-/// Every module name a manager has seen; the position is the slot, and stays.
-#[derive(Default)]
+/// Every module name a manager has seen; the position is the slot, and stays. Copied when a name is new, so that
+/// generations share it and find names without a lock.
+#[derive(Clone, Default)]
 pub(super) struct Names {
     list: Vec<String>,
     index: HashMap<String, usize>,
 }
 
 impl Names {
-    fn place(&mut self, name: &str) -> usize {
-        if let Some(&at) = self.index.get(name) {
+    fn place(shared: &mut Arc<Self>, name: &str) -> usize {
+        if let Some(&at) = shared.index.get(name) {
             return at;
         }
-        self.list.push(name.into());
-        self.index.insert(name.into(), self.list.len() - 1);
-        self.list.len() - 1
+        let names = Arc::make_mut(shared);
+        names.list.push(name.into());
+        names.index.insert(name.into(), names.list.len() - 1);
+        names.list.len() - 1
     }
 
     pub fn find(&self, name: &str) -> Option<usize> {

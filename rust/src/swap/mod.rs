@@ -39,7 +39,7 @@ pub struct Swapped {
 
 /// What writers share; held for the exchange itself, never while weights are read or freed.
 struct Writer {
-    names: Names,
+    names: Arc<Names>,
     previous: Option<Arc<Generation>>,
     standby: Option<Arc<Content>>,
     /// Ticket of the preparation that was installed last.
@@ -68,12 +68,7 @@ impl HotSwap {
         let first = Generation::new(0, Arc::new(Content::empty()), &alive);
         Ok(HotSwap {
             active: ArcSwap::from_pointee(first),
-            writer: Mutex::new(Writer {
-                names: Names::default(),
-                previous: None,
-                standby: None,
-                installed: 0,
-            }),
+            writer: Mutex::new(Writer { names: Arc::default(), previous: None, standby: None, installed: 0 }),
             tickets: AtomicU64::new(0),
             keep_previous: AtomicBool::new(keep_previous),
             alive,

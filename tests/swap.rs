@@ -527,3 +527,21 @@ fn activity_counts_and_ends() {
     swap.activity.end();
     assert!(!swap.activity.is_busy());
 }
+
+#[test]
+fn of_many_who_start_from_one_generation_one_wins() {
+    // Large, so that all of them are looking their numbers over at the same time.
+    let big = adapter_of(&[("q_proj", layer(1, 64, 8192, 8192))]);
+    let (swap, start) = (swap_of(&big), std::sync::Barrier::new(READERS));
+    for round in 1..=20 {
+        let attempt = || {
+            start.wait();
+            swap.compare_and_swap(round, Arc::clone(&big), false).is_ok()
+        };
+        let won = std::thread::scope(|s| {
+            let all: Vec<_> = (0..READERS).map(|_| s.spawn(attempt)).collect();
+            all.into_iter().map(|t| usize::from(t.join().unwrap())).sum::<usize>()
+        });
+        assert_eq!((won, swap.generation()), (1, round + 1));
+    }
+}

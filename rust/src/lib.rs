@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod algebra;
 pub mod chain;
 pub mod dtype;
 pub mod error;
@@ -15,6 +16,7 @@ pub mod kernels;
 pub mod layer;
 pub mod learn;
 pub mod mapping;
+pub mod merge;
 pub mod micro_lora;
 pub mod parallel;
 pub mod probe;

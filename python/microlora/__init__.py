@@ -28,11 +28,24 @@ from microlora.target import TargetModule
 if TYPE_CHECKING:
     from microlora import data as data
     from microlora import encoders as encoders
+    from microlora import merging as merging
     from microlora import training as training
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
     from microlora.gram import Gram, collect_gram
+    from microlora.merging import (
+        AdapterMerger,
+        CentroidRouter,
+        MergeConfig,
+        MergeReport,
+        RoutedEnsemble,
+        compose_parallel,
+        compose_sequential,
+        diff,
+        merge,
+        resize,
+    )
     from microlora.training import (
         AdapterTrainer,
         AdapterTrainingConfig,
@@ -46,10 +59,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterDataset",
+    "AdapterMerger",
     "AdapterMetadata",
     "AdapterTrainer",
     "AdapterTrainingConfig",
     "CancelToken",
+    "CentroidRouter",
     "Contrastive",
     "EwcPlusPlus",
     "Feedback",
@@ -61,6 +76,8 @@ __all__ = [
     "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
+    "MergeConfig",
+    "MergeReport",
     "Metric",
     "MicroLoRA",
     "MicroLoraError",
@@ -69,6 +86,7 @@ __all__ = [
     "Preference",
     "Progress",
     "Reward",
+    "RoutedEnsemble",
     "Snapshot",
     "StepResult",
     "SyntheticDataGenerator",
@@ -80,13 +98,19 @@ __all__ = [
     "TrainingSample",
     "__version__",
     "collect_gram",
+    "compose_parallel",
+    "compose_sequential",
     "create_lora",
     "data",
+    "diff",
     "encoders",
     "exceptions",
     "load",
+    "merge",
+    "merging",
     "num_threads",
     "presets",
+    "resize",
     "save",
     "set_num_threads",
     "training",
@@ -99,6 +123,19 @@ _ROOMS = {
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
     "gram": ("Gram", "collect_gram"),
+    "merging": (
+        "merging",
+        "AdapterMerger",
+        "CentroidRouter",
+        "MergeConfig",
+        "MergeReport",
+        "RoutedEnsemble",
+        "compose_parallel",
+        "compose_sequential",
+        "diff",
+        "merge",
+        "resize",
+    ),
     "training": (
         "training",
         "AdapterTrainer",

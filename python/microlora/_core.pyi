@@ -34,14 +34,20 @@ __all__ = [
     "__version__",
     "adapter_from_factors",
     "available_isas",
+    "combine",
+    "compose",
+    "diff",
     "evaluate",
     "from_bytes",
     "isa",
     "load",
+    "merge_adapters",
+    "merge_methods",
     "num_threads",
     "probe_fma_gflops",
     "probe_forward_ns",
     "probe_read_gbps",
+    "resize",
     "save_peft",
     "save_single",
     "set_num_threads",
@@ -907,6 +913,69 @@ def probe_fma_gflops(seconds: float) -> float:
 
 def probe_forward_ns(handle: ModuleHandle, seconds: float) -> float:
     """Nanoseconds of one forward of a module without Python, in ``seconds``."""
+
+def merge_methods() -> list[dict[str, Any]]:
+    """The table of merge methods, one dict a row.
+
+    Keys: name, family, formula, paper, when, laws (names), params (defaults by name, as numbers),
+    default_weights (``"none"``, ``"equal"`` or ``"one"``) and parents (fewest, and most or None).
+    """
+
+def merge_adapters(
+    parents: Sequence[tuple[str, Adapter]],
+    known: Sequence[dict[str, dict[str, Any]] | None],
+    plan: str,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> tuple[Adapter, str]:
+    """Merges by a plan (JSON); see :func:`microlora.merge`.
+
+    Args:
+        parents: Adapters with their names.
+        known: Statistics of each: ``{module: {"gram": {"dense": (d, d)} or {"diag": (d,), "low": (q, d)},
+            "importance": (a (in,), c (out,))}}``.
+        plan: Module by module: method, parents by position, weights, settings.
+        progress: Called with ``(done, total, what)``.
+        cancel: A token looked at between modules.
+
+    Returns:
+        The adapter without settings and metadata, and the report (JSON).
+
+    Raises:
+        MicroLoraError: As :func:`microlora.merge`.
+    """
+
+def resize(
+    adapter: Adapter, plan: str, progress: Progress | None, cancel: CancelToken | None
+) -> tuple[Adapter, str]:
+    """Other ranks by a plan (JSON): the adapter and the report (JSON); see :func:`microlora.resize`.
+
+    Raises:
+        MicroLoraError: As :func:`microlora.resize`.
+    """
+
+def diff(a: Adapter, b: Adapter) -> str:
+    """Two adapters against each other, as JSON; see :func:`microlora.diff`.
+
+    Raises:
+        MicroLoraError: As :func:`microlora.diff`.
+    """
+
+def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """The exact sum of adapters, each times a number; a module that one lacks counts as zero.
+
+    Raises:
+        ShapeError: Modules of one name with different widths.
+        ConfigError: Nothing to sum, or a factor that is no finite number.
+        NonFiniteError: NaN or infinity in an adapter.
+    """
+
+def compose(adapters: Sequence[Adapter], residual: bool) -> Adapter:
+    """One adapter after another as one; see :func:`microlora.compose_sequential`.
+
+    Raises:
+        MicroLoraError: As :func:`microlora.compose_sequential`.
+    """
 
 def write_file(path: str | PathLike[str], data: bytes) -> None:
     """Writes bytes through a temporary sibling and a rename.

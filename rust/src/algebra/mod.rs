@@ -6,13 +6,9 @@
 mod angles;
 mod gram;
 mod refactor;
-mod sketch;
 mod stack;
-mod tiles;
 
 pub use angles::{Angles, principal_angles};
 pub use gram::Grams;
 pub use refactor::{Factors, Keep, refactor, refactor_with};
-pub use sketch::{SketchOptions, decompose, decompose_from};
 pub use stack::Stack;
-pub use tiles::{Dense, Tiles, block_rows, blocks};

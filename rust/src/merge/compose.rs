@@ -36,6 +36,10 @@ pub fn combine(k: &Kernels, terms: &[(&Adapter, f64)]) -> Result<Adapter> {
             }
         }
         let layers: Vec<&Layer> = parents.iter().map(|p| p.layer).collect();
+        let shape = |l: &Layer| format!("in {}, out {}", l.in_features(), l.out_features());
+        if let Some(other) = layers.iter().find(|l| shape(l) != shape(layers[0])) {
+            return Err(Error::shape(format!("module {name}"), shape(other), shape(layers[0])));
+        }
         let (stack, groups) = super::Stack::of(&layers, &vec![1.0; layers.len()])?;
         let coefficients: Vec<f64> = parents.iter().map(|p| p.weight).collect();
         let rank = stack.rank();
@@ -175,14 +179,6 @@ fn check(k: &Kernels, adapters: &[&Adapter]) -> Result<()> {
             if !(finite_factor(k, &layer.a) && finite_factor(k, &layer.b)) {
                 let arg = format!("adapter {i}");
                 return Err(Error::NonFinite { arg, detail: format!(" in module {name}") });
-            }
-            let first = adapters[..i].iter().find_map(|a| a.layer(name).ok());
-            let shape = |l: &Layer| format!("in {}, out {}", l.in_features(), l.out_features());
-            if let Some(first) = first.filter(|f| shape(f) != shape(layer)) {
-                // Sequences may change the width; sums check their stacks again.
-                if first.out_features() != layer.in_features() {
-                    return Err(Error::shape(format!("module {name}"), shape(layer), shape(first)));
-                }
             }
         }
     }

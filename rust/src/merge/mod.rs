@@ -5,7 +5,6 @@
 
 mod compose;
 mod diff;
-mod element;
 mod factor;
 mod method;
 mod report;
@@ -18,7 +17,6 @@ use std::time::Instant;
 
 pub use compose::{combine, sequential};
 pub use diff::{Diff, ModuleDiff, diff};
-pub use element::mask;
 pub use method::{DefaultWeights, Family, METHODS, Method};
 pub use report::{ModuleReport, Report};
 pub use resize::{Goal, ResizePlan, resize};

@@ -18,6 +18,7 @@ mod files;
 mod handle;
 mod long;
 mod machine;
+mod merge;
 mod micro_lora;
 mod step;
 mod train;
@@ -44,6 +45,8 @@ mod _core {
         available_isas, isa, num_threads, probe_fma_gflops, probe_forward_ns, probe_read_gbps,
         set_num_threads,
     };
+    #[pymodule_export]
+    use super::merge::{combine, compose, diff, merge_adapters, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]

@@ -120,6 +120,7 @@ pub struct Kernels {
     rls_gain: RlsGain,
     products_of_rows: ProductsOfRows,
     mix_rows: MixRows,
+    select: select::Select,
     probe_read: unsafe fn(&[f32]) -> f32,
     probe_fma: unsafe fn(usize, f32) -> f64,
 }

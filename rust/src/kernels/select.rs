@@ -99,7 +99,7 @@ pub(crate) fn keep_above(key: &[f32], least: f32, x: &mut [f32]) {
     }
 }
 
-/// Per column: the sign of `sum votes x`, then the sum of the entries that have it; 0 where nobody wins.
+/// Per column: the sign of `sum votes x`, then the sum of the entries that have it; a draw is positive.
 #[inline(always)]
 pub(crate) fn elect(e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
     for (at, out) in out.chunks_mut(SPAN).enumerate() {
@@ -126,7 +126,7 @@ pub(crate) fn elect(e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
                 (if vote < 0.0 { -1.0f32 } else { 1.0 }, if vote == 0.0 { 0.0 } else { w.abs() });
             for (((sum, weight), &s), &x) in sum.iter_mut().zip(&mut weight).zip(&sign).zip(row) {
                 let v = side * x;
-                let same = ((v > 0.0) & (s > 0.0)) | ((v < 0.0) & (s < 0.0));
+                let same = ((v > 0.0) & (s >= 0.0)) | ((v < 0.0) & (s < 0.0));
                 *sum += if same { w * x } else { 0.0 };
                 *weight += if same { size } else { 0.0 };
             }
@@ -357,8 +357,8 @@ impl Kernels {
     }
 
     /// Per column: the sign of `sum votes_k x_k` (or of `sum votes_k sign(x_k)`), then the weighted sum, or
-    /// mean, of the entries with that sign; an entry under a negative vote stands for the other sign. Nobody
-    /// wins a tie: 0.
+    /// mean, of the entries with that sign; an entry under a negative vote stands for the other sign. A draw is
+    /// positive.
     ///
     /// # Panics
     /// When lengths do not fit.

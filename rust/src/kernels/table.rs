@@ -144,6 +144,7 @@ macro_rules! isa_table {
             rls_gain,
             products_of_rows,
             mix_rows,
+            select: selection::SELECT,
             probe_read,
             probe_fma,
         };

@@ -2,7 +2,7 @@
 
 use super::elect::Join;
 use super::threshold::share_of;
-use super::{Bands, Context, EVERYTHING, Method, Thinned};
+use super::{Bands, Context, Method, Thinned};
 use crate::error::Result;
 use crate::learn::basis::Tick;
 
@@ -10,13 +10,7 @@ use crate::learn::basis::Tick;
 /// equal to the first or the last of those stay too.
 fn band(c: &Context<'_>, tick: &mut Tick<'_>) -> Result<Bands> {
     let all = c.deltas.entries();
-    let outliers = ((c.spec.gamma * all as f64) as usize).min(all - 1);
-    let keep = share_of(c.spec.density, all).min(all - outliers);
-    if keep == all {
-        return Ok(Bands(vec![EVERYTHING; c.deltas.len()]));
-    }
-    let ranks = [outliers + 1, outliers + keep];
-    Ok(Bands(c.thresholds(&ranks, tick, |t| [t[1], if outliers > 0 { t[0] } else { f32::INFINITY }])?))
+    Bands::between(c, share_of(c.spec.gamma, all), share_of(c.spec.density, all), tick)
 }
 
 pub(crate) fn prepare<'a>(c: &Context<'a>, tick: &mut Tick<'_>) -> Result<Box<dyn Method + 'a>> {

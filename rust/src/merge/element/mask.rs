@@ -9,11 +9,6 @@ pub(super) struct Bits {
 }
 
 impl Bits {
-    /// Bytes of a matrix of this shape.
-    pub fn bytes_of(rows: usize, cols: usize) -> usize {
-        8 * rows * cols.div_ceil(64)
-    }
-
     /// No entry is kept.
     pub fn none(rows: usize, cols: usize) -> Self {
         let per_row = cols.div_ceil(64);

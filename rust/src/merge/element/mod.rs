@@ -24,10 +24,13 @@ pub(crate) mod ties;
 use std::cell::Cell;
 use std::ops::Range;
 
+use super::factor::layer_of;
+use super::report::{ModuleReport, Seen};
 use super::spec::{Parent, Spec};
-use crate::algebra::{Factors, Keep, SketchOptions, Tiles, decompose_from};
+use crate::algebra::{Factors, Grams, Keep, SketchOptions, Stack, Tiles, decompose_from};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
+use crate::layer::Layer;
 use crate::learn::basis::Tick;
 use crate::rng::Rng;
 
@@ -170,6 +173,29 @@ impl<T: Thin> Method for Thinned<T> {
 /// Entries whose magnitude lies in a band, one per parent.
 struct Bands(Vec<[f32; 2]>);
 
+/// The band that drops nothing.
+const EVERYTHING: [f32; 2] = [0.0, f32::INFINITY];
+/// The band that drops everything: entries are finite.
+const NOTHING: [f32; 2] = [f32::INFINITY; 2];
+
+impl Bands {
+    /// Each parent's `keep` largest entries after the `skip` largest; entries equal to the first or the last of
+    /// them stay too, wherever they are.
+    fn between(c: &Context<'_>, skip: usize, keep: usize, tick: &mut Tick<'_>) -> Result<Self> {
+        let (all, m) = (c.deltas.entries(), c.deltas.len());
+        let keep = keep.min(all.saturating_sub(skip));
+        if keep == 0 {
+            return Ok(Bands(vec![NOTHING; m]));
+        }
+        let bands = match (skip, keep == all) {
+            (_, true) => vec![EVERYTHING; m],
+            (0, _) => c.thresholds(&[keep], tick, |t| [t[0], f32::INFINITY])?,
+            _ => c.thresholds(&[skip + 1, skip + keep], tick, |t| [t[1], t[0]])?,
+        };
+        Ok(Bands(bands))
+    }
+}
+
 impl Thin for Bands {
     fn thin(&mut self, k: &Kernels, parent: usize, _: usize, x: &mut [f32]) {
         let band = self.0[parent];
@@ -182,9 +208,6 @@ impl Thin for Bands {
         0
     }
 }
-
-/// The band that drops nothing.
-const EVERYTHING: [f32; 2] = [0.0, f32::INFINITY];
 
 /// The merged change of one module.
 pub(crate) struct Merged {
@@ -281,6 +304,33 @@ pub(crate) fn merge(
         notes.push("the merged change is zero".into());
     }
     Ok(Merged { factors, rank, peak_bytes: deltas.bytes() + c.peak.get(), sign_conflict, notes })
+}
+
+/// [`merge`] as a layer with its report.
+///
+/// # Errors
+/// As [`merge`]; a result beyond the range of its dtype.
+pub(crate) fn layer(
+    k: &Kernels,
+    prepare: Prepare,
+    module: &str,
+    parents: &[Parent<'_>],
+    spec: &Spec,
+    tick: &mut Tick<'_>,
+) -> Result<(Layer, ModuleReport)> {
+    let made = merge(k, prepare, module, parents, spec, tick)?;
+    let layers: Vec<&Layer> = parents.iter().map(|p| p.layer).collect();
+    let (stack, groups) = Stack::of(&layers, &vec![1.0; layers.len()])?;
+    let grams = Grams::of(k, &stack);
+    let products = grams.products(&stack.coef, &groups);
+    let seen = Seen { stack: &stack, grams: &grams, groups: &groups, products: &products };
+    let mut report = seen.apart(k, parents, &made.factors);
+    let after = stack.bytes() + 3 * grams.bytes();
+    report.bytes = made.peak_bytes.max(after);
+    report.sign_conflict = made.sign_conflict;
+    report.notes = made.notes;
+    let layer = layer_of(made.factors, &stack, made.rank, super::dtype_of(spec, &layers))?;
+    Ok((layer, report))
 }
 
 /// Share of the entries that are not zero in every parent, where two parents differ in sign.

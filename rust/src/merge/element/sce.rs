@@ -82,7 +82,9 @@ impl Method for Sce {
 /// Positions of equal variance stay or go together, so one parent, or equal ones, come out as they are.
 pub(crate) fn prepare<'a>(c: &Context<'a>, tick: &mut Tick<'_>) -> Result<Box<dyn Method + 'a>> {
     let keep = share_of(c.spec.density, c.deltas.entries());
-    let least = if keep == c.deltas.entries() {
+    let least = if keep == 0 {
+        f32::INFINITY
+    } else if keep == c.deltas.entries() {
         0.0
     } else {
         let mut numbers = Variances { c, tick: &mut *tick };

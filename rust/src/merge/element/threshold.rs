@@ -40,9 +40,9 @@ pub(super) trait Numbers {
     fn bytes(&self) -> [usize; 2];
 }
 
-/// How many of `count` a share keeps: rounded down, at least one.
+/// How many of `count` a share is: rounded down, but 0.29 of 100 is 29.
 pub(super) fn share_of(share: f64, count: usize) -> usize {
-    ((share * count as f64) as usize).clamp(1, count)
+    ((share * count as f64 + 1e-9) as usize).min(count)
 }
 
 /// Bytes of a search for so many ranks at its fullest.
@@ -232,10 +232,11 @@ mod tests {
     }
 
     #[test]
-    fn shares_round_down_and_keep_at_least_one() {
+    fn shares_round_down() {
         assert_eq!(share_of(0.2, 100), 20);
-        assert_eq!(share_of(0.29, 100), 28);
-        assert_eq!(share_of(1e-9, 100), 1);
+        assert_eq!(share_of(0.29, 100), 29);
+        assert_eq!(share_of(0.3, 9), 2);
+        assert_eq!(share_of(1e-3, 100), 0);
         assert_eq!(share_of(1.0, 7), 7);
     }
 }

@@ -2,17 +2,13 @@
 
 use super::elect::Join;
 use super::threshold::share_of;
-use super::{Bands, Context, EVERYTHING, Method, Thinned};
+use super::{Bands, Context, Method, Thinned};
 use crate::error::Result;
 use crate::learn::basis::Tick;
 
 /// Each parent's `density` of largest entries; entries equal to the smallest of them stay too.
 pub(super) fn trim(c: &Context<'_>, tick: &mut Tick<'_>) -> Result<Bands> {
-    let (keep, all) = (share_of(c.spec.density, c.deltas.entries()), c.deltas.entries());
-    if keep == all {
-        return Ok(Bands(vec![EVERYTHING; c.deltas.len()]));
-    }
-    Ok(Bands(c.thresholds(&[keep], tick, |t| [t[0], f32::INFINITY])?))
+    Bands::between(c, 0, share_of(c.spec.density, c.deltas.entries()), tick)
 }
 
 pub(crate) fn prepare<'a>(c: &Context<'a>, tick: &mut Tick<'_>) -> Result<Box<dyn Method + 'a>> {

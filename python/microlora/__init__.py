@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
     from microlora.gram import Gram, collect_gram
+    from microlora.hot_swap import HotSwapManager
     from microlora.merging import (
         AdapterMerger,
         CentroidRouter,
@@ -70,6 +71,7 @@ __all__ = [
     "Feedback",
     "Gradient",
     "Gram",
+    "HotSwapManager",
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
@@ -123,6 +125,7 @@ _ROOMS = {
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
     "gram": ("Gram", "collect_gram"),
+    "hot_swap": ("HotSwapManager",),
     "merging": (
         "merging",
         "AdapterMerger",

@@ -22,6 +22,7 @@ pub mod parallel;
 pub mod probe;
 pub mod rng;
 pub mod snapshot;
+pub mod swap;
 
 #[cfg(feature = "python")]
 mod python;
@@ -31,3 +32,4 @@ pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use micro_lora::MicroLora;
 pub use snapshot::Snapshot;
+pub use swap::HotSwap;

@@ -21,6 +21,7 @@ mod machine;
 mod merge;
 mod micro_lora;
 mod step;
+mod swap;
 mod train;
 
 use pyo3::prelude::*;
@@ -51,6 +52,8 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
+    #[pymodule_export]
+    use super::swap::{PyGeneration, PyHotSwap, SwapHandle, probe_swap};
     #[pymodule_export]
     use super::train::{PyOptimizer, evaluate};
 

@@ -34,9 +34,11 @@ pub struct Election<'a> {
     pub votes: &'a [f32],
     /// Weights of each row in the sum.
     pub weights: &'a [f32],
+    /// What each row counts in the divisor, where it agrees.
+    pub sizes: &'a [f32],
     /// Whether signs are counted instead of values added up.
     pub frequency: bool,
-    /// Whether the sum is divided by the magnitudes of the weights that are in it.
+    /// Whether the sum is divided by the sizes that are in it.
     pub normalize: bool,
     /// Factor on the result.
     pub lam: f32,
@@ -119,11 +121,10 @@ pub(crate) fn elect(e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
             }
         }
         let (mut sum, mut weight) = ([0.0f32; SPAN], [0.0f32; SPAN]);
-        for ((row, &vote), &w) in rows.iter().zip(e.votes).zip(e.weights) {
+        for (((row, &vote), &w), &size) in rows.iter().zip(e.votes).zip(e.weights).zip(e.sizes) {
             let row = &row[from..from + n];
             // An entry under a negative vote stands for the other sign.
-            let (side, size) =
-                (if vote < 0.0 { -1.0f32 } else { 1.0 }, if vote == 0.0 { 0.0 } else { w.abs() });
+            let side = if vote < 0.0 { -1.0f32 } else { 1.0 };
             for (((sum, weight), &s), &x) in sum.iter_mut().zip(&mut weight).zip(&sign).zip(row) {
                 let v = side * x;
                 let same = ((v > 0.0) & (s >= 0.0)) | ((v < 0.0) & (s < 0.0));

@@ -8,6 +8,7 @@ mod diff;
 mod element;
 mod factor;
 mod method;
+mod peft;
 mod report;
 mod resize;
 mod spec;
@@ -20,6 +21,7 @@ pub use compose::{combine, sequential};
 pub use diff::{Diff, ModuleDiff, diff};
 pub use element::mask;
 pub use method::{DefaultWeights, Family, METHODS, Method};
+pub use peft::METHODS as PEFT_METHODS;
 pub use report::{ModuleReport, Report};
 pub use resize::{Goal, ResizePlan, resize};
 pub use spec::{Gram, Majority, ModulePlan, Parent, Plan, Semantics, Spec, Statistics};
@@ -100,11 +102,15 @@ fn one(
     spec: &Spec,
     tick: &mut Tick<'_>,
 ) -> Result<(Layer, ModuleReport)> {
-    if let Run::Element(prepare) = spec.method.run {
-        return element::layer(k, prepare, module, parents, spec, tick);
+    let (mut layer, mut report) = match spec.method.run {
+        Run::Element(prepare) => element::layer(k, prepare, module, parents, spec, tick)?,
+        Run::Peft(op) => peft::merge(k, module, parents, spec, op)?,
+        _ => factor::merge(k, module, parents, spec)?,
+    };
+    if spec.semantics == Semantics::Peft {
+        layer = peft::as_configured(layer, parents, &mut report)?;
     }
-    let (layer, mut report) = factor::merge(k, module, parents, spec)?;
-    if spec.full {
+    if spec.full && report.sign_conflict.is_none() {
         report.sign_conflict = Some(element::sign_conflict(k, module, parents, tick)?);
     }
     Ok((layer, report))

@@ -47,7 +47,7 @@ mod _core {
         set_num_threads,
     };
     #[pymodule_export]
-    use super::merge::{combine, compose, diff, merge_adapters, merge_methods, resize};
+    use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]

@@ -231,7 +231,7 @@ def test_ranks_that_are_deficient():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_more_rows_than_the_shape_holds(seed):
-    """Ranks that add up to more than a width: Grams are singular, and the result must be exact all the same."""
+    """Ranks that add up to more than a width: Grams are singular, the result is exact all the same."""
     r = rng(seed)
     n_in, n_out, m = (int(r.integers(low, high)) for low, high in ((2, 9), (2, 9), (2, 5)))
     of = {}

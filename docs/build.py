@@ -228,14 +228,12 @@ def pages() -> dict[Path, str]:
     if (DATA / "presets.jsonl").exists():
         presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
         learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
-    merging = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
-    merging = inject(merging, "methods", methods_block())
     training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
         training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
-    merging = ROOT / "docs" / "merging.md"
-    merged = merging.read_text(encoding="utf-8")
+    merged = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    merged = inject(merged, "methods", methods_block())
     if (DATA / "merging.json").exists():
         merged = inject(
             merged, "merging-science", merging_block(json.loads((DATA / "merging.json").read_text("utf-8")))
@@ -249,10 +247,9 @@ def pages() -> dict[Path, str]:
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "learning.md": learning,
-        ROOT / "docs" / "merging.md": merging,
+        ROOT / "docs" / "merging.md": merged,
         ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data),
-        merging: merged,
     }
 
 

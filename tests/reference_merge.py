@@ -225,13 +225,13 @@ def uniforms(seed, names, shape):
 
 
 def kept(n, density):
-    """How many of n entries a density keeps: rounded down, at least one."""
-    return max(1, int(density * n))
+    """How many of n entries a share is: rounded down, but 0.29 of 100 is 29."""
+    return min(int(density * n + 1e-9), n)
 
 
 def largest(magnitudes, k):
-    """The k-th largest number."""
-    return np.sort(magnitudes, axis=None)[-k]
+    """The k-th largest number; infinity where k is 0."""
+    return np.sort(magnitudes, axis=None)[-k] if k else np.inf
 
 
 def top(d, density):
@@ -243,8 +243,8 @@ def top(d, density):
 def crumbs(d, density, gamma):
     """2312.06795: without the top gamma fraction, and of the rest the largest, `density` of all."""
     size = np.abs(f64(d))
-    first = int(gamma * size.size)
-    last = min(first + kept(size.size, density), size.size)
+    first, keep = kept(size.size, gamma), kept(size.size, density)
+    last = min(first + keep, size.size) if keep else 0
     inside = size <= largest(size, first + 1) if first else np.ones(size.shape, bool)
     return inside & (size >= largest(size, last)) & (size > 0)
 

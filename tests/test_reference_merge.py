@@ -189,11 +189,13 @@ def test_sce_by_hand():
     got = twin.sce([A, B], density=0.5)
     assert_allclose(got, [[0.0, 25 / 30 * 3.0], [25 / 30 * -4.0, 0.0]])
     assert_allclose(twin.sce([A, B], density=0.5, semantics="mergekit"), [[0.0, 3.0], [-4.0, 0.0]])
-    assert_allclose(twin.sce([A, A], density=0.1), A)  # equal variances stay together
+    assert_allclose(twin.sce([A, A], density=0.25), A)  # equal variances stay together
 
 
-def test_a_share_is_rounded_down_and_at_least_one():
-    assert [twin.kept(10, d) for d in (0.01, 0.1, 0.25, 0.999, 1.0)] == [1, 1, 2, 9, 10]
+def test_a_share_is_rounded_down():
+    assert [twin.kept(10, d) for d in (0.01, 0.1, 0.25, 0.999, 1.0)] == [0, 1, 2, 9, 10]
+    assert twin.kept(100, 0.29) == 29
+    assert_allclose(twin.ties([A, B], density=0.1), 0 * A)
 
 
 def test_a_negative_weight_turns_its_parent():

@@ -18,6 +18,8 @@ pub(crate) mod fisher;
 mod mask;
 pub(crate) mod prune;
 pub(crate) mod sce;
+#[cfg(test)]
+mod tests;
 mod threshold;
 pub(crate) mod ties;
 

@@ -12,6 +12,8 @@ use half::{bf16, f16};
 pub(crate) unsafe trait Vector: Copy {
     /// Lanes.
     const W: usize;
+    /// Whether a fused multiply-add is one instruction.
+    const FUSED: bool = true;
     unsafe fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_f16(p: *const u16) -> Self;

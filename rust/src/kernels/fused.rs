@@ -1,0 +1,205 @@
+//! `round(w + s sum_r b_r a_r)` in one order of operations, so that every ISA gives the same bits.
+//!
+//! A product of two f32 is exact in f64, so a fused multiply-add and a product with a sum round alike. The
+//! terms are added by rising r, then scaled, then added to w, all in f64, and rounded once to nearest even.
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+
+use super::TILE;
+use super::geometry::Geometry;
+use super::vector::Vector;
+
+/// Rows whose sums are kept in registers together.
+const ROWS: usize = 4;
+/// Bytes of the factor that rows pass over together: half of a small L1.
+const PANEL: usize = 16 << 10;
+
+/// A weight as a base model stores it.
+pub trait Weight: Pod {
+    /// The number in f64, exactly. Only for finite numbers.
+    fn widen(self) -> f64;
+    /// The nearest number of this type, ties to even; infinity beyond its range.
+    fn narrow(x: f64) -> Self;
+    /// Whether it is neither NaN nor infinity.
+    fn finite(self) -> bool;
+}
+
+/// f32 whose last bit is set when anything was cut off (round to odd): a second rounding to 22 bits or fewer
+/// then gives what one rounding would have given (Boldo and Melquiond, 2008).
+#[inline(always)]
+fn to_odd(x: f64) -> u32 {
+    let near = x as f32;
+    let (bits, back) = (near.to_bits(), f64::from(near));
+    let even = bits & 1 == 0;
+    let down = u32::from(even & (back.abs() > x.abs()));
+    let up = u32::from(even & (back.abs() < x.abs()));
+    bits + up - down
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn widen(self) -> f64 {
+        f64::from(self)
+    }
+    #[inline(always)]
+    fn narrow(x: f64) -> f32 {
+        x as f32
+    }
+    #[inline(always)]
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7f80_0000 != 0x7f80_0000
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f64 {
+        f64::from(f32::from_bits(u32::from(self.to_bits()) << 16))
+    }
+    #[inline(always)]
+    fn narrow(x: f64) -> bf16 {
+        let bits = to_odd(x);
+        bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+    }
+    #[inline(always)]
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7f80 != 0x7f80
+    }
+}
+
+impl Weight for f16 {
+    #[inline(always)]
+    fn widen(self) -> f64 {
+        // The exponent of f32 is 112 higher; the product also normalises subnormals, exactly.
+        const UP: f32 = f32::from_bits((127 + 112) << 23);
+        let h = u32::from(self.to_bits());
+        let magnitude = f32::from_bits((h & 0x7fff) << 13) * UP;
+        f64::from(f32::from_bits(magnitude.to_bits() | (h & 0x8000) << 16))
+    }
+    #[inline(always)]
+    fn narrow(x: f64) -> f16 {
+        const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
+        const INFINITE: u32 = (127 + 16) << 23;
+        // Adding 0.5 leaves a subnormal of f16 in the low bits, rounded by the addition itself.
+        const HALF: f32 = 0.5;
+        let bits = to_odd(x);
+        let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
+        let small = (f32::from_bits(magnitude) + HALF).to_bits().wrapping_sub(HALF.to_bits());
+        let found = if magnitude < SMALLEST_NORMAL { small } else { normal };
+        let found = if magnitude >= INFINITE { 0x7c00 } else { found };
+        f16::from_bits((sign | found) as u16)
+    }
+    #[inline(always)]
+    fn finite(self) -> bool {
+        self.to_bits() & 0x7c00 != 0x7c00
+    }
+}
+
+/// A delta in factors: `delta[i][j] = scale sum_r rows[i][r] columns[r][j]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    /// `(n, rank)`, row-major: some rows of the weight.
+    pub rows: &'a [f32],
+    /// `(rank, len)` as a factor stores it.
+    pub columns: &'a [f32],
+    /// Rank and length of `columns`.
+    pub geometry: Geometry,
+    /// Scaling, with its sign.
+    pub scale: f64,
+}
+
+/// Two or one vectors of f64 sums for each of some rows.
+#[inline(always)]
+fn sums<const R: usize, const N: usize, const FUSED: bool>(p: &Product<'_>, row: usize, at: usize) -> [[f64; N]; R] {
+    let (g, mut acc) = (p.geometry, [[0.0f64; N]; R]);
+    let (tile, from) = (at / TILE, at % TILE);
+    let rows: [&[f32]; R] = std::array::from_fn(|q| &p.rows[(row + q) * g.rank..(row + q + 1) * g.rank]);
+    for r in 0..g.rank {
+        let at = g.at(r, tile) + from;
+        let x: &[f32; N] = p.columns[at..at + N].try_into().expect("a tile");
+        for q in 0..R {
+            let c = f64::from(rows[q][r]);
+            for i in 0..N {
+                let x = f64::from(x[i]);
+                acc[q][i] = if FUSED { c.mul_add(x, acc[q][i]) } else { c * x + acc[q][i] };
+            }
+        }
+    }
+    acc
+}
+
+/// Rounds one row of a tile: `out = round(w + d)` and, when asked, `back = round(out - d)`.
+#[inline(always)]
+fn finish<E: Weight, const N: usize>(acc: &[f64; N], scale: f64, w: &[E], out: &mut [E], back: Option<&mut [E]>) {
+    let n = w.len();
+    let mut tile = [E::zeroed(); N];
+    tile[..n].copy_from_slice(w);
+    let mut delta = *acc;
+    let mut sum = [E::zeroed(); N];
+    for i in 0..N {
+        delta[i] *= scale;
+        sum[i] = E::narrow(tile[i].widen() + delta[i]);
+    }
+    out.copy_from_slice(&sum[..n]);
+    if let Some(back) = back {
+        for i in 0..N {
+            tile[i] = E::narrow(sum[i].widen() - delta[i]);
+        }
+        back.copy_from_slice(&tile[..n]);
+    }
+}
+
+#[inline(always)]
+fn group<E: Weight, const R: usize, const N: usize, const FUSED: bool>(
+    p: &Product<'_>,
+    row: usize,
+    (from, to): (usize, usize),
+    w: &[E],
+    out: &mut [E],
+    back: &mut Option<&mut [E]>,
+) {
+    let len = p.geometry.len;
+    for at in (from..to).step_by(N) {
+        let acc = sums::<R, N, FUSED>(p, row, at);
+        let n = N.min(len - at);
+        for (q, acc) in acc.iter().enumerate() {
+            let here = (row + q) * len + at..(row + q) * len + at + n;
+            let back = back.as_mut().map(|b| &mut b[here.clone()]);
+            finish::<E, N>(acc, p.scale, &w[here.clone()], &mut out[here], back);
+        }
+    }
+}
+
+#[inline(always)]
+fn body<E: Weight, const N: usize, const FUSED: bool>(
+    p: &Product<'_>,
+    w: &[E],
+    out: &mut [E],
+    mut back: Option<&mut [E]>,
+) {
+    let (rank, len) = (p.geometry.rank, p.geometry.len);
+    let rows = p.rows.len() / rank;
+    let panel = (PANEL / (size_of::<f32>() * rank * TILE)).max(1) * TILE;
+    for from in (0..len).step_by(panel) {
+        let span = (from, len.min(from + panel));
+        let whole = rows - rows % ROWS;
+        for row in (0..whole).step_by(ROWS) {
+            group::<E, ROWS, N, FUSED>(p, row, span, w, out, &mut back);
+        }
+        for row in whole..rows {
+            group::<E, 1, N, FUSED>(p, row, span, w, out, &mut back);
+        }
+    }
+}
+
+/// `out = round(w + delta)`; `back`, when asked for, `= round(out - delta)`.
+#[inline(always)]
+pub(crate) fn fuse<E: Weight, V: Vector>(p: &Product<'_>, w: &[E], out: &mut [E], back: Option<&mut [E]>) {
+    match (V::FUSED, V::W) {
+        (false, _) => body::<E, 8, false>(p, w, out, back),
+        (true, 16) => body::<E, 16, true>(p, w, out, back),
+        (true, _) => body::<E, 8, true>(p, w, out, back),
+    }
+}

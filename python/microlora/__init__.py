@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
+    from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
     from microlora.training import (
         AdapterTrainer,
@@ -53,6 +54,8 @@ __all__ = [
     "Contrastive",
     "EwcPlusPlus",
     "Feedback",
+    "FuseReport",
+    "FusedTensor",
     "Gradient",
     "Gram",
     "InstantConfig",
@@ -84,12 +87,14 @@ __all__ = [
     "data",
     "encoders",
     "exceptions",
+    "fuse",
     "load",
     "num_threads",
     "presets",
     "save",
     "set_num_threads",
     "training",
+    "unfuse",
 ]
 
 
@@ -98,6 +103,7 @@ _ROOMS = {
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
+    "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
     "training": (
         "training",

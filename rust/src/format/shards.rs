@@ -20,8 +20,7 @@ pub(crate) const WEIGHTS: &str = "model.safetensors";
 /// The index of a folder with shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// Endings of files that hold weights in another form.
-const OTHER_WEIGHTS: [&str; 9] =
-    ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx", "ckpt"];
+const OTHER_WEIGHTS: [&str; 9] = ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx", "ckpt"];
 
 /// One safetensors file, open, with its header.
 pub(crate) struct Shard {
@@ -107,8 +106,14 @@ impl Model {
             true => names.iter().map(|n| Shard::open(&path.join(n))).collect::<Result<Vec<_>>>()?,
             false => vec![Shard::open(path)?],
         };
-        let mut model =
-            Model { path: path.to_owned(), is_dir, shards, others: vec![], left_out: vec![], places: HashMap::new() };
+        let mut model = Model {
+            path: path.to_owned(),
+            is_dir,
+            shards,
+            others: vec![],
+            left_out: vec![],
+            places: HashMap::new(),
+        };
         model.find_places()?;
         if let Some(index) = &index {
             model.check_index(index)?;
@@ -123,8 +128,11 @@ impl Model {
         for (s, shard) in self.shards.iter().enumerate() {
             for (e, entry) in shard.entries.iter().enumerate() {
                 if let Some((other, _)) = self.places.insert(entry.name.clone(), (s, e)) {
-                    let reason =
-                        format!("tensor {} is in {} as well", show(&entry.name), show(&self.shards[other].name));
+                    let reason = format!(
+                        "tensor {} is in {} as well",
+                        show(&entry.name),
+                        show(&self.shards[other].name)
+                    );
                     return Err(Error::format(shard.display(), reason));
                 }
             }
@@ -146,7 +154,8 @@ impl Model {
 
     fn list_others(&mut self, weights: &[String]) -> Result<()> {
         let at = |e| Error::io(&self.path, e);
-        let mut found: Vec<_> = fs::read_dir(&self.path).map_err(at)?.collect::<io::Result<_>>().map_err(at)?;
+        let mut found: Vec<_> =
+            fs::read_dir(&self.path).map_err(at)?.collect::<io::Result<_>>().map_err(at)?;
         found.sort_by_key(|e| e.file_name());
         for entry in found {
             let (name, path) = (entry.file_name().to_string_lossy().into_owned(), entry.path());

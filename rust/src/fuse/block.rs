@@ -132,7 +132,14 @@ macro_rules! by_dtype {
 impl Work {
     /// `out = round(w + delta)` for the rows in `w`; with `keep` the residual and both hashes go on. Returns
     /// how many numbers rounding lost.
-    pub fn fuse(&mut self, k: &Kernels, dtype: Dtype, d: &Delta, first: usize, keep: bool) -> Result<usize, Bad> {
+    pub fn fuse(
+        &mut self,
+        k: &Kernels,
+        dtype: Dtype,
+        d: &Delta,
+        first: usize,
+        keep: bool,
+    ) -> Result<usize, Bad> {
         by_dtype!(dtype, self.fuse_as(k, d, first, keep))
     }
 

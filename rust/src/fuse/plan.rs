@@ -173,7 +173,8 @@ fn unmatched(model: &Model, missing: &[&str], given: bool) -> Error {
     let and = if missing.len() > 1 { format!(" (and {} more)", missing.len() - 1) } else { String::new() };
     let short = !given && missing.iter().all(|m| !m.contains('.'));
     let how = if short { "; short names need layer_paths={name: [path, ...]}" } else { "" };
-    let near = if near.is_empty() { "it has none".to_owned() } else { format!("nearest: {}", show_list(&near)) };
+    let near =
+        if near.is_empty() { "it has none".to_owned() } else { format!("nearest: {}", show_list(&near)) };
     Error::config(
         "adapter",
         format!("module {}{and}, for which the base has no tensor {}", show(missing[0]), show(&want)),
@@ -205,7 +206,11 @@ fn layouts(
                     "({n_out}, {n_in}) or ({n_in}, {n_out}) of module {}",
                     show(&adapter.modules[*module].0)
                 );
-                return Err(Error::shape(format!("base tensor {}", entry.name), format!("{:?}", entry.shape), want));
+                return Err(Error::shape(
+                    format!("base tensor {}", entry.name),
+                    format!("{:?}", entry.shape),
+                    want,
+                ));
             }
         };
         check_dtype(entry)?;
@@ -278,12 +283,14 @@ fn square_rule(adapter: &Adapter, opts: &FuseOptions<'_>) -> Result<(bool, &'sta
 fn tied_note(tensor: &str) -> Option<String> {
     let stem = tensor.strip_suffix(".weight")?;
     let last = stem.rsplit('.').next()?;
-    matches!(last, "embed_tokens" | "wte" | "lm_head" | "word_embeddings" | "embed_in" | "embed_out").then(|| {
-        format!(
-            "config.json ties input and output embeddings: whoever loads the result uses {} for both",
-            show(tensor)
-        )
-    })
+    matches!(last, "embed_tokens" | "wte" | "lm_head" | "word_embeddings" | "embed_in" | "embed_out").then(
+        || {
+            format!(
+                "config.json ties input and output embeddings: whoever loads the result uses {} for both",
+                show(tensor)
+            )
+        },
+    )
 }
 
 /// Refuses places that would overwrite something that is still needed.
@@ -300,7 +307,11 @@ pub(super) fn check_places(model: &Model, arg: &str, out: &Path, sidecar: Option
             Err(_) => std::fs::symlink_metadata(out).is_err(),
         };
         if !empty {
-            return Err(Error::config("out", shown(out), "a folder that does not exist yet, or an empty one"));
+            return Err(Error::config(
+                "out",
+                shown(out),
+                "a folder that does not exist yet, or an empty one",
+            ));
         }
     }
     let Some(sidecar) = sidecar else { return Ok(()) };

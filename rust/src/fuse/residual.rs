@@ -180,7 +180,9 @@ mod tests {
         assert!(lead(&[SPARSE, 4], 4).is_err());
         assert!(lead(&[RAW, 3], 4).is_err());
         assert!(lead(&[RAW, 0x80], 4).is_err());
-        for payload in [&[0x80u8; 12][..], &[2, 2], &[0], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0]] {
+        for payload in
+            [&[0x80u8; 12][..], &[2, 2], &[0], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0]]
+        {
             assert!(apply(SPARSE, payload, &mut [0.0f32; 2]).is_err(), "{payload:?}");
         }
     }

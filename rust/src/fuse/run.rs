@@ -29,7 +29,13 @@ const COPY: usize = 1 << 20;
 /// Modules that do not match exactly one tensor, shapes and dtypes that do not fit, places that would overwrite
 /// the base or an older side-car, NaN or infinity in a touched weight or in the sum, the tick's own errors.
 /// No file is there then that was not there before.
-pub fn fuse(base: &Path, adapter: &Adapter, out: &Path, opts: &FuseOptions<'_>, tick: &mut Tick<'_>) -> Result<FuseReport> {
+pub fn fuse(
+    base: &Path,
+    adapter: &Adapter,
+    out: &Path,
+    opts: &FuseOptions<'_>,
+    tick: &mut Tick<'_>,
+) -> Result<FuseReport> {
     let start = Instant::now();
     let k = Kernels::detect()?;
     let model = Model::open(base, "base")?;
@@ -41,12 +47,13 @@ pub fn fuse(base: &Path, adapter: &Adapter, out: &Path, opts: &FuseOptions<'_>, 
     pass.report.notes = plan.notes;
     let mut planned = plan.touched.iter().zip(planned).peekable();
     pass.run(&model, |pass, shard, place, entry| {
-        let Some((touched, mut record)) = planned.next_if(|(t, _)| t.place == place) else { return Ok(false) };
+        let Some((touched, mut record)) = planned.next_if(|(t, _)| t.place == place) else {
+            return Ok(false);
+        };
         let layer = &adapter.modules[touched.module].1;
         let delta = Delta::new(layer, touched.layout);
         let dtype = dtype_of(entry)?;
         record.lossy = 0;
-        pass.note_memory(delta.bytes());
         let columns = entry.shape[1];
         let mut first = 0;
         while first < entry.shape[0] {
@@ -57,8 +64,9 @@ pub fn fuse(base: &Path, adapter: &Adapter, out: &Path, opts: &FuseOptions<'_>, 
                 sidecar.write(&mut pass.work.residual)?;
             }
             pass.write_out()?;
-            first += record.block_rows;
+            first = first.saturating_add(record.block_rows);
         }
+        pass.note_memory(delta.bytes());
         let [original, fused] = pass.work.take_hashes();
         (record.original_sha256, record.fused_sha256) = (original, fused);
         let mut done = described(&record, touched.layout_from);
@@ -103,7 +111,8 @@ pub fn unfuse(fused: &Path, sidecar: &Path, out: &Path, tick: &mut Tick<'_>) -> 
     let car = Sidecar::open(sidecar)?;
     let model = Model::open(fused, "fused")?;
     plan::check_places(&model, "fused", out, None)?;
-    let mut jobs = car.records.iter().enumerate().map(|(i, r)| job(&model, &car, i, r)).collect::<Result<Vec<_>>>()?;
+    let mut jobs =
+        car.records.iter().enumerate().map(|(i, r)| job(&model, &car, i, r)).collect::<Result<Vec<_>>>()?;
     jobs.sort_by_key(|j| j.place);
     if plan::same_place(sidecar, out) {
         let got = show(&out.display().to_string());
@@ -117,7 +126,6 @@ pub fn unfuse(fused: &Path, sidecar: &Path, out: &Path, tick: &mut Tick<'_>) -> 
         let record = &car.records[job.record];
         let delta = Delta::new(&car.adapter.modules[job.module].1, job.layout);
         let dtype = dtype_of(entry)?;
-        pass.note_memory(delta.bytes());
         let mut residual = car.residual(job.record);
         let residual_bytes = residual.left();
         let mut first = 0;
@@ -127,8 +135,9 @@ pub fn unfuse(fused: &Path, sidecar: &Path, out: &Path, tick: &mut Tick<'_>) -> 
             let done = pass.work.unfuse(k, dtype, &delta, first, (kind, &payload));
             done.map_err(|e| Error::format(car.display(), e))?;
             pass.write_out()?;
-            first += record.block_rows;
+            first = first.saturating_add(record.block_rows);
         }
+        pass.note_memory(delta.bytes() + payload.capacity());
         let [original, fused] = pass.work.take_hashes();
         if fused != record.fused_sha256 {
             let reason = format!(
@@ -173,7 +182,8 @@ fn job(model: &Model, car: &Sidecar, i: usize, record: &Record) -> Result<Job> {
     let wrong = |reason: String| Error::format(model.path.display(), reason);
     let broken = |reason: String| Error::format(car.display(), reason);
     let name = show(&record.tensor);
-    let place = model.find(&record.tensor).ok_or_else(|| wrong(format!("no tensor {name}, which was fused")))?;
+    let place =
+        model.find(&record.tensor).ok_or_else(|| wrong(format!("no tensor {name}, which was fused")))?;
     let entry = model.entry(place);
     if entry.shape != record.shape || entry.dtype.to_string() != record.dtype {
         return Err(wrong(format!(
@@ -185,7 +195,8 @@ fn job(model: &Model, car: &Sidecar, i: usize, record: &Record) -> Result<Job> {
     let module = module.ok_or_else(|| broken(format!("tensor {name}: its adapter has no such module")))?;
     let layer = &car.adapter.modules[module].1;
     let layout = [Layout::OutIn, Layout::InOut].into_iter().find(|l| l.as_str() == record.layout);
-    let layout = layout.ok_or_else(|| broken(format!("tensor {name}: unknown layout {}", show(&record.layout))))?;
+    let layout =
+        layout.ok_or_else(|| broken(format!("tensor {name}: unknown layout {}", show(&record.layout))))?;
     let fits = match layout {
         Layout::OutIn => record.shape == [layer.out_features(), layer.in_features()],
         Layout::InOut => record.shape == [layer.in_features(), layer.out_features()],

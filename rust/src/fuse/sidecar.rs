@@ -113,7 +113,14 @@ impl Writer {
         growing.write(&vec![0; room])?;
         growing.write(&bytes)?;
         let all = room + bytes.len();
-        Ok(Writer { growing, room, adapter: (bytes.len(), hash), records: Vec::new(), pending: 0, bytes: all })
+        Ok(Writer {
+            growing,
+            room,
+            adapter: (bytes.len(), hash),
+            records: Vec::new(),
+            pending: 0,
+            bytes: all,
+        })
     }
 
     /// Bytes and SHA-256 of the adapter.
@@ -186,7 +193,9 @@ impl Sidecar {
         let bytes = {
             let span = spans[0].clone();
             let mut bytes = Vec::new();
-            bytes.try_reserve_exact(span.len()).map_err(|_| wrong("the adapter does not fit in memory".into()))?;
+            bytes
+                .try_reserve_exact(span.len())
+                .map_err(|_| wrong("the adapter does not fit in memory".into()))?;
             bytes.resize(span.len(), 0);
             shard.read(span.start, &mut bytes)?;
             bytes
@@ -220,7 +229,8 @@ impl Sidecar {
 /// Spans of the adapter and of every residual, checked to be all there is.
 fn spans(shard: &Shard, records: usize) -> Result<Vec<std::ops::Range<usize>>> {
     let by_name: BTreeMap<&str, _> = shard.entries.iter().map(|e| (e.name.as_str(), e)).collect();
-    let wanted: Vec<String> = std::iter::once(ADAPTER.to_owned()).chain((0..records).map(residual_name)).collect();
+    let wanted: Vec<String> =
+        std::iter::once(ADAPTER.to_owned()).chain((0..records).map(residual_name)).collect();
     let missing = |name: &str| Error::format(shard.display(), format!("no tensor {}", show(name)));
     let spans: Result<Vec<_>> = wanted
         .iter()

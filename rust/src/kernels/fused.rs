@@ -112,7 +112,11 @@ pub struct Product<'a> {
 
 /// Two or one vectors of f64 sums for each of some rows.
 #[inline(always)]
-fn sums<const R: usize, const N: usize, const FUSED: bool>(p: &Product<'_>, row: usize, at: usize) -> [[f64; N]; R] {
+fn sums<const R: usize, const N: usize, const FUSED: bool>(
+    p: &Product<'_>,
+    row: usize,
+    at: usize,
+) -> [[f64; N]; R] {
     let (g, mut acc) = (p.geometry, [[0.0f64; N]; R]);
     let (tile, from) = (at / TILE, at % TILE);
     let rows: [&[f32]; R] = std::array::from_fn(|q| &p.rows[(row + q) * g.rank..(row + q + 1) * g.rank]);
@@ -132,7 +136,13 @@ fn sums<const R: usize, const N: usize, const FUSED: bool>(p: &Product<'_>, row:
 
 /// Rounds one row of a tile: `out = round(w + d)` and, when asked, `back = round(out - d)`.
 #[inline(always)]
-fn finish<E: Weight, const N: usize>(acc: &[f64; N], scale: f64, w: &[E], out: &mut [E], back: Option<&mut [E]>) {
+fn finish<E: Weight, const N: usize>(
+    acc: &[f64; N],
+    scale: f64,
+    w: &[E],
+    out: &mut [E],
+    back: Option<&mut [E]>,
+) {
     let n = w.len();
     let mut tile = [E::zeroed(); N];
     tile[..n].copy_from_slice(w);

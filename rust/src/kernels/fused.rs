@@ -25,16 +25,23 @@ pub trait Weight: Pod {
     fn finite(self) -> bool;
 }
 
-/// f32 whose last bit is set when anything was cut off (round to odd): a second rounding to 22 bits or fewer
-/// then gives what one rounding would have given (Boldo and Melquiond, 2008).
+/// `|x|` rounded to `P` bits, ties to even, on the grid of a type whose smallest normal number is `2^LOW`.
+/// Beside a number `53 - P` binades higher, f64 has no finer grid than that: the addition rounds. Numbers beyond
+/// every narrow type stay beyond it.
 #[inline(always)]
-fn to_odd(x: f64) -> u32 {
-    let near = x as f32;
-    let (bits, back) = (near.to_bits(), f64::from(near));
-    let even = bits & 1 == 0;
-    let down = u32::from(even & (back.abs() > x.abs()));
-    let up = u32::from(even & (back.abs() < x.abs()));
-    bits + up - down
+fn round_to<const P: u64, const LOW: i64>(x: f64) -> f64 {
+    const BEYOND: f64 = f64::from_bits((1023 + 300) << 52);
+    let x = x.abs().min(BEYOND);
+    let lowest = (((1023 + LOW) as u64 + 53 - P) << 52) as i64;
+    let high = (x.to_bits() as i64 & (0x7ff << 52)) + ((53 - P) << 52) as i64;
+    let high = f64::from_bits(high.max(lowest) as u64);
+    (x + high) - high
+}
+
+/// The sign of x as the highest of 16 bits.
+#[inline(always)]
+fn sign(x: f64) -> u32 {
+    (x.to_bits() >> 48) as u32 & 0x8000
 }
 
 impl Weight for f32 {
@@ -59,8 +66,8 @@ impl Weight for bf16 {
     }
     #[inline(always)]
     fn narrow(x: f64) -> bf16 {
-        let bits = to_odd(x);
-        bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+        let bits = (round_to::<8, -126>(x) as f32).to_bits();
+        bf16::from_bits((bits >> 16 | sign(x)) as u16)
     }
     #[inline(always)]
     fn finite(self) -> bool {
@@ -79,17 +86,10 @@ impl Weight for f16 {
     }
     #[inline(always)]
     fn narrow(x: f64) -> f16 {
-        const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
-        const INFINITE: u32 = (127 + 16) << 23;
-        // Adding 0.5 leaves a subnormal of f16 in the low bits, rounded by the addition itself.
-        const HALF: f32 = 0.5;
-        let bits = to_odd(x);
-        let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
-        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
-        let small = (f32::from_bits(magnitude) + HALF).to_bits().wrapping_sub(HALF.to_bits());
-        let found = if magnitude < SMALLEST_NORMAL { small } else { normal };
-        let found = if magnitude >= INFINITE { 0x7c00 } else { found };
-        f16::from_bits((sign | found) as u16)
+        // The other way: back to the exponent of f16, whose subnormals are some of f32's.
+        const DOWN: f32 = f32::from_bits((127 - 112) << 23);
+        let bits = (round_to::<11, -14>(x) as f32 * DOWN).to_bits() >> 13;
+        f16::from_bits((bits.min(0x7c00) | sign(x)) as u16)
     }
     #[inline(always)]
     fn finite(self) -> bool {

@@ -22,7 +22,7 @@ def narrow(x, dtype):
             return x.astype(np.float32).tobytes()
         if dtype == "F16":
             return x.astype(np.float16).tobytes()
-        # bfloat16: eight bits, the grid of 2^-133 below the smallest normal number; `rint` takes ties to even.
+        # bfloat16: eight bits, or multiples of 2^-133 where numbers are subnormal; `rint` takes ties to even.
         _, exponent = np.frexp(x)
         grid = np.maximum(exponent - 8, -133)
         rounded = np.ldexp(np.rint(np.ldexp(x, -grid)), grid)

@@ -81,8 +81,8 @@ class FuseReport(NamedTuple):
         """Sizes, speed and notes."""
         speed = self.model_bytes / max(self.seconds, 1e-9) / 1e9
         lines = [
-            f"{self.out}: {len(self.tensors)} tensors, {self.touched_bytes:,} of {self.model_bytes:,} bytes changed, "
-            f"{self.seconds:.2f} s ({speed:.2f} GB/s)"
+            f"{self.out}: {len(self.tensors)} tensors, {self.touched_bytes:,} of {self.model_bytes:,} bytes "
+            f"changed, {self.seconds:.2f} s ({speed:.2f} GB/s)"
         ]
         if self.sidecar is not None:
             share = self.sidecar_bytes / max(self.touched_bytes, 1)
@@ -107,27 +107,27 @@ def fuse(
     """Adds an adapter to the weights of a model: ``W + s B A``, rounded once to nearest even.
 
     The base is streamed in blocks of 512 KiB (or one row, where that is longer), tensor by tensor, shard by
-    shard. The call holds three blocks, the file headers and one module's factors as float32; a tensor is never
-    held whole, whatever its size. Header, metadata, order of tensors and every tensor that no module touches
-    are copied byte for byte, and so are the other files of a folder (settings, tokenizer, index); sub-folders
-    and weights in other forms are left out and named in the report.
+    shard. The call holds at most five blocks, the file headers and one module's factors as float32; a tensor
+    is never held whole, whatever its size. Header, metadata, order of tensors and every tensor that no module
+    touches are copied byte for byte, and so are the other files of a folder (settings, tokenizer, index);
+    sub-folders and weights in other forms are left out and named in the report.
 
     Sums are taken in float64 in one order, so the same files give the same bits on every machine and
     instruction set; hashing runs beside the sums after ``set_num_threads(2)``.
 
-    Files appear whole or not at all. A single file is written beside its place and renamed; a folder is written
-    whole under a temporary name beside its place and renamed once. The side-car is renamed first, so no fused
-    model is ever without one. An error or a cancelled call leaves nothing; a killed process may leave a
-    ``.microlora-*.tmp``.
+    Files appear whole or not at all. A single file is written beside its place and renamed; a folder is
+    written whole under a temporary name beside its place and renamed once. The side-car is renamed first, so
+    no fused model is ever without one. An error or a cancelled call leaves nothing; a killed process may
+    leave a ``.microlora-*.tmp``.
 
     Args:
         base: A safetensors file, or a folder with ``model.safetensors`` or ``model.safetensors.index.json``.
-        adapter: What to add. Each module must match exactly one tensor ``<path>.weight``: under its own name, or
-            all of them behind, or without, one common prefix.
-        out: Where the new model goes: a file for a file (an older one is replaced), for a folder one that does
-            not exist yet or is empty. The base itself is refused.
-        sidecar: Where to write what `unfuse` needs; by default ``<out>.unfuse``. ``False``: nowhere, which also
-            saves the hashing. An existing file is refused: it is the only way back for its model.
+        adapter: What to add. Each module must match exactly one tensor ``<path>.weight``: under its own name,
+            or all of them behind, or without, one common prefix.
+        out: Where the new model goes: a file for a file (an older one is replaced), for a folder one that
+            does not exist yet or is empty. The base itself is refused.
+        sidecar: Where to write what `unfuse` needs; by default ``<out>.unfuse``. ``False``: nowhere, which
+            also saves the hashing. An existing file is refused: it is the only way back for its model.
         layer_paths: The model's module paths of each short name, as in `save`.
         fan_in_fan_out: Whether square weights are stored (in, out). By default as the adapter's PEFT
             configuration says, else (out, in); refused where the other weights of the model contradict.

@@ -1,4 +1,4 @@
-"""Fusing into files: bytes per second beside a plain copy of the same file, and PEFT's merge of the same factors."""
+"""Fusing into files: bytes per second beside a copy of the same file, and PEFT's merge of the same factors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from report import Report, duration
 from timing import Clock
 
 WIDTH, RANK, LAYERS = 4096, 16, 4
-#: Size of the delta beside the weights, for the sizes of side-cars.
-RATIOS = (1e-3, 1e-2, 1e-1)
 
 
 def run(report: Report, clock: Clock, *, smoke: bool) -> None:
@@ -30,8 +28,6 @@ def run(report: Report, clock: Clock, *, smoke: bool) -> None:
     width, repeats = (256, 1) if smoke else (WIDTH, 5)
     with tempfile.TemporaryDirectory() as folder:
         speed(report, Path(folder), width, repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        sizes(report, Path(folder), 256 if smoke else 2048)
 
 
 def stored(values: Any, dtype: str) -> bytes:
@@ -143,21 +139,3 @@ def peft_merge(base: Path, adapter: ml.Adapter, out: Path, width: int, repeats: 
             os.fsync(f.fileno())
 
     return timed(merge, [out], repeats)
-
-
-def sizes(report: Report, folder: Path, width: int) -> None:
-    """What the side-car takes."""
-    report.section(f"side-car of one {width} x {width} module, r{RANK}, weights of deviation 0.02")
-    base, out = folder / "base", folder / "out"
-    for dtype in ("F32", "BF16", "F16"):
-        write_base(base, width, dtype, 1)
-        for ratio in RATIOS:
-            for path in (out, folder / "out.unfuse"):
-                path.unlink(missing_ok=True)
-            done = ml.fuse(base, adapter_of(width, ratio, 1), out=out)
-            lossy = sum(t.lossy for t in done.tensors) / width**2
-            shares = done.residual_bytes / done.touched_bytes, done.adapter_bytes / done.touched_bytes
-            text = f"residual {shares[0]:.2%}, adapter {shares[1]:.2%} of the weights' bytes"
-            report.add(
-                f"{dtype}, delta {ratio:g} of the weights", text, f"{lossy:.2%} of the weights rounded away"
-            )

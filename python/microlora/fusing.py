@@ -54,7 +54,7 @@ class FuseReport(NamedTuple):
         sidecar_bytes: Bytes of the side-car; 0 without one.
         adapter_bytes: Bytes of the adapter in the side-car.
         adapter_sha256: SHA-256 of these bytes, which are `Adapter.to_bytes`; empty without a side-car.
-        peak_bytes: Largest memory that the call itself asked for: blocks, factors, headers.
+        peak_bytes: Largest memory that the streaming asked for: blocks, one module's factors, headers.
         seconds: Wall-clock time.
         notes: What is worth knowing and no error: a prefix that names were matched behind, how square weights
             were taken, files that were left out, tied embeddings.
@@ -107,8 +107,8 @@ def fuse(
     """Adds an adapter to the weights of a model: ``W + s B A``, rounded once to nearest even.
 
     The base is streamed in blocks of 512 KiB (or one row, where that is longer), tensor by tensor, shard by
-    shard. The call holds at most five blocks, the file headers and one module's factors as float32; a tensor
-    is never held whole, whatever its size. Header, metadata, order of tensors and every tensor that no module
+    shard. The call holds at most five blocks, the file headers and one module's factors as float32, and for
+    the side-car up to four copies of the adapter; a tensor is never held whole, whatever its size. Header, metadata, order of tensors and every tensor that no module
     touches are copied byte for byte, and so are the other files of a folder (settings, tokenizer, index);
     sub-folders and weights in other forms are left out and named in the report.
 

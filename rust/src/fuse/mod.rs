@@ -71,7 +71,7 @@ pub struct FuseReport {
     pub adapter_bytes: usize,
     /// SHA-256 of the adapter's bytes, empty without a side-car.
     pub adapter_sha256: String,
-    /// Largest memory that the work itself asked for: blocks, factors, headers.
+    /// Largest memory that the streaming asked for: blocks, one module's factors, headers.
     pub peak_bytes: usize,
     /// Wall-clock time.
     pub seconds: f64,

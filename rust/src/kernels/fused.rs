@@ -134,6 +134,25 @@ fn sums<const R: usize, const N: usize, const FUSED: bool>(
     acc
 }
 
+/// The tile at `x`, padded with zeros where fewer than `N` numbers are left. A whole one is no call of `memcpy`.
+#[inline(always)]
+fn tile_of<E: Weight, const N: usize>(x: &[E]) -> [E; N] {
+    <[E; N]>::try_from(x).unwrap_or_else(|_| {
+        let mut tile = [E::zeroed(); N];
+        tile[..x.len()].copy_from_slice(x);
+        tile
+    })
+}
+
+/// The other way.
+#[inline(always)]
+fn put<E: Weight, const N: usize>(tile: &[E; N], x: &mut [E]) {
+    match <&mut [E; N]>::try_from(&mut *x) {
+        Ok(whole) => *whole = *tile,
+        Err(_) => x.copy_from_slice(&tile[..x.len()]),
+    }
+}
+
 /// Rounds one row of a tile: `out = round(w + d)` and, when asked, `back = round(out - d)`.
 #[inline(always)]
 fn finish<E: Weight, const N: usize>(
@@ -143,21 +162,18 @@ fn finish<E: Weight, const N: usize>(
     out: &mut [E],
     back: Option<&mut [E]>,
 ) {
-    let n = w.len();
-    let mut tile = [E::zeroed(); N];
-    tile[..n].copy_from_slice(w);
-    let mut delta = *acc;
-    let mut sum = [E::zeroed(); N];
+    let mut tile = tile_of::<E, N>(w);
+    let (mut delta, mut sum) = (*acc, [E::zeroed(); N]);
     for i in 0..N {
         delta[i] *= scale;
         sum[i] = E::narrow(tile[i].widen() + delta[i]);
     }
-    out.copy_from_slice(&sum[..n]);
+    put(&sum, out);
     if let Some(back) = back {
         for i in 0..N {
             tile[i] = E::narrow(sum[i].widen() - delta[i]);
         }
-        back.copy_from_slice(&tile[..n]);
+        put(&tile, back);
     }
 }
 

@@ -83,7 +83,7 @@ $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 # A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
 $(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
 	@echo "== $(ORACLE): torch and PEFT"
-	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli science > $(ORACLE)/requirements.txt
+	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli plot science > $(ORACLE)/requirements.txt
 	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
 		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
 		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)
@@ -159,7 +159,7 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science science-learning docs clean
+.PHONY: science science-learning science-merging docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
@@ -172,6 +172,17 @@ science-learning: $(BUILT) $(VENV)/.extra-science $(VENV)/.extra-plot ## Learn t
 	@PYTHONPATH=benches/science $(PY) -m continual.picture docs/data/continual.jsonl docs/continual.svg
 	@$(PY) benches/science/presets.py --out docs/data/presets.jsonl
 	@$(PY) benches/science/learning_rates.py --out docs/data/learning_rates.jsonl
+	@$(PY) docs/build.py
+
+science-merging: export PYTHONPATH := benches:benches/science
+science-merging: export OPENBLAS_NUM_THREADS := 1
+science-merging: export OMP_NUM_THREADS := 1
+science-merging: $(BUILT) $(ORACLE)/.ready ## Merge adapters in every way, here and in PEFT, for docs/merging.md
+	@mkdir -p docs/data
+	@$(RUN_ORACLE) -m merging.run --out docs/data/merging.jsonl
+	@$(RUN_ORACLE) -m merging.table docs/data/merging.jsonl --json docs/data/merging.json
+	@$(RUN_ORACLE) -m merging.picture docs/data/merging.jsonl docs/merging.svg
+	@$(RUN_ORACLE) -m merging.personas --out docs/data/merging_personas.jsonl
 	@$(PY) docs/build.py
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md

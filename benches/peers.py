@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,3 +98,73 @@ class TorchPeers:
         w = torch.mv(self.b.T, g) * self.s
         self.b.addr_(g, u, alpha=-1e-9)
         self.a.addr_(w, x, alpha=-1e-9)
+
+
+class PeftMerge:
+    """`add_weighted_adapter` of PEFT on the very factors of some adapters, over base weights of zeros."""
+
+    def __init__(self, adapters: Mapping[str, ml.Adapter]) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        torch.set_num_threads(1)
+        self.torch, self.names = torch, list(adapters)
+        first = next(iter(adapters.values()))
+        self.modules = {module: f"m{i}" for i, module in enumerate(first.modules())}
+        base = torch.nn.Module()
+        for module, at in self.modules.items():
+            linear = torch.nn.Linear(*first.dims[module], bias=False)
+            linear.weight.data.zero_()
+            base.add_module(at, linear)
+        self.model: Any = None
+        for name, adapter in adapters.items():
+            info = adapter.info(adapter.modules()[0])
+            targets = list(self.modules.values())
+            config = LoraConfig(r=info.rank, lora_alpha=info.alpha, target_modules=targets)
+            if self.model is None:
+                self.model = get_peft_model(base, config, adapter_name=name)
+            else:
+                self.model.add_adapter(name, config)
+            for module in self.modules:
+                a, b = adapter.factors(module)
+                layer = self._layer(module)
+                layer.lora_A[name].weight.data = torch.tensor(a)
+                layer.lora_B[name].weight.data = torch.tensor(b)
+
+    def _layer(self, module: str) -> Any:
+        return getattr(self.model.base_model.model, self.modules[module])
+
+    def merge(
+        self,
+        kind: str,
+        weights: Sequence[float],
+        *,
+        rank: int | None = None,
+        density: float | None = None,
+        seed: int = 0,
+    ) -> tuple[dict[str, tuple[Any, Any, float]], float]:
+        """One merge by PEFT.
+
+        Args:
+            kind: Its combination type.
+            weights: One per adapter.
+            rank: `svd_rank` of the types that have one.
+            density: Share of the entries that are kept.
+            seed: Of torch's generator, for DARE's masks.
+
+        Returns:
+            ``{module: (lora_a, lora_b, scaling)}``, and the seconds of the one call.
+        """
+        self.torch.manual_seed(seed)
+        start = time.perf_counter()
+        self.model.add_weighted_adapter(
+            self.names, list(weights), "merged", combination_type=kind, svd_rank=rank, density=density
+        )
+        seconds = time.perf_counter() - start
+        out = {}
+        for module in self.modules:
+            layer = self._layer(module)
+            factors = (getattr(layer, f"lora_{v}")["merged"].weight.detach().numpy().copy() for v in "AB")
+            out[module] = (*factors, float(layer.scaling["merged"]))
+        self.model.delete_adapter("merged")
+        return out, seconds

@@ -75,7 +75,9 @@ def duration(ns: float) -> str:
     """Nanoseconds in a readable unit."""
     if ns < 1e4:
         return f"{ns:,.0f} ns"
-    return f"{ns / 1e3:,.1f} us" if ns < 1e6 else f"{ns / 1e6:,.2f} ms"
+    if ns < 1e6:
+        return f"{ns / 1e3:,.1f} us"
+    return f"{ns / 1e6:,.2f} ms" if ns < 1e9 else f"{ns / 1e9:,.2f} s"
 
 
 class Report:

@@ -106,6 +106,47 @@ def presets_block(lines: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
+def merging_block(data: dict[str, Any]) -> str:
+    """What every merge of two adapters keeps of both domains."""
+    where, seeds = data["environment"], data["seeds"]
+    parts = [
+        f"Two adapters of rank {data['rank']}, {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}); accuracy on "
+        "each domain, mean ± standard deviation. *Retained* is the mean over domains of the accuracy as a "
+        "share of the domain's own adapter's; the best merge is bold."
+    ]
+    for group in data["groups"]:
+        parts += [f"{group['title']}:", table(data["head"], group["rows"])]
+    parts += [
+        table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]]),
+        f"One thread on {where['cpu']}; microlora {where['microlora']}, NumPy {where['numpy']}, torch "
+        f"{where['torch']}, PEFT {where['peft']}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def personas_block(lines: list[dict[str, Any]]) -> str:
+    """MRR of merged adapters on every persona, and the share of the own adapters' gain that is kept."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        rows.setdefault(line["row"], []).append(line)
+    names = list(lines[0]["mrr"])
+    mean = {row: [statistics.mean(line["mrr"].values()) for line in found] for row, found in rows.items()}
+    none, own = (statistics.mean(mean[row]) for row in ("none", "own"))
+    cells = []
+    for row, found in rows.items():
+        each = [f"{statistics.mean(line['mrr'][name] for line in found):.3f}" for name in names]
+        spread = f"{statistics.mean(mean[row]):.3f} ± {statistics.stdev(mean[row]):.3f}"
+        share = "" if row == "none" else f"{(statistics.mean(mean[row]) - none) / (own - none):.0%}"
+        setting = found[0]["setting"]
+        cells.append([found[0]["title"] + (f", {setting}" if setting else ""), *each, spread, share])
+    splits = sorted({line["split"] for line in lines})
+    head = f"Three adapters of rank {lines[0]['rank']}, {len(splits)} splits ({splits[0]} to {splits[-1]}); "
+    return (
+        head + "MRR@10 of each persona's held-out queries, mean over splits.\n\n"
+        f"{table(['adapter', *names, 'mean ± SD over splits', 'of the own gain'], cells)}"
+    )
+
+
 def learning_rates_block(lines: list[dict[str, Any]]) -> str:
     """Share of what can be learned that is missing after one epoch, by width, task and rate."""
     rows: dict[tuple[int, str], list[str]] = {}
@@ -125,6 +166,27 @@ def sidecar_block(lines: list[dict[str, Any]]) -> str:
         for x in lines
     ]
     return table(head, rows)
+
+
+def methods_block() -> str:
+    """The merge methods, one row each, as the core's table has them."""
+    from microlora.merging import methods
+
+    rows = []
+    for name, m in methods().items():
+        if name != m.name:
+            continue
+        taken = sorted(set(m.defaults) - {"lam", "rank"})
+        settings = ", ".join(f"{key} {_shown(m.defaults[key])}" for key in taken)
+        laws = ", ".join(m.laws)
+        formula = f"`{m.formula.replace('|', chr(92) + '|')}`"
+        rows.append([f"`{name}`", m.family, formula, m.paper, m.when, settings, m.weights, laws])
+    head = ["method", "family", "formula", "from", "when", "settings", "weights", "laws"]
+    return table(head, rows)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def performance(data: dict[str, Any]) -> str:
@@ -177,6 +239,8 @@ def pages() -> dict[Path, str]:
     if (DATA / "presets.jsonl").exists():
         presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
         learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
+    merging = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    merging = inject(merging, "methods", methods_block())
     training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
@@ -184,6 +248,15 @@ def pages() -> dict[Path, str]:
     sidecar = (DATA / "sidecar.jsonl").read_text(encoding="utf-8").splitlines()
     fusing = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
     fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
+    merging = ROOT / "docs" / "merging.md"
+    merged = merging.read_text(encoding="utf-8")
+    if (DATA / "merging.json").exists():
+        merged = inject(
+            merged, "merging-science", merging_block(json.loads((DATA / "merging.json").read_text("utf-8")))
+        )
+    if (DATA / "merging_personas.jsonl").exists():
+        personas = (DATA / "merging_personas.jsonl").read_text(encoding="utf-8").splitlines()
+        merged = inject(merged, "merging-personas", personas_block([json.loads(line) for line in personas]))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
@@ -191,8 +264,10 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": readme,
         ROOT / "docs" / "fusing.md": fusing,
         ROOT / "docs" / "learning.md": learning,
+        ROOT / "docs" / "merging.md": merging,
         ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data),
+        merging: merged,
     }
 
 

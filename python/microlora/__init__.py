@@ -28,12 +28,26 @@ from microlora.target import TargetModule
 if TYPE_CHECKING:
     from microlora import data as data
     from microlora import encoders as encoders
+    from microlora import merging as merging
     from microlora import training as training
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
     from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
+    from microlora.hot_swap import HotSwapManager
+    from microlora.merging import (
+        AdapterMerger,
+        CentroidRouter,
+        MergeConfig,
+        MergeReport,
+        RoutedEnsemble,
+        compose_parallel,
+        compose_sequential,
+        diff,
+        merge,
+        resize,
+    )
     from microlora.training import (
         AdapterTrainer,
         AdapterTrainingConfig,
@@ -47,10 +61,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterDataset",
+    "AdapterMerger",
     "AdapterMetadata",
     "AdapterTrainer",
     "AdapterTrainingConfig",
     "CancelToken",
+    "CentroidRouter",
     "Contrastive",
     "EwcPlusPlus",
     "Feedback",
@@ -58,12 +74,15 @@ __all__ = [
     "FusedTensor",
     "Gradient",
     "Gram",
+    "HotSwapManager",
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
     "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
+    "MergeConfig",
+    "MergeReport",
     "Metric",
     "MicroLoRA",
     "MicroLoraError",
@@ -72,6 +91,7 @@ __all__ = [
     "Preference",
     "Progress",
     "Reward",
+    "RoutedEnsemble",
     "Snapshot",
     "StepResult",
     "SyntheticDataGenerator",
@@ -83,14 +103,20 @@ __all__ = [
     "TrainingSample",
     "__version__",
     "collect_gram",
+    "compose_parallel",
+    "compose_sequential",
     "create_lora",
     "data",
+    "diff",
     "encoders",
     "exceptions",
     "fuse",
     "load",
+    "merge",
+    "merging",
     "num_threads",
     "presets",
+    "resize",
     "save",
     "set_num_threads",
     "training",
@@ -105,6 +131,20 @@ _ROOMS = {
     "ewc": ("EwcPlusPlus",),
     "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
+    "hot_swap": ("HotSwapManager",),
+    "merging": (
+        "merging",
+        "AdapterMerger",
+        "CentroidRouter",
+        "MergeConfig",
+        "MergeReport",
+        "RoutedEnsemble",
+        "compose_parallel",
+        "compose_sequential",
+        "diff",
+        "merge",
+        "resize",
+    ),
     "training": (
         "training",
         "AdapterTrainer",

@@ -126,6 +126,34 @@ class Adapter(_core.Adapter):
         """
         return self.lora_a(module), self.lora_b(module)
 
+    # -- exact sums: the delta of the result is the sum of deltas, its rank the sum of ranks --
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """The sum of both deltas, exactly; modules are those of either."""
+        return _combine((self, 1.0), (other, 1.0)) if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        """The difference of the deltas, exactly."""
+        return _combine((self, 1.0), (other, -1.0)) if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, factor: float) -> Adapter:
+        """The delta times a finite number: into alpha, its sign into B."""
+        return _combine((self, factor)) if _is_number(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> Adapter:
+        """The delta over a number that is not 0."""
+        if not _is_number(factor):
+            return NotImplemented
+        if factor == 0:
+            raise ZeroDivisionError("factor: got 0, expected a number to divide by")
+        return _combine((self, 1.0 / factor))
+
+    def __neg__(self) -> Adapter:
+        """The delta with its sign turned: what unlearns it."""
+        return _combine((self, -1.0))
+
     def __repr__(self) -> str:
         """Sizes, never weights."""
         names = self.modules()
@@ -146,7 +174,17 @@ class Snapshot(_core.Snapshot, Adapter):
     __hash__ = _core.Snapshot.__hash__
 
 
-def config_of(adapter: Adapter) -> LoraConfig:
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, bool | str | _core.Adapter)
+
+
+def _combine(*terms: tuple[Adapter, float]) -> Adapter:
+    from microlora.merging.compose import combine
+
+    return combine(terms)
+
+
+def config_of(adapter: Adapter, description: str = "") -> LoraConfig:
     """Settings that describe an adapter whose file carries none of ours.
 
     The commonest rank and alpha become the global ones; the others are listed per module.
@@ -161,6 +199,7 @@ def config_of(adapter: Adapter) -> LoraConfig:
         target_modules=tuple(infos),
         use_rslora=first.use_rslora,
         dtype=first.dtype_a,
+        description=description,
         module_ranks={m: i.rank for m, i in infos.items() if i.rank != rank},
         module_alphas={m: i.alpha for m, i in infos.items() if i.alpha != alpha},
     )

@@ -131,6 +131,27 @@ impl Factor {
         out
     }
 
+    /// Appends the f32 values, `(rank, len)` row-major.
+    pub fn append_rows(&self, out: &mut Vec<f32>) {
+        let (len, start) = (self.len(), out.len());
+        out.resize(start + self.rank() * len, 0.0);
+        let out = &mut out[start..];
+        match self.dtype {
+            Dtype::F32 => {
+                let w: &[f32] = self.slice();
+                self.each_run(|r, c, at, n| out[r * len + c..][..n].copy_from_slice(&w[at..at + n]));
+            }
+            Dtype::F16 => {
+                let w: &[f16] = self.slice();
+                self.each_run(|r, c, at, n| w[at..at + n].convert_to_f32_slice(&mut out[r * len + c..][..n]));
+            }
+            Dtype::Bf16 => {
+                let w: &[bf16] = self.slice();
+                self.each_run(|r, c, at, n| w[at..at + n].convert_to_f32_slice(&mut out[r * len + c..][..n]));
+            }
+        }
+    }
+
     /// Visits stored runs as `(row, first column, position, count)`.
     fn each_run(&self, mut f: impl FnMut(usize, usize, usize, usize)) {
         for r in 0..self.rank() {

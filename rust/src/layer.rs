@@ -77,8 +77,14 @@ impl Layer {
     /// `alpha / rank`, or `alpha / sqrt(rank)` (rsLoRA, arXiv 2312.03732).
     #[inline]
     pub fn scaling(&self) -> f32 {
+        self.exact_scaling() as f32
+    }
+
+    /// [`Layer::scaling`] before it is rounded to f32.
+    #[inline]
+    pub fn exact_scaling(&self) -> f64 {
         let r = self.rank() as f64;
-        (self.alpha / if self.rslora { r.sqrt() } else { r }) as f32
+        self.alpha / if self.rslora { r.sqrt() } else { r }
     }
 
     /// Numbers in both factors, padding not counted.

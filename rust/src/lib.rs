@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod algebra;
 pub mod chain;
 pub mod dtype;
 pub mod error;
@@ -16,11 +17,13 @@ pub mod kernels;
 pub mod layer;
 pub mod learn;
 pub mod mapping;
+pub mod merge;
 pub mod micro_lora;
 pub mod parallel;
 pub mod probe;
 pub mod rng;
 pub mod snapshot;
+pub mod swap;
 
 #[cfg(feature = "python")]
 mod python;
@@ -30,3 +33,4 @@ pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use micro_lora::MicroLora;
 pub use snapshot::Snapshot;
+pub use swap::HotSwap;

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::Vector;
+use super::vector::{Eight, Vector};
 
 /// Eight lanes in a `ymm` register.
 #[derive(Clone, Copy)]
@@ -39,6 +39,7 @@ unsafe fn quads(v: [Ymm; 4]) -> __m256 {
 // SAFETY: unaligned loads and stores of 8 elements; the table below is handed out only after detection.
 unsafe impl Vector for Ymm {
     const W: usize = 8;
+    type Wide = Ymm2;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: AVX2 is present, by contract; so in every method below.
@@ -123,6 +124,52 @@ unsafe impl Vector for Ymm {
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+/// Eight f64 lanes in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct Ymm2(__m256d, __m256d);
+
+// SAFETY: unaligned loads and stores of 8 f32; the table below is handed out only after detection.
+unsafe impl Eight for Ymm2 {
+    #[inline(always)]
+    unsafe fn splat(v: f64) -> Self {
+        // SAFETY: AVX2 is present, by contract; so in every method below.
+        unsafe { Ymm2(_mm256_set1_pd(v), _mm256_set1_pd(v)) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        unsafe { Ymm2(_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p.add(4)))) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 8 writable elements, by contract.
+        unsafe {
+            _mm_storeu_ps(p, _mm256_cvtpd_ps(self.0));
+            _mm_storeu_ps(p.add(4), _mm256_cvtpd_ps(self.1));
+        }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        // SAFETY: by contract.
+        unsafe { Ymm2(_mm256_fmadd_pd(self.0, b.0, c.0), _mm256_fmadd_pd(self.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    unsafe fn add_exact_product(self, b: Self, c: Self) -> Self {
+        // SAFETY: by contract.
+        unsafe { self.fma(b, c) }
+    }
+    #[inline(always)]
+    unsafe fn lanes(self) -> [f64; 8] {
+        // SAFETY: the array is 64 bytes wide.
+        unsafe {
+            let mut out = [0.0; 8];
+            _mm256_storeu_pd(out.as_mut_ptr(), self.0);
+            _mm256_storeu_pd(out.as_mut_ptr().add(4), self.1);
+            out
+        }
     }
 }
 

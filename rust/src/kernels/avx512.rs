@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2::fold256;
-use super::vector::Vector;
+use super::vector::{Eight, Vector};
 
 /// Sixteen lanes in a `zmm` register.
 #[derive(Clone, Copy)]
@@ -43,6 +43,7 @@ unsafe fn lanes(a: __m512, b: __m512) -> __m512 {
 // SAFETY: unaligned loads and stores of 16 elements; the table below is handed out only after detection.
 unsafe impl Vector for Zmm {
     const W: usize = 16;
+    type Wide = Zmm64;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: AVX-512 is present, by contract; so in every method below.
@@ -125,6 +126,48 @@ unsafe impl Vector for Zmm {
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+/// Eight f64 lanes in a `zmm` register.
+#[derive(Clone, Copy)]
+pub(crate) struct Zmm64(__m512d);
+
+// SAFETY: unaligned loads and stores of 8 f32; the table below is handed out only after detection.
+unsafe impl Eight for Zmm64 {
+    #[inline(always)]
+    unsafe fn splat(v: f64) -> Self {
+        // SAFETY: AVX-512 is present, by contract; so in every method below.
+        Zmm64(unsafe { _mm512_set1_pd(v) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        Zmm64(unsafe { _mm512_cvtps_pd(_mm256_loadu_ps(p)) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 8 writable elements, by contract.
+        unsafe { _mm256_storeu_ps(p, _mm512_cvtpd_ps(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        // SAFETY: by contract.
+        Zmm64(unsafe { _mm512_fmadd_pd(self.0, b.0, c.0) })
+    }
+    #[inline(always)]
+    unsafe fn add_exact_product(self, b: Self, c: Self) -> Self {
+        // SAFETY: by contract.
+        unsafe { self.fma(b, c) }
+    }
+    #[inline(always)]
+    unsafe fn lanes(self) -> [f64; 8] {
+        // SAFETY: the array is 64 bytes wide.
+        unsafe {
+            let mut out = [0.0; 8];
+            _mm512_storeu_pd(out.as_mut_ptr(), self.0);
+            out
+        }
     }
 }
 

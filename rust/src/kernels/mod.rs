@@ -19,10 +19,12 @@ mod geometry;
 mod outer;
 mod probe;
 mod scalar;
+mod select;
 mod single;
 mod table;
 mod update;
 mod vector;
+mod wide;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -32,6 +34,7 @@ mod avx512;
 pub use elementwise::AdamStep;
 pub use fused::{Product, Weight};
 pub use geometry::Geometry;
+pub use select::Election;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
 pub const TILE: usize = 16;
@@ -78,6 +81,8 @@ type Pull = unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]);
 type MovedRows = unsafe fn(Geometry, [&[f32]; 2], &[f32], [&mut [f32]; 2], bool);
 type AdamW = unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]);
 type Momentum = unsafe fn([f32; 4], &mut [f32], &mut [f32], &mut [f32]);
+type ProductsOfRows = unsafe fn(&[f32], &[f32], usize, &mut [f64], bool);
+type MixRows = unsafe fn(&[f64], usize, &[f32], usize, &mut [f32]);
 type RlsGain = unsafe fn(&mut [f64], &[f32], f64, &mut [f64], &mut [f32]) -> f64;
 
 /// Read-path primitives for one stored element type.
@@ -117,6 +122,9 @@ pub struct Kernels {
     step_and_clear: unsafe fn(f32, &mut [f32], &mut [f32]),
     all_finite: unsafe fn(&[f32]) -> bool,
     rls_gain: RlsGain,
+    products_of_rows: ProductsOfRows,
+    mix_rows: MixRows,
+    select: select::Select,
     probe_read: unsafe fn(&[f32]) -> f32,
     probe_fma: unsafe fn(usize, f32) -> f64,
 }
@@ -409,6 +417,46 @@ impl Kernels {
     pub fn all_finite(&self, x: &[f32]) -> bool {
         // SAFETY: the table exists only where its ISA does.
         unsafe { (self.all_finite)(x) }
+    }
+
+    /// All inner products of rows of `n` columns, in f64: `out[i * q + j] = <x_i, y_j>`. The same bits on
+    /// every ISA.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn products_of_rows(&self, x: &[f32], y: &[f32], n: usize, out: &mut [f64]) {
+        let (p, q) = (x.len() / n, y.len() / n);
+        need("products_of_rows x", x.len(), p * n);
+        need("products_of_rows y", y.len(), q * n);
+        need("products_of_rows out", out.len(), p * q);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.products_of_rows)(x, y, n, out, false) }
+    }
+
+    /// [`Kernels::products_of_rows`] of rows with themselves, in half the time.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn gram_of_rows(&self, x: &[f32], n: usize, out: &mut [f64]) {
+        let p = x.len() / n;
+        need("gram_of_rows x", x.len(), p * n);
+        need("gram_of_rows out", out.len(), p * p);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.products_of_rows)(x, x, n, out, true) }
+    }
+
+    /// `out_i = sum_q coef[i * k + q] m_q` for rows of `n` columns: f64 inside, rounded once, the same bits on
+    /// every ISA.
+    ///
+    /// # Panics
+    /// When lengths do not fit.
+    pub fn mix_rows(&self, coef: &[f64], m: &[f32], n: usize, out: &mut [f32]) {
+        let (k, rows) = (m.len() / n, out.len() / n);
+        need("mix_rows m", m.len(), k * n);
+        need("mix_rows out", out.len(), rows * n);
+        need("mix_rows coef", coef.len(), rows * k);
+        // SAFETY: lengths checked above; the table exists only where its ISA does.
+        unsafe { (self.mix_rows)(coef, k, m, n, out) }
     }
 
     /// One recursive-least-squares step on P (f64, r x r, symmetric); writes the gain `k`, returns `u.k`.

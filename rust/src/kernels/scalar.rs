@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::vector::Vector;
+use super::vector::{Eight, Vector};
 
 /// Eight lanes as an array.
 #[derive(Clone, Copy)]
@@ -12,6 +12,7 @@ pub(crate) struct F32x8([f32; 8]);
 unsafe impl Vector for F32x8 {
     const W: usize = 8;
     const FUSED: bool = false;
+    type Wide = F64x8;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         F32x8([v; 8])
@@ -71,6 +72,41 @@ unsafe impl Vector for F32x8 {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+}
+
+/// Eight f64 lanes as an array.
+#[derive(Clone, Copy)]
+pub(crate) struct F64x8([f64; 8]);
+
+// SAFETY: plain loads and stores of 8 elements, as the trait asks of the caller; no ISA is needed.
+unsafe impl Eight for F64x8 {
+    #[inline(always)]
+    unsafe fn splat(v: f64) -> Self {
+        F64x8([v; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 8 readable elements, by contract.
+        F64x8(unsafe { p.cast::<[f32; 8]>().read_unaligned() }.map(f64::from))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 8 writable elements, by contract.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0.map(|v| v as f32)) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        // One rounding as on the other ISAs, even where it goes through libm.
+        F64x8(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
+    }
+    #[inline(always)]
+    unsafe fn add_exact_product(self, b: Self, c: Self) -> Self {
+        F64x8(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn lanes(self) -> [f64; 8] {
+        self.0
+    }
 }
 
 super::isa_table!(F32x8, Isa::Scalar,);

@@ -36,11 +36,12 @@ macro_rules! isa_table {
     };
     ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
         use super::{AdamStep, Geometry, Isa, Kernels, Product, Reads};
-        use super::{batch, elementwise, fused, outer, probe, single, update};
+        use super::{batch, elementwise, fused, outer, probe, single, update, wide};
 
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_bf16, half::bf16, $v, $(#[$attr])*);
+        super::select::select_table!($(#[$attr])*);
 
         $(#[$attr])*
         unsafe fn rank1(w: *mut f32, g: Geometry, c: *const f32, v: *const f32) {
@@ -106,6 +107,16 @@ macro_rules! isa_table {
             elementwise::rls_gain(p, u, phi, pu, k)
         }
         $(#[$attr])*
+        unsafe fn products_of_rows(x: &[f32], y: &[f32], n: usize, out: &mut [f64], symmetric: bool) {
+            // SAFETY: same contract; the ISA is enabled here.
+            unsafe { wide::products_of_rows::<$v>(x, y, n, out, symmetric) }
+        }
+        $(#[$attr])*
+        unsafe fn mix_rows(coef: &[f64], k: usize, m: &[f32], n: usize, out: &mut [f32]) {
+            // SAFETY: same contract; the ISA is enabled here.
+            unsafe { wide::mix_rows::<$v>(coef, k, m, n, out) }
+        }
+        $(#[$attr])*
         unsafe fn probe_read(x: &[f32]) -> f32 {
             // SAFETY: the ISA is enabled here.
             unsafe { probe::read::<$v>(x) }
@@ -136,6 +147,9 @@ macro_rules! isa_table {
             step_and_clear,
             all_finite,
             rls_gain,
+            products_of_rows,
+            mix_rows,
+            select: selection::SELECT,
             probe_read,
             probe_fma,
         };

@@ -14,6 +14,8 @@ pub(crate) unsafe trait Vector: Copy {
     const W: usize;
     /// Whether a fused multiply-add is one instruction.
     const FUSED: bool = true;
+    /// Eight f64 lanes of the same instruction set.
+    type Wide: Eight;
     unsafe fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_f16(p: *const u16) -> Self;
@@ -60,6 +62,30 @@ pub(crate) unsafe trait Vector: Copy {
                 i += 1;
             }
         }
+    }
+}
+
+/// Eight lanes of f64, loaded from and stored to f32; every ISA gives the same bits.
+///
+/// # Safety
+/// As [`Vector`]; pointers must be valid for 8 elements.
+#[allow(clippy::missing_safety_doc)]
+pub(crate) unsafe trait Eight: Copy {
+    unsafe fn splat(v: f64) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn store(self, p: *mut f32);
+    /// `self * b + c`, rounded once.
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+    /// `self * b + c` where the product is exact, as that of two widened f32 is: fused or not, one rounding.
+    unsafe fn add_exact_product(self, b: Self, c: Self) -> Self;
+    unsafe fn lanes(self) -> [f64; 8];
+
+    /// The sum of the lanes, in one order.
+    #[inline(always)]
+    unsafe fn sum(self) -> f64 {
+        // SAFETY: registers only.
+        let a = unsafe { self.lanes() };
+        ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }
 }
 

@@ -19,8 +19,10 @@ mod fuse;
 mod handle;
 mod long;
 mod machine;
+mod merge;
 mod micro_lora;
 mod step;
+mod swap;
 mod train;
 
 use pyo3::prelude::*;
@@ -48,9 +50,13 @@ mod _core {
         set_num_threads,
     };
     #[pymodule_export]
+    use super::merge::{combine, compose, diff, merge_adapters, merge_methods, resize};
+    #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
+    #[pymodule_export]
+    use super::swap::{PyGeneration, PyHotSwap, SwapHandle, probe_swap};
     #[pymodule_export]
     use super::train::{PyOptimizer, evaluate};
 

@@ -157,6 +157,17 @@ def learning_rates_block(lines: list[dict[str, Any]]) -> str:
     return table(["width", "task", *rates], [[str(width), task, *c] for (width, task), c in rows.items()])
 
 
+def sidecar_block(lines: list[dict[str, Any]]) -> str:
+    """Sizes of side-cars as shares of the bytes that change."""
+    head = ["dtype", "delta / weights", "weights rounded away", "residual", "adapter", "restored"]
+    shares = ("lossy", "residual", "adapter")
+    rows = [
+        [x["dtype"], f"{x['ratio']:g}", *(f"{x[k]:.2%}" for k in shares), "bit for bit" if x["exact"] else "NO"]
+        for x in lines
+    ]
+    return table(head, rows)
+
+
 def methods_block() -> str:
     """The merge methods, one row each, as the core's table has them."""
     from microlora.merging import methods
@@ -232,6 +243,9 @@ def pages() -> dict[Path, str]:
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
         training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
+    sidecar = (DATA / "sidecar.jsonl").read_text(encoding="utf-8").splitlines()
+    fusing = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
+    fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
     merged = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     merged = inject(merged, "methods", methods_block())
     if (DATA / "merging.json").exists():
@@ -246,6 +260,7 @@ def pages() -> dict[Path, str]:
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
     return {
         ROOT / "README.md": readme,
+        ROOT / "docs" / "fusing.md": fusing,
         ROOT / "docs" / "learning.md": learning,
         ROOT / "docs" / "merging.md": merged,
         ROOT / "docs" / "training.md": training,

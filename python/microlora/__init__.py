@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
+    from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
     from microlora.hot_swap import HotSwapManager
     from microlora.merging import (
@@ -69,6 +70,8 @@ __all__ = [
     "Contrastive",
     "EwcPlusPlus",
     "Feedback",
+    "FuseReport",
+    "FusedTensor",
     "Gradient",
     "Gram",
     "HotSwapManager",
@@ -107,6 +110,7 @@ __all__ = [
     "diff",
     "encoders",
     "exceptions",
+    "fuse",
     "load",
     "merge",
     "merging",
@@ -116,6 +120,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "training",
+    "unfuse",
 ]
 
 
@@ -124,6 +129,7 @@ _ROOMS = {
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
+    "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
     "hot_swap": ("HotSwapManager",),
     "merging": (

@@ -42,6 +42,7 @@ __all__ = [
     "diff",
     "evaluate",
     "from_bytes",
+    "fuse_model",
     "isa",
     "load",
     "merge_adapters",
@@ -55,6 +56,7 @@ __all__ = [
     "save_peft",
     "save_single",
     "set_num_threads",
+    "unfuse_model",
     "write_file",
 ]
 
@@ -1090,6 +1092,43 @@ def save_peft(
     Raises:
         ConfigError: ``layer_paths`` that do not fit the modules.
         OSError: The system refused.
+    """
+
+def fuse_model(
+    base: str | PathLike[str],
+    adapter: Adapter,
+    out: str | PathLike[str],
+    sidecar: str | PathLike[str] | None,
+    layer_paths: Mapping[str, Sequence[str]] | None,
+    fan_in_fan_out: bool | None,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> str:
+    """Adds an adapter to the weights of a model on disk; the report as JSON. See :func:`microlora.fuse`.
+
+    Raises:
+        ConfigError: Modules without their one tensor, or places that would overwrite something needed.
+        ShapeError: A weight that fits in neither layout.
+        NonFiniteError: NaN or infinity in a touched weight or in the sum.
+        FormatError: A broken file.
+        CancelledError: The token was set.
+        OSError: The system refused. Nothing is left behind in any error.
+    """
+
+def unfuse_model(
+    fused: str | PathLike[str],
+    sidecar: str | PathLike[str],
+    out: str | PathLike[str],
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> str:
+    """Takes a side-car's adapter off again, bit for bit; the report as JSON. See :func:`microlora.unfuse`.
+
+    Raises:
+        FormatError: A hash that does not fit, or a broken file.
+        ConfigError: Places that would overwrite the input.
+        CancelledError: The token was set.
+        OSError: The system refused. Nothing is left behind in any error.
     """
 
 def isa() -> str:

@@ -12,6 +12,7 @@ pub mod error;
 pub mod ewc;
 pub mod factor;
 pub mod format;
+pub mod fuse;
 pub mod kernels;
 pub mod layer;
 pub mod learn;

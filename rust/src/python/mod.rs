@@ -15,6 +15,7 @@ mod error;
 mod ewc;
 mod feedback;
 mod files;
+mod fuse;
 mod handle;
 mod long;
 mod machine;
@@ -39,6 +40,8 @@ mod _core {
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
     use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single, write_file};
+    #[pymodule_export]
+    use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]

@@ -181,6 +181,8 @@ def test_weights_of_others(refused):
     refused(ConfigError, "weights: unknown key 'c'", of, method="linear", weights={"a": 1, "b": 1, "c": 1})
     refused(ConfigError, "weights: got none for 'b'", of, method="linear", weights={"a": 1})
     refused(ConfigError, "weights", of, method="linear", weights=[0.5, 0.5])
+    stats, turned = known(of), {"a": 1, "b": -0.5}
+    refused(ConfigError, "of 0 or above", of, method="fisher", weights=turned, statistics=stats)
     refused(ConfigError, "weights", of, method="linear", weights={"a": float("nan"), "b": 1})
     refused(ConfigError, "weights: got .* expected none with method 'average'", of, weights={"a": 1, "b": 1})
 

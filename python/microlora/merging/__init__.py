@@ -12,7 +12,8 @@ from microlora.merging.methods import Method, methods
 from microlora.merging.performance import performance_weights
 from microlora.merging.report import MergeReport, ModuleReport
 from microlora.merging.resizing import Resized, resize
-from microlora.merging.routed import CentroidRouter, RoutedEnsemble, Router
+from microlora.merging.routed import RoutedEnsemble
+from microlora.merging.router import CentroidRouter, Router
 from microlora.merging.statistics import Statistics
 
 __all__ = [

@@ -18,6 +18,7 @@ mod geometry;
 mod outer;
 mod probe;
 mod scalar;
+mod select;
 mod single;
 mod table;
 mod update;
@@ -31,6 +32,7 @@ mod avx512;
 
 pub use elementwise::AdamStep;
 pub use geometry::Geometry;
+pub use select::Election;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
 pub const TILE: usize = 16;
@@ -118,6 +120,7 @@ pub struct Kernels {
     rls_gain: RlsGain,
     products_of_rows: ProductsOfRows,
     mix_rows: MixRows,
+    select: select::Select,
     probe_read: unsafe fn(&[f32]) -> f32,
     probe_fma: unsafe fn(usize, f32) -> f64,
 }

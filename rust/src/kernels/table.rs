@@ -36,6 +36,7 @@ macro_rules! isa_table {
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_bf16, half::bf16, $v, $(#[$attr])*);
+        super::select::select_table!($(#[$attr])*);
 
         $(#[$attr])*
         unsafe fn rank1(w: *mut f32, g: Geometry, c: *const f32, v: *const f32) {
@@ -143,6 +144,7 @@ macro_rules! isa_table {
             rls_gain,
             products_of_rows,
             mix_rows,
+            select: selection::SELECT,
             probe_read,
             probe_fma,
         };

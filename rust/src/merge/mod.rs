@@ -5,6 +5,7 @@
 
 mod compose;
 mod diff;
+mod element;
 mod factor;
 mod method;
 mod report;
@@ -13,15 +14,17 @@ mod spec;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use compose::{combine, sequential};
 pub use diff::{Diff, ModuleDiff, diff};
+pub use element::mask;
 pub use method::{DefaultWeights, Family, METHODS, Method};
 pub use report::{ModuleReport, Report};
 pub use resize::{Goal, ResizePlan, resize};
 pub use spec::{Gram, Majority, ModulePlan, Parent, Plan, Semantics, Spec, Statistics};
 
+use self::method::Run;
 use crate::adapter::Adapter;
 use crate::algebra::Stack;
 use crate::dtype::Dtype;
@@ -32,6 +35,9 @@ use crate::layer::Layer;
 
 /// Told of progress as (modules done, modules in all); an error stops the work.
 pub type Tick<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
+
+/// Time between two ticks inside a module.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 /// An adapter with its name and what it knows of its data, module by module.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +71,14 @@ pub fn merge(k: &Kernels, sources: &[Source], plan: &Plan, tick: &mut Tick<'_>) 
     for (done, (m, spec, parents)) in work.iter().enumerate() {
         tick(done, work.len())?;
         let begin = Instant::now();
-        let (layer, mut figures) = one(k, &m.name, parents, spec)?;
+        let mut last = begin;
+        let (layer, mut figures) = one(k, &m.name, parents, spec, &mut |_, _| {
+            if last.elapsed() < PATIENCE {
+                return Ok(());
+            }
+            last = Instant::now();
+            tick(done, work.len())
+        })?;
         figures.name.clone_from(&m.name);
         figures.method = spec.method.name.into();
         figures.rank_out = layer.rank();
@@ -79,8 +92,22 @@ pub fn merge(k: &Kernels, sources: &[Source], plan: &Plan, tick: &mut Tick<'_>) 
     Ok((Adapter { modules, ..Adapter::default() }, report))
 }
 
-fn one(k: &Kernels, module: &str, parents: &[Parent<'_>], spec: &Spec) -> Result<(Layer, ModuleReport)> {
-    factor::merge(k, module, parents, spec)
+/// One module; `tick` is called for every block that is streamed, so that it can be cancelled.
+fn one(
+    k: &Kernels,
+    module: &str,
+    parents: &[Parent<'_>],
+    spec: &Spec,
+    tick: &mut Tick<'_>,
+) -> Result<(Layer, ModuleReport)> {
+    if let Run::Element(prepare) = spec.method.run {
+        return element::layer(k, prepare, module, parents, spec, tick);
+    }
+    let (layer, mut report) = factor::merge(k, module, parents, spec)?;
+    if spec.full {
+        report.sign_conflict = Some(element::sign_conflict(k, module, parents, tick)?);
+    }
+    Ok((layer, report))
 }
 
 fn parents_of<'a>(m: &ModulePlan, sources: &'a [Source]) -> Result<Vec<Parent<'a>>> {

@@ -126,6 +126,7 @@ pub(crate) fn merge(
             debug_assert_eq!(alpha, 1.0);
             Ok((layer_of(made, &stack, rank, dtype)?, report))
         }
+        Run::Element(_) => unreachable!("an element-wise method in factor space"),
     }
 }
 

@@ -11,6 +11,9 @@ use crate::layer::Layer;
 /// Up to this many names are found faster by looking at each.
 const SCAN: usize = 8;
 
+/// `(in_features, out_features)`.
+pub(super) type Shape = (usize, usize);
+
 /// Layers by slot; a slot that the adapter has no module for is empty.
 type Slots = Arc<[Option<Arc<Layer>>]>;
 
@@ -18,8 +21,8 @@ type Slots = Arc<[Option<Arc<Layer>>]>;
 pub(super) struct Content {
     adapter: Arc<Adapter>,
     slots: Slots,
-    /// `(in_features, out_features)` by slot, (0, 0) where empty: compared at a swap without touching layers.
-    shapes: Box<[(usize, usize)]>,
+    /// By slot, (0, 0) where empty: compared at a swap without touching layers.
+    shapes: Box<[Shape]>,
     names: Arc<Names>,
     /// Whether shapes other than those of the generation before are wanted.
     pub reshape: bool,
@@ -48,7 +51,7 @@ impl Content {
     }
 
     /// The first slot whose shape differs from that of `other`, with both shapes.
-    pub fn clash(&self, other: &Content) -> Option<(usize, (usize, usize), (usize, usize))> {
+    pub fn clash(&self, other: &Content) -> Option<(usize, Shape, Shape)> {
         let pairs = self.shapes.iter().zip(&other.shapes).enumerate();
         let mut both = pairs.filter(|(_, (a, b))| a.0 != 0 && b.0 != 0);
         both.find_map(|(slot, (a, b))| (a != b).then_some((slot, *a, *b)))

@@ -20,7 +20,7 @@ mod generation;
 
 pub use activity::Activity;
 pub use generation::Generation;
-use generation::{Content, Names};
+use generation::{Content, Names, Shape};
 
 /// Called with modules done and modules in all; an error ends the work.
 pub type Tick<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
@@ -339,7 +339,7 @@ impl HotSwap {
 }
 
 #[cold]
-fn other_shape(name: &str, new: (usize, usize), old: (usize, usize), number: u64) -> Error {
+fn other_shape(name: &str, new: Shape, old: Shape, number: u64) -> Error {
     let want = format!("{old:?} as in generation {number}, or reshape=True");
     Error::shape(format!("adapter: (in, out) of {name}"), format!("{new:?}"), want)
 }

@@ -156,7 +156,8 @@ def shrink(gram, rho):
 def regmean(deltas, grams, weights=None, lam=1.0, rho=0.9):
     """2212.09849: least squares over all parents' inputs; rows are inputs, so D^T stands right of G."""
     w = np.ones(len(deltas)) if weights is None else f64(weights)
-    g = [wi * shrink(gi, rho) for wi, gi in zip(w, grams, strict=True)]
+    ridge = 1e-2 * np.mean([np.diag(f64(gi)).mean() for gi in grams]) * np.eye(len(grams[0]))
+    g = [wi * (shrink(gi, rho) + ridge) for wi, gi in zip(w, grams, strict=True)]
     right = sum(gi @ f64(d).T for gi, d in zip(g, deltas, strict=True))
     return lam * (np.linalg.pinv(sum(g), hermitian=True) @ right).T
 

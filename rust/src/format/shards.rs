@@ -202,8 +202,11 @@ impl Model {
     }
 }
 
+/// The file of every tensor.
+type Index = BTreeMap<String, String>;
+
 /// Names of the weight files of a folder, and the index where there is one.
-fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<BTreeMap<String, String>>)> {
+fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
     let index = dir.join(INDEX);
     match (dir.join(WEIGHTS).is_file(), index.is_file()) {
         (true, false) => Ok((vec![WEIGHTS.to_owned()], None)),

@@ -12,6 +12,8 @@ const GROUP: usize = 16;
 /// f64 lanes of a sum.
 const LANES: usize = 8;
 
+type Ratio = unsafe fn(&[&[f32]], &[&[f32]], &[f32], f32, &mut [f32]);
+
 /// One ISA's instantiations.
 #[derive(Clone, Copy)]
 pub(super) struct Select {
@@ -20,7 +22,7 @@ pub(super) struct Select {
     pub keep_bits: unsafe fn(&[u64], f32, &mut [f32]),
     pub keep_above: unsafe fn(&[f32], f32, &mut [f32]),
     pub elect: unsafe fn(&Election<'_>, &[&[f32]], &mut [f32]),
-    pub ratio: unsafe fn(&[&[f32]], &[&[f32]], &[f32], f32, &mut [f32]),
+    pub ratio: Ratio,
     pub variance: unsafe fn(&[&[f32]], &mut [f32]),
     pub conflicts: unsafe fn(&[&[f32]]) -> [usize; 2],
     pub sum_squares: unsafe fn(&[f32]) -> f64,

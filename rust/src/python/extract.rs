@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
-use super::adapter::PyAdapter;
 use super::array::input;
 use super::long::long_call;
 use super::merge::{Made, json};
@@ -17,7 +16,11 @@ use crate::merge::{ExtractOptions, Pair, extract_arrays, extract_files};
 
 /// Names, dtypes and shapes of a model's tensors; `arg` is what errors call it.
 #[pyfunction]
-pub(super) fn list_tensors(py: Python<'_>, path: PathBuf, arg: &str) -> PyResult<Vec<(String, String, Vec<usize>)>> {
+pub(super) fn list_tensors(
+    py: Python<'_>,
+    path: PathBuf,
+    arg: &str,
+) -> PyResult<Vec<(String, String, Vec<usize>)>> {
     Ok(py.detach(|| -> Result<_> {
         let model = Model::open(&path, arg)?;
         let mut out: Vec<_> = model
@@ -86,7 +89,9 @@ pub(super) fn extract_from_arrays(
     let mut read = Vec::with_capacity(pairs.len());
     for (name, tuned, base, transposed) in &pairs {
         let t = input(&format!("tuned, module {name}"), tuned, None, true)?;
-        let rows = t.rows.ok_or_else(|| Error::shape(format!("tuned, module {name}"), "one dimension", "a matrix"))?;
+        let rows = t
+            .rows
+            .ok_or_else(|| Error::shape(format!("tuned, module {name}"), "one dimension", "a matrix"))?;
         let cols = t.as_slice().len() / rows;
         let b = input(&format!("base, module {name}"), base, Some(cols), true)?;
         read.push((name, t, b, cols, *transposed));

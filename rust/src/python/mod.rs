@@ -13,6 +13,7 @@ mod chain;
 mod dataset;
 mod error;
 mod ewc;
+mod extract;
 mod feedback;
 mod files;
 mod fuse;
@@ -36,6 +37,8 @@ mod _core {
     use super::chain::PyChain;
     #[pymodule_export]
     use super::ewc::PyEwc;
+    #[pymodule_export]
+    use super::extract::{extract_from_arrays, extract_from_files, list_tensors};
     #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]

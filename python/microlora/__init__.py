@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         compose_parallel,
         compose_sequential,
         diff,
+        extract,
         merge,
         resize,
     )
@@ -110,6 +111,7 @@ __all__ = [
     "diff",
     "encoders",
     "exceptions",
+    "extract",
     "fuse",
     "load",
     "merge",
@@ -142,6 +144,7 @@ _ROOMS = {
         "compose_parallel",
         "compose_sequential",
         "diff",
+        "extract",
         "merge",
         "resize",
     ),

@@ -41,11 +41,15 @@ __all__ = [
     "compose",
     "diff",
     "evaluate",
+    "extract_from_arrays",
+    "extract_from_files",
     "from_bytes",
     "fuse_model",
     "isa",
+    "list_tensors",
     "load",
     "merge_adapters",
+    "merge_mask",
     "merge_methods",
     "num_threads",
     "probe_fma_gflops",
@@ -1183,8 +1187,59 @@ def merge_methods() -> list[dict[str, Any]]:
     """The table of merge methods, one dict a row.
 
     Keys: name, family, formula, paper, when, laws (names), params (defaults by name, as numbers),
-    default_weights (``"none"``, ``"equal"`` or ``"one"``) and parents (fewest, and most or None).
+    default_weights (``"none"``, ``"equal"`` or ``"one"``), parents (fewest, and most or None) and semantics.
     """
+
+def merge_mask(seed: int, module: str, parent: str, rows: int, cols: int, density: float) -> list[list[bool]]:
+    """The mask that random methods lay on one parent: ``rows`` lists of ``cols`` bools.
+
+    ``semantics="peft"`` draws for ``<module>.lora_a`` (rank, in) and ``<module>.lora_b`` (out, rank) apart.
+
+    Raises:
+        ConfigError: A density outside (0, 1].
+    """
+
+def list_tensors(path: str, arg: str) -> list[tuple[str, str, list[int]]]:
+    """Names, dtypes and shapes of a model's tensors on disk; ``arg`` is what errors call it."""
+
+def extract_from_files(
+    tuned: str,
+    base: str,
+    modules: Mapping[str, bool],
+    keep: str,
+    value: float,
+    max_rank: int,
+    dtype: str,
+    seed: int,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> tuple[Adapter, str]:
+    """An adapter out of two models on disk; see :func:`microlora.extract`.
+
+    Args:
+        tuned: The tuned model.
+        base: What it was tuned from.
+        modules: The modules wanted, and whether their weights lie as (in, out).
+        keep: ``"rank"``, ``"energy"`` or ``"max_error"``.
+        value: How much.
+        max_rank: Highest rank.
+        dtype: How the adapter is stored.
+        seed: Of the random start.
+        progress: Called with ``(done, total, what)``.
+        cancel: A token looked at there.
+    """
+
+def extract_from_arrays(
+    pairs: Sequence[tuple[str, ArrayLike, ArrayLike, bool]],
+    keep: str,
+    value: float,
+    max_rank: int,
+    dtype: str,
+    seed: int,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> tuple[Adapter, str]:
+    """The same from matrices: ``(module, tuned, base, whether they lie as (in, out))``, floating point."""
 
 def merge_adapters(
     parents: Sequence[tuple[str, Adapter]],

@@ -7,6 +7,7 @@ allows.
 from microlora.merging.compose import compose_parallel, compose_sequential
 from microlora.merging.config import MergeConfig
 from microlora.merging.difference import DiffReport, ModuleDiff, diff
+from microlora.merging.extracting import Extracted, extract
 from microlora.merging.merger import AdapterMerger, Merged, merge
 from microlora.merging.methods import Method, methods
 from microlora.merging.performance import performance_weights
@@ -20,6 +21,7 @@ __all__ = [
     "AdapterMerger",
     "CentroidRouter",
     "DiffReport",
+    "Extracted",
     "MergeConfig",
     "MergeReport",
     "Merged",
@@ -33,6 +35,7 @@ __all__ = [
     "compose_parallel",
     "compose_sequential",
     "diff",
+    "extract",
     "merge",
     "methods",
     "performance_weights",

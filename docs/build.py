@@ -263,6 +263,7 @@ def pages() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
+    readme = inject(readme, "merge", demo_block((DATA / "merge.txt").read_text(encoding="utf-8")))
     return {
         ROOT / "README.md": readme,
         ROOT / "docs" / "fusing.md": fusing,

@@ -92,7 +92,8 @@ def extract(
     """
     plan = keep_plan(rank, energy, max_error, dtype)
     most = integer("max_rank", max_rank, 1, MAX_RANK)
-    how = (plan["keep"], float(plan["value"]), most, dtype, integer("seed", seed, 0, 2**64 - 1))
+    keep, amount = str(plan["keep"]), float(plan["value"])
+    start = integer("seed", seed, 0, 2**64 - 1)
     wanted, turned = _patterns("modules", modules), _patterns("transposed", transposed)
     if rank is not None and rank > most:
         raise ConfigError(f"rank: got {rank}, expected at most max_rank, {most}")
@@ -102,7 +103,9 @@ def extract(
             if name not in base:
                 raise ConfigError(f"base: got no module {name!r}, expected those of tuned")
         pairs = [(name, tuned[name], base[name], taken[name]) for name in taken]
-        core, report = _core.extract_from_arrays(pairs, *how, progress, cancel)
+        core, report = _core.extract_from_arrays(
+            pairs, keep, amount, most, dtype, start, progress=progress, cancel=cancel
+        )
     elif isinstance(tuned, str | os.PathLike) and isinstance(base, str | os.PathLike):
         paths = os.fspath(tuned), os.fspath(base)
         theirs = {name for name, _, _ in _core.list_tensors(paths[1], "base")}
@@ -112,7 +115,9 @@ def extract(
             if name.endswith(".weight") and len(shape) == 2 and name in theirs
         ]
         taken = _taken(names, wanted, turned)
-        core, report = _core.extract_from_files(*paths, taken, *how, progress, cancel)
+        core, report = _core.extract_from_files(
+            *paths, taken, keep, amount, most, dtype, start, progress=progress, cancel=cancel
+        )
     else:
         got = f"{type(tuned).__name__} and {type(base).__name__}"
         raise DTypeError(f"tuned, base: got {got}, expected two paths or two mappings of arrays")

@@ -162,7 +162,7 @@ def sidecar_block(lines: list[dict[str, Any]]) -> str:
     head = ["dtype", "delta / weights", "weights rounded away", "residual", "adapter", "restored"]
     shares = ("lossy", "residual", "adapter")
     rows = [
-        [x["dtype"], f"{x['ratio']:g}", *(f"{x[k]:.2%}" for k in shares), "bit for bit" if x["exact"] else "NO"]
+        [x["dtype"], f"{x['ratio']:g}", *(f"{x[k]:.2%}" for k in shares), ("NO", "bit for bit")[x["exact"]]]
         for x in lines
     ]
     return table(head, rows)

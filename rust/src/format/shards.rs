@@ -140,7 +140,7 @@ impl Model {
         Ok(())
     }
 
-    fn check_index(&self, index: &BTreeMap<String, String>) -> Result<()> {
+    fn check_index(&self, index: &Index) -> Result<()> {
         for (name, file) in index {
             let found = self.places.get(name).map(|&(s, _)| &self.shards[s].name);
             if found != Some(file) {
@@ -202,8 +202,11 @@ impl Model {
     }
 }
 
+/// Tensor to file.
+type Index = BTreeMap<String, String>;
+
 /// Names of the weight files of a folder, and the index where there is one.
-fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<BTreeMap<String, String>>)> {
+fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
     let index = dir.join(INDEX);
     match (dir.join(WEIGHTS).is_file(), index.is_file()) {
         (true, false) => Ok((vec![WEIGHTS.to_owned()], None)),
@@ -225,7 +228,7 @@ fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<BTreeMap<Str
     }
 }
 
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+fn read_index(path: &Path) -> Result<Index> {
     let wrong = |reason: String| Error::format(path.display(), reason);
     let object = json::parse_object(&source::Text::read(path)?.text).map_err(wrong)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {

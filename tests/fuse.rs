@@ -114,7 +114,7 @@ fn narrow_types_are_rounded_once_to_nearest_even() {
         assert_eq!(f16::narrow(x), f16::INFINITY);
         assert_eq!(f16::narrow(-x), f16::NEG_INFINITY);
     }
-    assert_eq!(f16::narrow(65519.999_999), f16::MAX);
+    assert_eq!(f16::narrow(65_519.999_999), f16::MAX);
     let largest = f64::from(bf16::MAX.to_f32());
     let halfway = largest + (largest - f64::from(bf16::from_bits(bf16::MAX.to_bits() - 1).to_f32())) / 2.0;
     assert_eq!(bf16::narrow(halfway), bf16::INFINITY);

@@ -1,4 +1,4 @@
-"""Fusing into files: bytes per second beside a copy of the same file, and PEFT's merge of the same factors."""
+"""Fusing into files: bytes per second beside a copy of the same file and PEFT's merge of the same factors."""
 
 from __future__ import annotations
 

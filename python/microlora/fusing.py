@@ -108,9 +108,10 @@ def fuse(
 
     The base is streamed in blocks of 512 KiB (or one row, where that is longer), tensor by tensor, shard by
     shard. The call holds at most five blocks, the file headers and one module's factors as float32, and for
-    the side-car up to four copies of the adapter; a tensor is never held whole, whatever its size. Header, metadata, order of tensors and every tensor that no module
-    touches are copied byte for byte, and so are the other files of a folder (settings, tokenizer, index);
-    sub-folders and weights in other forms are left out and named in the report.
+    the side-car up to four copies of the adapter; a tensor is never held whole, whatever its size. Header,
+    metadata, order of tensors and every tensor that no module touches are copied byte for byte, and so are
+    the other files of a folder (settings, tokenizer, index); sub-folders and weights in other forms are left
+    out and named in the report.
 
     Sums are taken in float64 in one order, so the same files give the same bits on every machine and
     instruction set; hashing runs beside the sums after ``set_num_threads(2)``.

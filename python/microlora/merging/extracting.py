@@ -56,7 +56,7 @@ def extract(
     and a block), never a matrix. Algorithm: Halko, Martinsson and Tropp, arXiv 0909.4061.
 
     Args:
-        tuned: A safetensors file, a folder with one or with shards and their index, or ``{module: (out, in)}``.
+        tuned: A safetensors file, a folder with one or with shards and an index, or ``{module: (out, in)}``.
         base: What it was tuned from, in the same form.
         rank: Rank of every module.
         energy: Or the least rank that keeps this share of a difference's squared norm.

@@ -140,7 +140,7 @@ impl Model {
         Ok(())
     }
 
-    fn check_index(&self, index: &BTreeMap<String, String>) -> Result<()> {
+    fn check_index(&self, index: &Index) -> Result<()> {
         for (name, file) in index {
             let found = self.places.get(name).map(|&(s, _)| &self.shards[s].name);
             if found != Some(file) {
@@ -202,7 +202,7 @@ impl Model {
     }
 }
 
-/// The file of every tensor.
+/// Tensor to file.
 type Index = BTreeMap<String, String>;
 
 /// Names of the weight files of a folder, and the index where there is one.
@@ -228,7 +228,7 @@ fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
     }
 }
 
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+fn read_index(path: &Path) -> Result<Index> {
     let wrong = |reason: String| Error::format(path.display(), reason);
     let object = json::parse_object(&source::Text::read(path)?.text).map_err(wrong)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {

@@ -283,7 +283,7 @@ fn settings(method: &str, turn: usize) -> String {
     add("density", [0.3, 0.55, least, 0.8][turn % 4].to_string());
     add("gamma", [0.01, 0.0, 0.15][turn % 3].to_string());
     add("epsilon", [0.1, 0.0, 0.12][turn % 3].to_string());
-    add("normalize", (turn % 2 == 0).to_string());
+    add("normalize", turn.is_multiple_of(2).to_string());
     add("majority", [r#""total""#, r#""frequency""#][turn / 2 % 2].into());
     add("seed", (turn % 5).to_string());
     out.join(", ")
@@ -480,8 +480,9 @@ fn zeros_stay_zeros() {
 fn equal_entries_stay_or_go_together() {
     // A rank-one change of equal magnitudes: no entry is larger than another.
     let (rows, cols) = (40, 50);
-    let sign =
-        |n: usize, s: usize| (0..n).map(|i| if (i * s) % 3 == 0 { -0.5 } else { 0.5 }).collect::<Vec<f32>>();
+    let sign = |n: usize, s: usize| {
+        (0..n).map(|i| if (i * s).is_multiple_of(3) { -0.5 } else { 0.5 }).collect::<Vec<f32>>()
+    };
     let layer = Layer::new(
         Factor::from_rows(&sign(cols, 1), 1, cols, Dtype::F32),
         Factor::from_rows(&sign(rows, 2), 1, rows, Dtype::F32),

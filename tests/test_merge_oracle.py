@@ -187,3 +187,16 @@ def test_factors_of_different_ranks_are_refused_as_there():
         theirs(model, "linear", WEIGHTS)
     with pytest.raises(ml.exceptions.ConfigError, match="rank"):
         ml.merge(ours, method="linear", semantics="peft", weights=WEIGHTS)
+
+
+@pytest.mark.parametrize("method", ["svd", "ties_svd", "magnitude_prune_svd"])
+def test_default_rank_is_the_largest_of_any_adapter(method):
+    """Where ranks differ by module and by adapter, PEFT allocates one for all."""
+    model, ours = make("ab", (3, 6), (8.0, 3.0))
+    settings = {} if method == "svd" else {"density": 0.5}
+    weights = {"a": 0.7, "b": 0.3}
+    check(model, ours, method, weights, **settings)
+    # A module that only the adapter of the lower rank has.
+    part = ml.Adapter.from_factors({"up_proj": ours["b"].factors("up_proj")}, alpha=3.0)
+    lone = ml.merge({"a": ours["a"], "b": part}, method=method, semantics="peft", weights=weights, **settings)
+    assert lone.adapter.info("q_proj").rank == 6

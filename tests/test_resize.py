@@ -9,7 +9,7 @@ from merge_support import adapter, cases, delta, distance, from_delta
 from microlora.exceptions import CancelledError, ConfigError, DTypeError
 from microlora.merging import MergeReport, Resized
 from microlora.progress import CancelToken
-from support import rng
+from support import normal, rng
 
 SHAPES = {"q": (40, 30, 8), "k": (40, 20, 6), "v": (12, 50, 2)}
 
@@ -157,3 +157,44 @@ def test_progress_and_cancel():
     token.cancel()
     with pytest.raises(CancelledError):
         ml.resize(adapter(SHAPES), rank=2, cancel=token)
+
+
+def test_rslora_adapters_stay_of_one_kind(tmp_path):
+    """Modules that stay and modules that shrink must be of one scaling, or PEFT could not hold them."""
+    r = rng(5)
+    low = normal(r, 8, 16) * (np.arange(8) < 2)[:, None], normal(r, 12, 8)
+    full = normal(r, 8, 16), normal(r, 12, 8)
+    whole = ml.Adapter.from_factors({"a": low, "b": full}, alpha=8.0, use_rslora=True)
+    small, _ = ml.resize(whole, energy=0.9999)
+    assert small.info("a").rank == 2
+    assert all(small.info(m).use_rslora for m in "ab")
+    ml.save(small, tmp_path / "small", "peft")
+    back = ml.load(tmp_path / "small")
+    for module in "ab":
+        assert distance(delta(back, module), delta(whole, module)) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_rounding_to_a_narrow_dtype_is_in_the_error(dtype):
+    shapes = {"m": (24, 20, 6)}
+    a, b = adapter(shapes, 1), adapter(shapes, 2)
+    both = ml.merge({"a": a, "b": a, "c": b}, method="cat").adapter
+    small, report = ml.resize(both, max_error=0.0, dtype=dtype)
+    off = distance(delta(small), delta(both))
+    assert off > 1e-5
+    assert report["m"].error == pytest.approx(off, rel=0.05)
+    assert "rounding to" in " ".join(report["m"].notes)
+
+
+def test_scales_of_f16_go_into_alpha():
+    """B of 1e-4 times A of 1e-2 would vanish in f16 were the scaling 1."""
+    r = rng(6)
+    pairs = [(1e-2 * normal(r, 4, 32), 1e-4 * normal(r, 32, 4)) for _ in range(2)]
+    one, two = (ml.Adapter.from_factors({"m": p}, alpha=1e-3, dtype="f16") for p in pairs)
+    made = ml.compose_sequential([one, two], residual=False)
+    want = delta(two) @ delta(one)
+    assert distance(delta(made), want) < 2e-3
+    assert made.info("m").dtype_a == "f16"
+    for merged in (ml.merge({"a": one, "b": two}, method=m, rank=4) for m in ("ties", "linear", "sce")):
+        wide = ml.merge({"a": one, "b": two}, method=merged.report["m"].method, rank=4, dtype="f32")
+        assert distance(delta(merged.adapter), delta(wide.adapter)) < 2e-3

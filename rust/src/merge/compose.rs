@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use nalgebra::DMatrix;
 
-use super::factor::{concatenated, layer_of_shape};
+use super::factor::concatenated;
 use super::spec::Parent;
+use super::store::store;
 use super::{finite_factor, widest};
 use crate::adapter::Adapter;
 use crate::algebra::Factors;
@@ -43,7 +44,7 @@ pub fn combine(k: &Kernels, terms: &[(&Adapter, f64)]) -> Result<Adapter> {
         let (stack, groups) = super::Stack::of(&layers, &vec![1.0; layers.len()])?;
         let coefficients: Vec<f64> = parents.iter().map(|p| p.weight).collect();
         let rank = stack.rank();
-        let layer = concatenated(&parents, &groups, &coefficients, &stack, widest(&layers), rank)?;
+        let layer = concatenated(k, &parents, &groups, &coefficients, &stack, widest(&layers), rank)?.layer;
         modules.push((name, Arc::new(layer)));
     }
     Ok(Adapter { modules, ..Adapter::default() })
@@ -97,6 +98,10 @@ pub fn sequential(k: &Kernels, adapters: &[&Adapter], residual: bool) -> Result<
                 return Err(Error::shape(format!("module {name}"), got, "in = out, for x + a(x)"));
             }
             made = Some(match made {
+                // One kind of scaling for all modules of the result.
+                None if adapters.len() > 1 => {
+                    Layer { alpha: next.exact_scaling() * next.rank() as f64, rslora: false, ..next.clone() }
+                }
                 None => next.clone(),
                 Some(first) => after(k, &name, &first, next, residual)?,
             });
@@ -157,7 +162,7 @@ fn after(k: &Kernels, name: &str, a: &Layer, b: &Layer, residual: bool) -> Resul
         mix_a: none(),
         mix_b: none(),
     };
-    layer_of_shape(made, (n_in, n_out), rank, widest(&[a, b]))
+    Ok(store(k, made, (n_in, n_out), rank, widest(&[a, b]))?.layer)
 }
 
 fn names<'a>(adapters: impl Iterator<Item = &'a Adapter>) -> Vec<String> {

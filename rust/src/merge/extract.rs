@@ -6,8 +6,8 @@ use std::time::Instant;
 use half::{bf16, f16};
 use serde::Serialize;
 
-use super::factor::layer_of_shape;
 use super::report::{ModuleReport, Report};
+use super::store::store;
 use crate::adapter::Adapter;
 use crate::algebra::{Keep, SketchOptions, Tiles, decompose};
 use crate::dtype::Dtype;
@@ -216,7 +216,7 @@ impl Work<'_> {
         } else {
             (cols, rows)
         };
-        let layer = layer_of_shape(made, shape, rank, o.dtype)?;
+        let layer = store(self.k, made, shape, rank, o.dtype)?.told(&mut figures);
         figures.seconds = begin.elapsed().as_secs_f64();
         self.out.report.peak_bytes = self.out.report.peak_bytes.max(figures.bytes);
         self.out.report.modules.push(figures);

@@ -227,7 +227,7 @@ pub static METHODS: &[Method] = &[
     Method {
         name: "regmean",
         family: Family::Factor,
-        formula: "(sum w_i D_i G_i) (sum w_i G_i)^-1, G_i = rho E[x^T x] + (1-rho) diag",
+        formula: "(sum w_i D_i G_i) (sum w_i G_i)^-1, G_i = rho E[x^T x] + (1-rho) diag + 0.01 mean diag",
         paper: "RegMean, arXiv 2212.09849",
         when: "different tasks, with Grams of their inputs: the best merge measured here",
         laws: &[

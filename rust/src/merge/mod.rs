@@ -13,6 +13,7 @@ mod peft;
 mod report;
 mod resize;
 mod spec;
+mod store;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -62,7 +63,10 @@ pub fn merge(k: &Kernels, sources: &[Source], plan: &Plan, tick: &mut Tick<'_>) 
     let start = Instant::now();
     let mut work = Vec::with_capacity(plan.modules.len());
     for m in &plan.modules {
-        let spec = Spec::new(m, plan)?;
+        let mut spec = Spec::new(m, plan)?;
+        if plan.semantics == Semantics::Peft {
+            peft::ranks(&mut spec, sources, m.parents.len());
+        }
         let parents = parents_of(m, sources)?;
         check(k, &m.name, &parents, &spec)?;
         work.push((m, spec, parents));
@@ -168,7 +172,16 @@ fn check(k: &Kernels, module: &str, parents: &[Parent<'_>], spec: &Spec) -> Resu
         }
     }
     let relative = spec.normalize || method.laws.contains(&"weights_ratio");
+    let weighed = matches!(method.run, Run::RegMean) || method.name == "fisher";
+    if let Some(p) = parents.iter().find(|p| weighed && p.weight < 0.0) {
+        let want = format!("0 or above: {} weighs what its parents know (module {module})", method.name);
+        return Err(Error::config(format!("weights[{:?}]", p.name), p.weight, want));
+    }
     let (sum, size) = parents.iter().fold((0.0, 0.0), |(s, a), p| (s + p.weight, a + p.weight.abs()));
+    if !size.is_finite() {
+        let got = format!("a sum of {size} (module {module})");
+        return Err(Error::config("weights", got, "magnitudes whose sum float64 holds"));
+    }
     if relative && !(f64::abs(sum) > 1e-12 * size) {
         let got = format!("a sum of {sum} (module {module})");
         return Err(Error::config(
@@ -194,12 +207,4 @@ fn widest(layers: &[&Layer]) -> Dtype {
     let mut all = layers.iter().flat_map(|l| [l.a.dtype(), l.b.dtype()]);
     let first = all.next().unwrap_or(Dtype::F32);
     if all.all(|d| d == first) { first } else { Dtype::F32 }
-}
-
-/// A result that leaves its dtype's range is refused.
-fn finite(a: &Factor, b: &Factor) -> Result<()> {
-    if a.is_finite() && b.is_finite() {
-        return Ok(());
-    }
-    Err(Error::config("dtype", a.dtype(), "one whose range holds the merged factors, such as f32"))
 }

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use serde::Deserialize;
 
-use super::factor::layer_of;
 use super::report::{ModuleReport, Report, Seen};
 use super::spec::Parent;
+use super::store::store;
 use super::{Tick, finite_factor};
 use crate::adapter::Adapter;
 use crate::algebra::{Factors, Grams, Keep, Stack, refactor_with};
@@ -130,10 +130,17 @@ fn one(
             (same, seen.exact(k, &parent, &stack.coef, layer.rank()))
         }
         Some(made) => {
-            let report = seen.truncated(k, &parent, &made);
+            let mut report = seen.truncated(k, &parent, &made);
             let rank = if let Keep::Rank(r) = keep { r } else { made.rank };
             let dtype = dtype.unwrap_or_else(|| super::widest(&[layer.as_ref()]));
-            (Arc::new(layer_of(made, &stack, rank, dtype)?), report)
+            let shape = (stack.n_in, stack.n_out);
+            let mut small = store(k, made, shape, rank, dtype)?.told(&mut report);
+            if layer.rslora {
+                // One kind of scaling for all modules, those that stay as they are among them.
+                small.alpha = small.exact_scaling() * (rank as f64).sqrt();
+                small.rslora = true;
+            }
+            (Arc::new(small), report)
         }
     };
     report.rank_out = kept.rank();

@@ -26,9 +26,9 @@ pub(crate) mod ties;
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::factor::layer_of;
 use super::report::{ModuleReport, Seen};
 use super::spec::{Parent, Semantics, Spec};
+use super::store::store;
 use crate::algebra::{Factors, Grams, Keep, SketchOptions, Stack, Tiles, decompose_from};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -286,7 +286,8 @@ pub(crate) fn merge(
     let method = prepare(&c, tick)?;
     let mut blocks = Blocks::new(k, &deltas, method);
 
-    let rank = spec.rank.unwrap_or_else(|| parents.iter().map(|p| p.layer.rank()).max().unwrap_or(1));
+    let largest = parents.iter().map(|p| p.layer.rank()).max().unwrap_or(1);
+    let rank = spec.rank.unwrap_or(largest.min(deltas.rows()).min(deltas.cols()));
     let fit = rank.min(deltas.rows()).min(deltas.cols());
     let plain = SketchOptions::for_rank(fit);
     let start = deltas.span(k, SPAN * plain.width, &mut Rng::new(spec.seed, STREAM));
@@ -335,7 +336,9 @@ pub(crate) fn layer(
     report.bytes = made.peak_bytes.max(after);
     report.sign_conflict = made.sign_conflict;
     report.notes = made.notes;
-    let layer = layer_of(made.factors, &stack, made.rank, super::dtype_of(spec, &layers))?;
+    let shape = (stack.n_in, stack.n_out);
+    let stored = store(k, made.factors, shape, made.rank, super::dtype_of(spec, &layers))?;
+    let layer = stored.told(&mut report);
     Ok((layer, report))
 }
 

@@ -1,5 +1,6 @@
 //! Methods in factor space: coefficients of the parents' deltas from their inner products, then one stack.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use nalgebra::DMatrix;
@@ -7,10 +8,10 @@ use nalgebra::DMatrix;
 use super::method::Run;
 use super::report::{ModuleReport, Seen, cosine};
 use super::spec::{Parent, Semantics, Spec};
+use super::store::{Stored, store, store_rows};
 use crate::algebra::{Factors, Grams, Keep, Stack, refactor_with};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::factor::Factor;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
 
@@ -29,6 +30,8 @@ pub(crate) struct Pieces<'a> {
     pub spec: &'a Spec,
     pub weights: &'a [f64],
     pub products: &'a DMatrix<f64>,
+    /// What should be known of how it went.
+    pub notes: RefCell<Vec<String>>,
 }
 
 impl Pieces<'_> {
@@ -57,6 +60,11 @@ impl Pieces<'_> {
         (0..self.len()).map(|i| c[i] * self.product_with(i, c)).sum::<f64>().max(0.0).sqrt()
     }
 
+    /// Puts something into the report.
+    pub fn note(&self, text: &str) {
+        self.notes.borrow_mut().push(text.to_owned());
+    }
+
     /// Weights relative to their sum.
     pub fn shares(&self) -> Result<Vec<f64>> {
         let sum: f64 = self.weights.iter().sum();
@@ -76,9 +84,10 @@ pub(crate) fn merge(
     let grams = Grams::of(k, &stack);
     let products = grams.products(&stack.coef, &groups);
     let weights: Vec<f64> = parents.iter().map(|p| p.weight).collect();
-    let pieces = Pieces { spec, weights: &weights, products: &products };
+    let pieces = Pieces { spec, weights: &weights, products: &products, notes: RefCell::default() };
     let dtype = super::dtype_of(spec, &layers);
-    let mut seen = Seen { stack: &stack, grams: &grams, groups: &groups, products: &products };
+    let shape = (stack.n_in, stack.n_out);
+    let seen = Seen { stack: &stack, grams: &grams, groups: &groups, products: &products };
     match spec.method.run {
         Run::Mix(mix) => {
             let mut coefficients = mix(&pieces)?;
@@ -89,15 +98,16 @@ pub(crate) fn merge(
             let rank = wanted(module, spec, &stack, groups.iter().map(Range::len).max().unwrap_or(1))?;
             let concat = used <= rank || spec.method.name == "cat";
             let (layer, mut report) = if concat {
-                let layer = concatenated(parents, &groups, &coefficients, &stack, dtype, rank.max(used))?;
-                let report = seen.exact(k, parents, &coef, layer.rank());
-                (layer, report)
+                let stored = concatenated(k, parents, &groups, &coefficients, &stack, dtype, rank.max(used))?;
+                let mut report = seen.exact(k, parents, &coef, stored.layer.rank());
+                (stored.told(&mut report), report)
             } else {
                 let made = refactor_with(k, &stack, &grams, &coef, Keep::Rank(rank))?;
-                let report = seen.truncated(k, parents, &made);
-                (layer_of(made, &stack, rank, dtype)?, report)
+                let mut report = seen.truncated(k, parents, &made);
+                (store(k, made, shape, rank, dtype)?.told(&mut report), report)
             };
             report.coefficients = Some(coefficients);
+            report.notes.extend(pieces.notes.take());
             report.bytes += stack.bytes() + 3 * grams.bytes();
             Ok((layer, report))
         }
@@ -114,17 +124,14 @@ pub(crate) fn merge(
             };
             let inner = Grams { a: Grams::rows(k, &moved.a, moved.n_in), b: grams.b.clone() };
             let rank = wanted(module, spec, &stack, groups.iter().map(Range::len).max().unwrap_or(1))?;
-            let (made, alpha) = if stack.rank() <= rank {
-                let norm2 = inner.inner(&coef, &(0..coef.len()), &(0..coef.len()));
-                (whole(&moved, norm2), 1.0)
+            let made = if stack.rank() <= rank {
+                whole(&moved, inner.inner(&coef, &(0..coef.len()), &(0..coef.len())))
             } else {
-                (refactor_with(k, &moved, &inner, &coef, Keep::Rank(rank))?, 1.0)
+                refactor_with(k, &moved, &inner, &coef, Keep::Rank(rank))?
             };
-            seen.stack = &stack;
             let mut report = seen.apart(k, parents, &made);
             report.bytes += stack.bytes() + moved.bytes() + 3 * inner.bytes() + regmean::bytes(parents);
-            debug_assert_eq!(alpha, 1.0);
-            Ok((layer_of(made, &stack, rank, dtype)?, report))
+            Ok((store(k, made, shape, rank, dtype)?.told(&mut report), report))
         }
         Run::Element(_) | Run::Peft(_) => unreachable!("an element-wise method in factor space"),
     }
@@ -157,19 +164,20 @@ fn wanted(module: &str, spec: &Spec, stack: &Stack, largest: usize) -> Result<us
 
 /// `sum c_i D_i` by concatenation: A as it is, scalars in alpha, signs in B.
 pub(crate) fn concatenated(
+    k: &Kernels,
     parents: &[Parent<'_>],
     groups: &[Range<usize>],
     coefficients: &[f64],
     stack: &Stack,
     dtype: Dtype,
     rank: usize,
-) -> Result<Layer> {
+) -> Result<Stored> {
     let used: Vec<usize> = (0..parents.len()).filter(|&i| coefficients[i] != 0.0).collect();
     let scale = |i: usize| coefficients[i] * parents[i].layer.exact_scaling();
     let largest = used.iter().map(|&i| scale(i).abs()).fold(0.0, f64::max);
     if largest == 0.0 {
-        let (a, b) = (Factor::zeros(rank, stack.n_in, dtype), Factor::zeros(rank, stack.n_out, dtype));
-        return Layer::new(a, b, rank as f64, false);
+        let (a, b) = (vec![0.0; rank * stack.n_in], vec![0.0; rank * stack.n_out]);
+        return store_rows(k, &a, &b, rank, 1.0, dtype);
     }
     let (mut a, mut b) = (Vec::with_capacity(rank * stack.n_in), Vec::with_capacity(rank * stack.n_out));
     for &i in &used {
@@ -180,10 +188,7 @@ pub(crate) fn concatenated(
         b.extend(rows.iter().map(|&v| (f64::from(v) * by) as f32));
     }
     let rank = a.len() / stack.n_in;
-    let (a, b) =
-        (Factor::from_rows(&a, rank, stack.n_in, dtype), Factor::from_rows(&b, rank, stack.n_out, dtype));
-    super::finite(&a, &b)?;
-    Layer::new(a, b, largest * rank as f64, false)
+    store_rows(k, &a, &b, rank, largest, dtype)
 }
 
 /// All rows of a stack as they are, its coefficients in B.
@@ -202,24 +207,4 @@ fn whole(stack: &Stack, norm2: f64) -> Factors {
         mix_a: DMatrix::zeros(0, 0),
         mix_b: DMatrix::zeros(0, 0),
     }
-}
-
-/// A layer with scaling 1, filled up with zero rows to `rank`.
-pub(crate) fn layer_of(made: Factors, stack: &Stack, rank: usize, dtype: Dtype) -> Result<Layer> {
-    layer_of_shape(made, (stack.n_in, stack.n_out), rank, dtype)
-}
-
-/// [`layer_of`] for a shape.
-pub(crate) fn layer_of_shape(
-    made: Factors,
-    (n_in, n_out): (usize, usize),
-    rank: usize,
-    dtype: Dtype,
-) -> Result<Layer> {
-    let (mut a, mut b) = (made.a, made.b);
-    a.resize(rank * n_in, 0.0);
-    b.resize(rank * n_out, 0.0);
-    let (a, b) = (Factor::from_rows(&a, rank, n_in, dtype), Factor::from_rows(&b, rank, n_out, dtype));
-    super::finite(&a, &b)?;
-    Layer::new(a, b, rank as f64, false)
 }

@@ -9,7 +9,7 @@ pub(crate) fn mix(p: &Pieces<'_>) -> Result<Vec<f64>> {
     let t = p.shares()?[1];
     let norms = [p.norm(0), p.norm(1)];
     let size = (1.0 - t) * norms[0] + t * norms[1];
-    let [a, b] = arc(p.cosine(0, 1), t);
+    let [a, b] = arc(p, t);
     let unit = |c: f64, norm: f64| if norm > 0.0 { c / norm } else { 0.0 };
     let (mut x, mut y) = (unit(a, norms[0]), unit(b, norms[1]));
     // Between opposite or zero vectors the straight line is not of unit length: its own length counts.

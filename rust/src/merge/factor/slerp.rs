@@ -8,16 +8,23 @@ const PARALLEL: f64 = 0.9995;
 
 /// Coefficients of the unnormalised deltas.
 pub(crate) fn mix(p: &Pieces<'_>) -> Result<Vec<f64>> {
-    Ok(arc(p.cosine(0, 1), p.spec.t).to_vec())
+    Ok(arc(p, p.spec.t).to_vec())
 }
 
 /// `sin((1-t)O) / sin O` and `sin(tO) / sin O`; a straight line for parallel, opposite and zero vectors.
-pub(crate) fn arc(cosine: Option<f64>, t: f64) -> [f64; 2] {
-    match cosine {
+pub(crate) fn arc(p: &Pieces<'_>, t: f64) -> [f64; 2] {
+    match p.cosine(0, 1) {
         Some(c) if c.abs() <= PARALLEL => {
             let o = c.acos();
             [((1.0 - t) * o).sin() / o.sin(), (t * o).sin() / o.sin()]
         }
-        _ => [1.0 - t, t],
+        cosine => {
+            p.note(match cosine {
+                None => "a straight line: one delta is zero and has no direction",
+                Some(c) if c < 0.0 => "a straight line: the deltas are opposite, so no arc is the shortest",
+                Some(_) => "a straight line: the deltas are parallel",
+            });
+            [1.0 - t, t]
+        }
     }
 }

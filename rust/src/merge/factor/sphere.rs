@@ -7,7 +7,7 @@ pub(super) fn units(p: &Pieces<'_>) -> Vec<f64> {
     (0..p.len()).map(|i| if p.norm(i) > 0.0 { 1.0 / p.norm(i) } else { 0.0 }).collect()
 }
 
-/// The normalised `sum w_i u_i`; the first direction where that vanishes; none where there is no direction.
+/// The normalised `sum w_i u_i`; none, with a note, where that vanishes: no direction is nearer than another.
 pub(super) fn mean_direction(p: &Pieces<'_>, units: &[f64], w: &[f64]) -> Option<Vec<f64>> {
     let mean: Vec<f64> = w.iter().zip(units).map(|(w, u)| w * u).collect();
     let length = p.length(&mean);
@@ -15,8 +15,8 @@ pub(super) fn mean_direction(p: &Pieces<'_>, units: &[f64], w: &[f64]) -> Option
     if length > 1e-9 * total {
         return Some(mean.iter().map(|c| c / length).collect());
     }
-    let first = units.iter().position(|u| *u > 0.0)?;
-    Some((0..p.len()).map(|i| if i == first { units[i] } else { 0.0 }).collect())
+    p.note("zero: the directions cancel, so they have no mean on the sphere");
+    None
 }
 
 /// Moves `mu` to `exp_mu(sum w_i log_mu(u_i))`; returns how far.

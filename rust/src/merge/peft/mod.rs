@@ -7,14 +7,15 @@
 mod factors;
 
 use super::element;
-use super::factor::layer_of_shape;
 use super::method::{DefaultWeights, Family, Method, Run};
 use super::report::{ModuleReport, Seen};
 use super::spec::{Parent, Spec};
+use super::store::store;
 use crate::algebra::{Factors, Grams, Stack};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::layer::Layer;
+use crate::merge::Source;
 
 pub(crate) use factors::Op;
 
@@ -153,8 +154,20 @@ pub(crate) fn merge(
     report.notes.push(
         "PEFT works on A and B apart: cross terms B_i A_j, and another gauge gives another result".into(),
     );
-    let layer = layer_of_shape(made, (stack.n_in, stack.n_out), rank, super::dtype_of(spec, &layers))?;
+    let stored = store(k, made, (stack.n_in, stack.n_out), rank, super::dtype_of(spec, &layers))?;
+    let layer = stored.told(&mut report);
     Ok((layer, report))
+}
+
+/// The rank of PEFT's result: one for all modules, the largest of any adapter, where it decomposes; a single
+/// adapter keeps its own.
+pub(crate) fn ranks(spec: &mut Spec, sources: &[Source], parents: usize) {
+    if sources.len() == 1 && parents == 1 {
+        spec.rank = None;
+    } else if spec.rank.is_none() && spec.method.name.ends_with("svd") {
+        let all = sources.iter().flat_map(|s| &s.adapter.modules);
+        spec.rank = all.map(|(_, layer)| layer.rank()).max();
+    }
 }
 
 /// PEFT copies the first adapter's configuration: with rsLoRA its result counts `sqrt(rank)` times.

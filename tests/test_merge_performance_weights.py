@@ -43,7 +43,6 @@ HIGHER = [
     "lossless",
     "apples",
     "maestro",
-    "R2",
 ]
 
 

@@ -15,20 +15,8 @@ __all__ = ["LOWER_IS_BETTER", "performance_weights"]
 #: A metric with one of these words in its name (``val_loss``, ``testMSE``) is better the lower it is.
 LOWER_IS_BETTER = (
     *("loss", "error", "perplexity", "ppl", "nll", "crossentropy", "mse", "rmse", "mae", "mape"),
-    *(
-        "wer",
-        "cer",
-        "ter",
-        "eer",
-        "ece",
-        "brier",
-        "bpc",
-        "bpb",
-        "deviance",
-        "divergence",
-        "distance",
-        "regret",
-    ),
+    *("wer", "cer", "eer", "ece", "brier", "bpc", "bpb", "deviance", "divergence", "distance"),
+    "regret",
 )
 _LONG = tuple(word for word in LOWER_IS_BETTER if len(word) > 3 and word not in ("rmse", "mape"))
 

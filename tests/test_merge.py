@@ -30,7 +30,7 @@ from merge_support import (
     some,
     stable,
 )
-from microlora.exceptions import CancelledError
+from microlora.exceptions import CancelledError, ConfigError
 from microlora.merging import methods
 from microlora.progress import CancelToken
 from support import rng
@@ -352,6 +352,16 @@ def test_the_result_says_what_it_is(tmp_path):
         ml.save(made, path)
         assert distance(delta(ml.load(path)), delta(made)) < 1e-6
     assert ml.load(tmp_path / "x.safetensors").config == made.config
+
+
+def test_a_known_base_outlives_a_parent_that_knows_none():
+    said = [ml.AdapterMetadata(base_fingerprint=f) for f in ("", "A", "B")]
+    a, b, c = (one.with_metadata(m) for one, m in zip(parents(3).values(), said, strict=True))
+    plain = adapter(seed=9)
+    for both in (a + b, b + a, plain + b, ml.merge({"a": a, "b": b}).adapter, ml.compose_parallel([b, a])):
+        assert both.metadata.base_fingerprint == "A"
+        with pytest.raises(ConfigError, match="different base weights"):
+            both + c
 
 
 # -- long work --

@@ -155,7 +155,8 @@ class Parents:
         tasks = dict.fromkeys(task for m in each for task in m.task_types)
         return AdapterMetadata(
             base_model=common("base_model"),
-            base_fingerprint=common("base_fingerprint"),
+            # Parents that do not know theirs take the one that is known, so that a sum of sums is checked too.
+            base_fingerprint=max(m.base_fingerprint for m in each),
             task_types=tuple(tasks),
             training_size=min(sum(m.training_size for m in each), 2**63 - 1),
             created=utc_now(),

@@ -182,6 +182,16 @@ def test_the_dtype_is_the_widest(one, two, want):
     assert ml.merge(of, method="linear", dtype="bf16").adapter.info("m").dtype_a == "bf16"
 
 
+def test_a_zero_that_stands_in_has_no_say_in_the_dtype():
+    shapes = {"m": (12, 10, 3), "n": (12, 10, 3), "o": (12, 10, 3)}
+    low, odd = adapter(shapes, dtype="bf16"), adapter({"o": (12, 10, 3)}, 2, dtype="f16")
+    other = adapter({"m": (12, 10, 3)}, 1, dtype="bf16")
+    for method in ("linear", "ties"):
+        made = ml.merge({"a": low, "b": other, "c": odd}, method=method, missing="zero").adapter
+        assert [made.info(m).dtype_a for m in shapes] == ["bf16", "bf16", "f32"]
+        assert distance(delta(made, "n"), 0 * delta(low, "n")) > 0.1
+
+
 def test_a_sum_leaves_a_untouched():
     of = parents(2)
     made = ml.merge(of, method="cat", weights={"a": 2.0, "b": -3.0}).adapter

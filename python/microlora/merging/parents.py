@@ -132,6 +132,12 @@ class Parents:
         """Rank of one module of one adapter."""
         return self.adapters[name].describe(module)[2]
 
+    def dtype(self, module: str) -> str:
+        """The one dtype of a module's factors in all that have it, or ``"f32"``."""
+        infos = [self.adapters[name].info(module) for name in self.modules[module]]
+        kinds = {kind for info in infos for kind in (info.dtype_a, info.dtype_b)}
+        return kinds.pop() if len(kinds) == 1 else "f32"
+
     def notes(self) -> tuple[str, ...]:
         """What a merge of these leaves behind."""
         out = []

@@ -191,18 +191,23 @@ class Plan:
     # -- zeros and statistics --
 
     def _add_zeros(self) -> None:
-        """Adapters of zeros behind the real ones, for the modules that parents lack."""
-        for name, modules in self._zeros.items():
-            at = len(self.rows)
-            self._stands_in[at] = name, modules
-            dims = self.parents.dims
-            zeros = [
-                (m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0) for m in modules
-            ]
-            self.rows.append((name, _core.adapter_from_factors(zeros, False, "f32")))
-            for entry in self.modules:
-                if entry["name"] in modules:
-                    entry["parents"] = [at if i == self._at[name] else i for i in entry["parents"]]
+        """Adapters of zeros behind the real ones, for the modules that parents lack, of the others' dtype."""
+        dims = self.parents.dims
+        for name, lacks in self._zeros.items():
+            of_dtype: dict[str, list[str]] = {}
+            for module in lacks:
+                of_dtype.setdefault(self.parents.dtype(module), []).append(module)
+            for dtype, modules in of_dtype.items():
+                at = len(self.rows)
+                self._stands_in[at] = name, modules
+                zeros = [
+                    (m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0)
+                    for m in modules
+                ]
+                self.rows.append((name, _core.adapter_from_factors(zeros, False, dtype)))
+                for entry in self.modules:
+                    if entry["name"] in modules:
+                        entry["parents"] = [at if i == self._at[name] else i for i in entry["parents"]]
 
     def _statistics(self, given: Mapping[str, Any] | None) -> list[dict[str, dict[str, Any]] | None]:
         needs: dict[str, list[str]] = {}

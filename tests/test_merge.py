@@ -288,6 +288,26 @@ def test_modules_come_in_the_order_of_first_appearance():
     assert ml.merge(three()).adapter.modules() == ["q", "k", "v"]
 
 
+def test_a_rank_that_some_modules_cannot_have_is_noted():
+    made, report = ml.merge(three(), method="linear", rank=6)
+    assert [made.info(m).rank for m in "qkv"] == [6, 4, 2]
+    (note,) = report.notes
+    assert "below rank 6" in note
+    assert note.endswith("linear is exact: k (4), v (2)")
+    assert note.split(":")[0] in str(report).replace("\n", " ")
+    assert ml.merge(three(), method="linear", rank=2).report.notes == ()
+
+
+@pytest.mark.parametrize("method", list(methods("peft")))
+def test_peft_turns_every_type_into_linear_where_there_is_one_adapter(method):
+    one = adapter({"m": (12, 10, 3)})
+    rank = {} if method == "cat" else {"rank": 7}
+    made, report = ml.merge({"a": one}, method=method, semantics="peft", weights={"a": 0.5}, **rank)
+    assert distance(delta(made), 0.5 * delta(one)) < 1e-6
+    assert made.info("m").rank == 3
+    assert any("rank is ignored" in n for n in report.notes) == (method != "cat")
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "model_stock", "regmean", "fisher"])
 def test_what_only_one_has_is_taken_as_it_is(method):
     of = {n: a for n, a in three().items() if n != "c"}

@@ -161,7 +161,7 @@ class Parents:
         tasks = dict.fromkeys(task for m in each for task in m.task_types)
         return AdapterMetadata(
             base_model=common("base_model"),
-            # Parents that do not know theirs take the one that is known, so that a sum of sums is checked too.
+            # Parents that do not know theirs take the one that is known, so that sums of sums are checked.
             base_fingerprint=max(m.base_fingerprint for m in each),
             task_types=tuple(tasks),
             training_size=min(sum(m.training_size for m in each), 2**63 - 1),

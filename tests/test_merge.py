@@ -30,7 +30,7 @@ from merge_support import (
     some,
     stable,
 )
-from microlora.exceptions import CancelledError
+from microlora.exceptions import CancelledError, ConfigError
 from microlora.merging import methods
 from microlora.progress import CancelToken
 from support import rng
@@ -182,6 +182,16 @@ def test_the_dtype_is_the_widest(one, two, want):
     assert ml.merge(of, method="linear", dtype="bf16").adapter.info("m").dtype_a == "bf16"
 
 
+def test_a_zero_that_stands_in_has_no_say_in_the_dtype():
+    shapes = {"m": (12, 10, 3), "n": (12, 10, 3), "o": (12, 10, 3)}
+    low, odd = adapter(shapes, dtype="bf16"), adapter({"o": (12, 10, 3)}, 2, dtype="f16")
+    other = adapter({"m": (12, 10, 3)}, 1, dtype="bf16")
+    for method in ("linear", "ties"):
+        made = ml.merge({"a": low, "b": other, "c": odd}, method=method, missing="zero").adapter
+        assert [made.info(m).dtype_a for m in shapes] == ["bf16", "bf16", "f32"]
+        assert distance(delta(made, "n"), 0 * delta(low, "n")) > 0.1
+
+
 def test_a_sum_leaves_a_untouched():
     of = parents(2)
     made = ml.merge(of, method="cat", weights={"a": 2.0, "b": -3.0}).adapter
@@ -278,6 +288,26 @@ def test_modules_come_in_the_order_of_first_appearance():
     assert ml.merge(three()).adapter.modules() == ["q", "k", "v"]
 
 
+def test_a_rank_that_some_modules_cannot_have_is_noted():
+    made, report = ml.merge(three(), method="linear", rank=6)
+    assert [made.info(m).rank for m in "qkv"] == [6, 4, 2]
+    (note,) = report.notes
+    assert "below rank 6" in note
+    assert note.endswith("linear is exact: k (4), v (2)")
+    assert note.split(":")[0] in str(report).replace("\n", " ")
+    assert ml.merge(three(), method="linear", rank=2).report.notes == ()
+
+
+@pytest.mark.parametrize("method", list(methods("peft")))
+def test_peft_turns_every_type_into_linear_where_there_is_one_adapter(method):
+    one = adapter({"m": (12, 10, 3)})
+    rank = {} if method == "cat" else {"rank": 7}
+    made, report = ml.merge({"a": one}, method=method, semantics="peft", weights={"a": 0.5}, **rank)
+    assert distance(delta(made), 0.5 * delta(one)) < 1e-6
+    assert made.info("m").rank == 3
+    assert any("rank is ignored" in n for n in report.notes) == (method != "cat")
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "model_stock", "regmean", "fisher"])
 def test_what_only_one_has_is_taken_as_it_is(method):
     of = {n: a for n, a in three().items() if n != "c"}
@@ -352,6 +382,16 @@ def test_the_result_says_what_it_is(tmp_path):
         ml.save(made, path)
         assert distance(delta(ml.load(path)), delta(made)) < 1e-6
     assert ml.load(tmp_path / "x.safetensors").config == made.config
+
+
+def test_a_known_base_outlives_a_parent_that_knows_none():
+    said = [ml.AdapterMetadata(base_fingerprint=f) for f in ("", "A", "B")]
+    a, b, c = (one.with_metadata(m) for one, m in zip(parents(3).values(), said, strict=True))
+    plain = adapter(seed=9)
+    for both in (a + b, b + a, plain + b, ml.merge({"a": a, "b": b}).adapter, ml.compose_parallel([b, a])):
+        assert both.metadata.base_fingerprint == "A"
+        with pytest.raises(ConfigError, match="different base weights"):
+            both + c
 
 
 # -- long work --

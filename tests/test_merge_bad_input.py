@@ -108,7 +108,7 @@ def test_other_base_weights_are_refused(refused):
         for one, f in zip(parents(2).values(), ("f1", "f2"), strict=True)
     )
     refused(ConfigError, "different base weights.*'a': f1, 'b': f2", {"a": a, "b": b})
-    assert ml.merge({"a": a, "b": adapter()}).adapter.metadata.base_fingerprint == ""
+    assert ml.merge({"a": a, "b": adapter()}).adapter.metadata.base_fingerprint == "f1"
 
 
 def test_a_file_that_is_none(tmp_path, refused):

@@ -213,6 +213,12 @@ def test_values_that_are_wrong_together():
 # -- overrides --
 
 
+def test_peft_knows_no_zeros_for_missing_modules():
+    with pytest.raises(ConfigError, match=r"missing: got 'zero', expected 'skip'.* with semantics 'peft'"):
+        ml.MergeConfig(method="ties", semantics="peft", missing="zero")
+    assert ml.MergeConfig(method="ties", semantics="peft", missing="common").missing == "common"
+
+
 def test_the_first_pattern_that_matches_wins():
     config = MergeConfig.ties(
         0.5, weights={"a": 1, "b": 2}, overrides={"*.q_*": {"density": 0.25}, "*.0.*": {"method": "average"}}

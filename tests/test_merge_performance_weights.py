@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ import reference_merge as twin
 from merge_support import delta, deltas, distance, parents
 from microlora.exceptions import ConfigError
 from microlora.merging import performance_weights
+from microlora.merging.performance import LOWER_IS_BETTER
 
 
 def measured(**values):
@@ -27,7 +30,34 @@ def test_in_proportion_to_the_metric():
     assert distance(delta(made), twin.weighted(deltas(of), [0.25, 0.75])) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["loss", "val_loss", "Perplexity", "word error rate"])
+LOWER = ["loss", "val_loss", "Perplexity", "word error rate", "logloss", "valLoss", "nll", "NLL", "test_mse"]
+LOWER += ["testMSE", "MSELoss", "RMSE", "mae", "ppl", "cross_entropy", "CrossEntropy", "cross entropy", "wer"]
+LOWER += ["CER@1", "brier", "errors", "losses", "top1_error", "bpc", "MSEs", "kl_divergence"]
+HIGHER = [
+    "mrr",
+    "acc",
+    "answer_f1",
+    "certainty",
+    "power",
+    "glossary_hits",
+    "lossless",
+    "apples",
+    "maestro",
+]
+
+
+def test_the_words_that_say_lower_are_all_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "merging.md").read_text(encoding="utf-8")
+    assert [w for w in LOWER_IS_BETTER if w not in page.split("## Weights")[1].split("## ")[0]] == []
+
+
+@pytest.mark.parametrize("name", HIGHER)
+def test_higher_is_better(name):
+    of = measured(a=[(name, "d1", 1.0)], b=[(name, "d1", 3.0)])
+    assert performance_weights(of) == pytest.approx({"a": 0.25, "b": 0.75})
+
+
+@pytest.mark.parametrize("name", LOWER)
 def test_lower_is_better(name):
     of = measured(a=[(name, "d1", 1.0)], b=[(name, "d1", 3.0)])
     assert performance_weights(of) == pytest.approx({"a": 0.75, "b": 0.25})

@@ -94,10 +94,21 @@ def test_patterns_of_peft_hold_the_ranks(tmp_path):
 
 
 def test_it_keeps_what_it_knows(tmp_path):
-    said = ml.AdapterMetadata(name="n", base_model="m-1")
+    said = ml.AdapterMetadata(
+        name="n",
+        version="1.2",
+        base_model="m-1",
+        base_fingerprint="f",
+        task_types=("x",),
+        training_size=5,
+        metrics=(ml.Metric("acc", "d", 0.9),),
+        parents=("old",),
+    )
     one = adapter(SHAPES).with_metadata(said)
     made = ml.resize(one, rank=2).adapter
-    assert (made.metadata.name, made.metadata.base_model) == ("n", "m-1")
+    new = {"name": "", "version": "", "metrics": (), "parents": ("n",), "created": made.metadata.created}
+    assert made.metadata == said.replace(**new)
+    assert ml.resize(adapter(SHAPES), rank=2).adapter.metadata.parents == ("adapter",)
     assert made.config.rank_of("q") == 2
     assert made.config.target_modules == tuple(SHAPES)
     ml.save(one, tmp_path / "x.safetensors")

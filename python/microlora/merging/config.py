@@ -113,6 +113,11 @@ class MergeConfig(Constructors, Document):
             put(self, "dtype", choice("dtype", self.dtype, tuple(DTYPE_BYTES)))
         put(self, "report", choice("report", self.report, ("default", "full")))
         put(self, "missing", choice("missing", self.missing, MISSING))
+        if self.missing == "zero" and self.semantics == "peft":
+            want = (
+                "'skip', 'common' or 'error' with semantics 'peft', which passes over what an adapter lacks"
+            )
+            raise wrong("missing", "zero", want)
         if self.metric is not None:
             put(self, "metric", text("metric", self.metric, empty=False))
         self._together(row)

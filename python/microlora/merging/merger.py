@@ -166,6 +166,5 @@ class AdapterMerger:
         plan = Plan(self._config, Parents.of(adapters), statistics)
         core, report = _core.merge_adapters(plan.rows, plan.statistics, plan.to_json(), progress, cancel)
         made = described(core, plan.parents.metadata(), f"merge {self._config.to_json()}")
-        notes = plan.parents.notes()
-        document = json.loads(report)
-        return Merged(made, MergeReport.from_dict({**document, "notes": notes}))
+        document = {**json.loads(report), "notes": plan.notes()}
+        return Merged(made, MergeReport.from_dict(document))

@@ -132,6 +132,12 @@ class Parents:
         """Rank of one module of one adapter."""
         return self.adapters[name].describe(module)[2]
 
+    def dtype(self, module: str) -> str:
+        """The one dtype of a module's factors in all that have it, or ``"f32"``."""
+        infos = [self.adapters[name].info(module) for name in self.modules[module]]
+        kinds = {kind for info in infos for kind in (info.dtype_a, info.dtype_b)}
+        return kinds.pop() if len(kinds) == 1 else "f32"
+
     def notes(self) -> tuple[str, ...]:
         """What a merge of these leaves behind."""
         out = []
@@ -155,7 +161,8 @@ class Parents:
         tasks = dict.fromkeys(task for m in each for task in m.task_types)
         return AdapterMetadata(
             base_model=common("base_model"),
-            base_fingerprint=common("base_fingerprint"),
+            # Parents that do not know theirs take the one that is known, so that sums of sums are checked.
+            base_fingerprint=max(m.base_fingerprint for m in each),
             task_types=tuple(tasks),
             training_size=min(sum(m.training_size for m in each), 2**63 - 1),
             created=utc_now(),

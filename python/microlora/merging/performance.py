@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError
@@ -10,14 +12,19 @@ from microlora.metadata import Metric
 
 __all__ = ["LOWER_IS_BETTER", "performance_weights"]
 
-#: A metric whose name contains one of these is better the lower it is.
-LOWER_IS_BETTER = ("loss", "error", "perplexity")
+#: A metric with one of these words in its name (``val_loss``, ``testMSE``) is better the lower it is.
+LOWER_IS_BETTER = (
+    *("loss", "error", "perplexity", "ppl", "nll", "crossentropy", "mse", "rmse", "mae", "mape"),
+    *("wer", "cer", "eer", "ece", "brier", "bpc", "bpb", "deviance", "divergence", "distance"),
+    "regret",
+)
+_LONG = tuple(word for word in LOWER_IS_BETTER if len(word) > 3 and word not in ("rmse", "mape"))
 
 
 def performance_weights(adapters: Mapping[str, Adapter], metric: str | None = None) -> dict[str, float]:
     """Weights in proportion to a metric that all adapters have, of the same data; they sum to 1.
 
-    Where lower is better (the name contains loss, error or perplexity) in proportion to its inverse.
+    Where lower is better (a word of :data:`LOWER_IS_BETTER` in the name) in proportion to its inverse.
 
     Args:
         adapters: With metrics in their metadata.
@@ -40,13 +47,21 @@ def performance_weights(adapters: Mapping[str, Adapter], metric: str | None = No
                 f"weights: got {name} = {value:g} of {who!r}, expected a number above 0 for "
                 "weights='performance'"
             )
-    if any(word in name.lower() for word in LOWER_IS_BETTER):
+    if _lower_is_better(name):
         best = min(values.values())  # keeps the inverses of very small values finite
         values = {who: best / value for who, value in values.items()}
     top = max(values.values())
     shares = {who: value / top for who, value in values.items()}
     total = sum(shares.values())
     return {who: value / total for who, value in shares.items()}
+
+
+def _lower_is_better(name: str) -> bool:
+    """By the name's words, in any spelling: snake_case, camelCase, upper case, plural."""
+    words = [w.lower() for w in re.findall(r"[A-Z]+s?(?![a-z])|[A-Z]?[a-z]+", name)]
+    words += [first + second for first, second in pairwise(words)]  # cross entropy
+    stems = {*words, *(w.removesuffix("s") for w in words), *(w.removesuffix("es") for w in words)}
+    return any(w in LOWER_IS_BETTER or w.endswith(_LONG) for w in stems)
 
 
 def _table(name: str, metrics: tuple[Metric, ...]) -> dict[tuple[str, str], float]:

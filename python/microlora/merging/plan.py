@@ -40,6 +40,8 @@ class Plan:
         self._at = {name: i for i, name in enumerate(self._names)}
         self._zeros: dict[str, list[str]] = {}  # by adapter: the modules that a zero stands in for
         self._stands_in: dict[int, tuple[str, list[str]]] = {}  # the same by row
+        self._rank_ignored = False
+        self._less_rank: dict[tuple[int, str], list[str]] = {}  # by what was asked for: modules with less
         self._performance: dict[str | None, dict[str, float]] = {}
         self._check_parents()
         self.modules = [self._module(m, names) for m, names in self._taken().items()]
@@ -58,6 +60,24 @@ class Plan:
             "modules": self.modules,
         }
         return json.dumps(document)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the parents leave behind, and what could not be as asked for."""
+        out = list(self.parents.notes())
+        if self._rank_ignored:
+            out.append("rank is ignored: PEFT turns every type into linear where there is one adapter")
+        for (rank, name), modules in self._less_rank.items():
+            more = "" if len(modules) < 4 else f", ... ({len(modules)} in all)"
+            out.append(
+                f"modules that not all have stay below rank {rank}, at the sum of their parents' ranks, at "
+                f"which {name} is exact: {', '.join(modules[:3])}{more}"
+            )
+        return tuple(out)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether PEFT would turn any type into linear, at the rank of the one adapter."""
+        return self.config.semantics == "peft" and len(self._names) == 1
 
     # -- checks --
 
@@ -141,11 +161,15 @@ class Plan:
     def _rank(self, config: MergeConfig, row: Method, module: str, present: list[str]) -> int | None:
         """The rank asked for, in the range that the method can give."""
         ranks = [self.parents.rank(n, module) for n in present]
+        if self._alone:
+            self._rank_ignored |= config.rank is not None
+            return None
         if config.rank is None:
             # A zero that stands in for a missing module has a rank in memory, but adds nothing.
             return None if len(present) == len(self._names) else (sum(ranks) if row.exact else max(ranks))
         if row.exact and config.rank > sum(ranks):
             if len(present) < len(self._names):
+                self._less_rank.setdefault((config.rank, row.name), []).append(f"{module} ({sum(ranks)})")
                 return sum(ranks)
             raise ConfigError(
                 f"rank: got {config.rank}, expected at most {sum(ranks)} for {module!r}, the sum of the "
@@ -191,18 +215,23 @@ class Plan:
     # -- zeros and statistics --
 
     def _add_zeros(self) -> None:
-        """Adapters of zeros behind the real ones, for the modules that parents lack."""
-        for name, modules in self._zeros.items():
-            at = len(self.rows)
-            self._stands_in[at] = name, modules
-            dims = self.parents.dims
-            zeros = [
-                (m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0) for m in modules
-            ]
-            self.rows.append((name, _core.adapter_from_factors(zeros, False, "f32")))
-            for entry in self.modules:
-                if entry["name"] in modules:
-                    entry["parents"] = [at if i == self._at[name] else i for i in entry["parents"]]
+        """Adapters of zeros behind the real ones, for the modules that parents lack, of the others' dtype."""
+        dims = self.parents.dims
+        for name, lacks in self._zeros.items():
+            of_dtype: dict[str, list[str]] = {}
+            for module in lacks:
+                of_dtype.setdefault(self.parents.dtype(module), []).append(module)
+            for dtype, modules in of_dtype.items():
+                at = len(self.rows)
+                self._stands_in[at] = name, modules
+                zeros = [
+                    (m, np.zeros((1, dims[m][0]), "f4"), np.zeros((dims[m][1], 1), "f4"), 1.0)
+                    for m in modules
+                ]
+                self.rows.append((name, _core.adapter_from_factors(zeros, False, dtype)))
+                for entry in self.modules:
+                    if entry["name"] in modules:
+                        entry["parents"] = [at if i == self._at[name] else i for i in entry["parents"]]
 
     def _statistics(self, given: Mapping[str, Any] | None) -> list[dict[str, dict[str, Any]] | None]:
         needs: dict[str, list[str]] = {}

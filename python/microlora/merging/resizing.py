@@ -10,7 +10,7 @@ from microlora._checks import choice, flag, integer, real, wrong
 from microlora.adapter import Adapter
 from microlora.config import DTYPE_BYTES, MAX_RANK
 from microlora.exceptions import ConfigError
-from microlora.merging.parents import Source, as_adapter, described
+from microlora.merging.parents import Parents, Source, as_adapter, described
 from microlora.merging.report import MergeReport
 from microlora.metadata import utc_now
 from microlora.progress import CancelToken, Progress
@@ -51,7 +51,9 @@ def resize(
         cancel: A token looked at between modules.
 
     Returns:
-        The adapter and a :class:`MergeReport`, with the adapter as its one parent.
+        The adapter and a :class:`MergeReport`, with the adapter as its one parent. The metadata name the
+        parent and keep what still holds: name, version and metrics were the parent's. Tensors that are no
+        factors are left out, with a note in the report.
 
     Raises:
         ConfigError: None or several of rank, energy and max_error, or values out of range.
@@ -63,9 +65,12 @@ def resize(
     if not per_module and rank is not None:
         raise wrong("per_module", False, "True with a rank, which is the same for all modules anyway")
     core, report = _core.resize(value, json.dumps(plan), progress, cancel)
-    data = value.metadata.replace(created=utc_now())
+    said = value.metadata
+    # What was measured, numbered and named is the parent, not this one.
+    data = said.replace(name="", version="", metrics=(), created=utc_now(), parents=(said.name or "adapter",))
     made = described(core, data, value.config.description)
-    return Resized(made, MergeReport.from_dict(json.loads(report)))
+    notes = Parents.of({"adapter": value}).notes()
+    return Resized(made, MergeReport.from_dict({**json.loads(report), "notes": notes}))
 
 
 def keep_plan(

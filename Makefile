@@ -188,7 +188,9 @@ science-merging: $(BUILT) $(ORACLE)/.ready ## Merge adapters in every way, here 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build
 	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json
+	@$(RUN_ORACLE) benches/sidecar_sizes.py --out docs/data/sidecar.jsonl
 	@COLUMNS=110 NO_COLOR=1 $(PY) -m microlora demo --save-dir build/adapters > build/demo.txt && mv build/demo.txt docs/data/demo.txt
+	@$(PY) examples/merge_adapters.py > docs/data/merge.txt
 	@$(PY) docs/build.py
 
 clean: ## Remove everything that was built or installed here

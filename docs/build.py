@@ -157,6 +157,22 @@ def learning_rates_block(lines: list[dict[str, Any]]) -> str:
     return table(["width", "task", *rates], [[str(width), task, *c] for (width, task), c in rows.items()])
 
 
+def sidecar_block(lines: list[dict[str, Any]]) -> str:
+    """Sizes of side-cars as shares of the bytes that change."""
+    head = ["dtype", "delta / weights", "weights rounded away", "residual", "adapter", "restored"]
+    shares = ("lossy", "residual", "adapter")
+    rows = [
+        [
+            x["dtype"],
+            f"{x['ratio']:g}",
+            *(f"{x[k]:.2%}" for k in shares),
+            "bit for bit" if x["exact"] else "NO",
+        ]
+        for x in lines
+    ]
+    return table(head, rows)
+
+
 def methods_block() -> str:
     """The merge methods, one row each, as the core's table has them."""
     from microlora.merging import methods
@@ -228,14 +244,15 @@ def pages() -> dict[Path, str]:
     if (DATA / "presets.jsonl").exists():
         presets = (DATA / "presets.jsonl").read_text(encoding="utf-8").splitlines()
         learning = inject(learning, "presets", presets_block([json.loads(line) for line in presets]))
-    merging = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
-    merging = inject(merging, "methods", methods_block())
     training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
         training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
-    merging = ROOT / "docs" / "merging.md"
-    merged = merging.read_text(encoding="utf-8")
+    sidecar = (DATA / "sidecar.jsonl").read_text(encoding="utf-8").splitlines()
+    fusing = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
+    fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
+    merged = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    merged = inject(merged, "methods", methods_block())
     if (DATA / "merging.json").exists():
         merged = inject(
             merged, "merging-science", merging_block(json.loads((DATA / "merging.json").read_text("utf-8")))
@@ -246,13 +263,14 @@ def pages() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
+    readme = inject(readme, "merge", demo_block((DATA / "merge.txt").read_text(encoding="utf-8")))
     return {
         ROOT / "README.md": readme,
+        ROOT / "docs" / "fusing.md": fusing,
         ROOT / "docs" / "learning.md": learning,
-        ROOT / "docs" / "merging.md": merging,
+        ROOT / "docs" / "merging.md": merged,
         ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data),
-        merging: merged,
     }
 
 

@@ -85,8 +85,30 @@ fn check(s: &Stack, what: &str) {
 
 #[test]
 fn random_stacks() {
-    for (n_in, n_out, rank) in [(24, 40, 6), (33, 17, 9), (96, 96, 24), (7, 50, 5), (1, 9, 1), (130, 8, 8)] {
+    for (n_in, n_out, rank) in [
+        (6, 19, 15),
+        (5, 4, 30),
+        (2, 3, 25),
+        (24, 40, 6),
+        (33, 17, 9),
+        (96, 96, 24),
+        (7, 50, 5),
+        (1, 9, 1),
+        (130, 8, 8),
+    ] {
         check(&stack(n_in, n_out, rank, (n_in * 31 + rank) as u64), &format!("{n_in}x{n_out} r{rank}"));
+    }
+}
+
+#[test]
+fn more_rows_than_columns_and_coefficients_far_apart() {
+    for seed in 0..60 {
+        let (n_in, n_out) = (1 + seed as usize % 9, 24 - seed as usize % 9);
+        let mut s = stack(n_in, n_out, 15, seed);
+        for (r, c) in s.coef.iter_mut().enumerate() {
+            *c *= 10f64.powi((r as i32 / 4 + seed as i32 % 4) % 4 - 2);
+        }
+        check(&s, &format!("{n_in}x{n_out}, seed {seed}"));
     }
 }
 

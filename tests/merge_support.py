@@ -14,6 +14,10 @@ METHODS = tuple(name for name, row in methods().items() if name == row.name)
 FACTOR = tuple(name for name in METHODS if methods()[name].exact)
 ELEMENT = tuple(name for name in METHODS if not methods()[name].exact)
 
+TOLERANCE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-4)}
+GAUGE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-2)}
+TWO = {"slerp", "nuslerp"}
+
 
 def factors(r, n_in, n_out, rank):
     return normal(r, rank, n_in) / np.sqrt(n_in), normal(r, n_out, rank) / np.sqrt(rank)
@@ -31,6 +35,10 @@ def adapter(shapes=None, seed=0, *, alpha=None, dtype="f32", use_rslora=False):
 def parents(m=3, shapes=None, seed=0, **settings):
     names = "abcdefgh"[:m]
     return {name: adapter(shapes, 100 * seed + i, **settings) for i, name in enumerate(names)}
+
+
+def some(method, seed=0, **settings):
+    return parents(2 if method in TWO else 3, seed=seed, **settings)
 
 
 def delta(one, module="m"):
@@ -87,17 +95,6 @@ def dense_merge(of, method, **settings):
     return delta(merge(of, method, full=True, **settings).adapter)
 
 
-def masks(of, method, *, seed=0, **settings):
-    """What the random methods draw, seen through merges of single parents: True where an entry is kept."""
-    linear = {"dare_ties": "dare_linear", "della": "della_linear"}.get(method, method)
-    settings = {k: v for k, v in settings.items() if k in ("density", "epsilon")}
-    out = []
-    for name, one in of.items():
-        alone = dense_merge({name: one}, linear, weights={name: 1.0}, seed=seed, **settings)
-        out.append(np.abs(alone) > 1e-3 * np.abs(delta(one)))
-    return out
-
-
 def expected(of, method, *, weights=None, seed=0, statistics=None, semantics="exact", **settings):
     """The twin's result on the dense deltas."""
     dense, row = deltas(of), methods()[method]
@@ -117,12 +114,12 @@ def expected(of, method, *, weights=None, seed=0, statistics=None, semantics="ex
         return f(dense, [statistics[n].grams["m"].matrix() for n in of], **args)
     if method == "fisher":
         return f(dense, [statistics[n].importance["m"] for n in of], **args)
-    if semantics == "mergekit" and method in ("dare_linear", "dare_ties", "sce"):
+    if semantics == "mergekit" and method in ("dare_linear", "dare_ties", "della", "della_linear", "sce"):
         args["semantics"] = semantics
+    drawn = [twin.uniforms(seed, ("m", name), d.shape) for name, d in zip(of, dense, strict=True)]
     if method.startswith("dare"):
-        return f(dense, masks(of, method, seed=seed, **settings), **args)
+        return f(dense, [u < args["density"] for u in drawn], **args)
     if method.startswith("della"):
-        drawn = [np.where(k, 0.0, 1.0) for k in masks(of, method, seed=seed, **settings)]
         return f(dense, drawn, **args)
     return f(dense, **args)
 
@@ -136,12 +133,14 @@ def stable(of, method, **settings):
     }
     args = {"weights": None, **settings}
     row = methods()[method]
-    if method.startswith(("dare", "della")) or row.statistics:
+    if row.statistics:
         return True
-    w = args.pop("weights")
-    extra = {} if w is None or row.weights == "none" else {"weights": [w[n] for n in of]}
-    f = getattr(twin, method)
-    return distance(f(deltas(moved), **args, **extra), f(deltas(of), **args, **extra)) < 1e-3
+    shaken = None
+    if args["weights"] is not None:
+        shaken = {n: w * (1 + 1e-6 * r.standard_normal()) for n, w in args["weights"].items()}
+    return (
+        distance(expected(moved, method, **{**args, "weights": shaken}), expected(of, method, **args)) < 1e-3
+    )
 
 
 @st.composite

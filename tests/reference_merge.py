@@ -156,7 +156,8 @@ def shrink(gram, rho):
 def regmean(deltas, grams, weights=None, lam=1.0, rho=0.9):
     """2212.09849: least squares over all parents' inputs; rows are inputs, so D^T stands right of G."""
     w = np.ones(len(deltas)) if weights is None else f64(weights)
-    g = [wi * shrink(gi, rho) for wi, gi in zip(w, grams, strict=True)]
+    ridge = 1e-2 * np.mean([np.diag(f64(gi)).mean() for gi in grams]) * np.eye(len(grams[0]))
+    g = [wi * (shrink(gi, rho) + ridge) for wi, gi in zip(w, grams, strict=True)]
     right = sum(gi @ f64(d).T for gi, d in zip(g, deltas, strict=True))
     return lam * (np.linalg.pinv(sum(g), hermitian=True) @ right).T
 
@@ -171,30 +172,82 @@ def fisher(deltas, importance, weights=None, lam=1.0):
     return lam * np.divide((f * stack(deltas)).sum(0), below, out=np.zeros_like(below), where=below > 0)
 
 
+# -- random numbers --
+
+
+def key_of(seed):
+    """Eight words drawn from a seed by PCG32 (O'Neill 2014)."""
+    state, key = seed, []
+    for _ in range(8):
+        state = (state * 6364136223846793005 + 11634580027462260723) % 2**64
+        word, turn = (((state >> 18) ^ state) >> 27) % 2**32, state >> 59
+        key.append((word >> turn | word << (32 - turn)) % 2**32)
+    return key
+
+
+def chacha8(key, stream, n):
+    """n words of ChaCha with 8 rounds (Bernstein 2008)."""
+    blocks = -(-n // 16)
+    counter = np.arange(blocks, dtype=np.uint64)
+    start = [0x61707865, 0x3320646E, 0x79622D32, 0x6B206574, *key]
+    start += [counter % 2**32, counter >> np.uint64(32), stream % 2**32, stream >> 32]
+    first = np.stack([np.broadcast_to(np.asarray(v, np.uint64), blocks) for v in start]).astype(np.uint32)
+    x = first.copy()
+
+    def quarter(a, b, c, d):
+        for p, q, r, by in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+            x[p] += x[q]
+            x[r] ^= x[p]
+            x[r] = x[r] << np.uint32(by) | x[r] >> np.uint32(32 - by)
+
+    for _ in range(4):
+        for i in range(4):
+            quarter(i, 4 + i, 8 + i, 12 + i)
+        for i in range(4):
+            quarter(i, 4 + (i + 1) % 4, 8 + (i + 2) % 4, 12 + (i + 3) % 4)
+    return (x + first).T.ravel()[:n]
+
+
+def stream_of(*names):
+    """FNV-1a of names with a byte 255 between them, which is in no UTF-8 text."""
+    stream = 0xCBF29CE484222325
+    for byte in b"\xff".join(name.encode() for name in names):
+        stream = (stream ^ byte) * 0x100000001B3 % 2**64
+    return stream
+
+
+def uniforms(seed, names, shape):
+    """Numbers of 24 bits in [0, 1), a word each, row by row."""
+    words = chacha8(key_of(seed), stream_of(*names), int(np.prod(shape)))
+    return ((words >> np.uint32(8)) / 2**24).reshape(shape)
+
+
 # -- masks --
 
 
 def kept(n, density):
-    """How many of n entries a density keeps."""
-    return int(np.floor(density * n + 1e-9))
+    """How many of n entries a share is: rounded down, but 0.29 of 100 is 29."""
+    return min(int(density * n + 1e-9), n)
+
+
+def largest(magnitudes, k):
+    """The k-th largest number; infinity where k is 0."""
+    return np.sort(magnitudes, axis=None)[-k] if k else np.inf
 
 
 def top(d, density):
-    """Mask of the largest magnitudes; of equals the earlier in the row-major order."""
-    flat = np.abs(f64(d)).ravel()
-    mask = np.zeros(flat.size, bool)
-    mask[np.argsort(-flat, kind="stable")[: kept(flat.size, density)]] = True
-    return mask.reshape(np.shape(d)) & (f64(d) != 0)
+    """Mask of the largest magnitudes; those equal to the smallest of them stay too."""
+    size = np.abs(f64(d))
+    return (size >= largest(size, kept(size.size, density))) & (size > 0)
 
 
 def crumbs(d, density, gamma):
     """2312.06795: without the top gamma fraction, and of the rest the largest, `density` of all."""
-    flat = np.abs(f64(d)).ravel()
-    order = np.argsort(-flat, kind="stable")
-    mask = np.zeros(flat.size, bool)
-    first = kept(flat.size, gamma)
-    mask[order[first : first + kept(flat.size, density)]] = True
-    return mask.reshape(np.shape(d)) & (f64(d) != 0)
+    size = np.abs(f64(d))
+    first, keep = kept(size.size, gamma), kept(size.size, density)
+    last = min(first + keep, size.size) if keep else 0
+    inside = size <= largest(size, first + 1) if first else np.ones(size.shape, bool)
+    return inside & (size >= largest(size, last)) & (size > 0)
 
 
 def della_probability(d, density, epsilon):
@@ -230,14 +283,14 @@ def elect(pruned, weights=None, majority="total"):
 
 
 def consensus(pruned, weights=None, majority="total", normalize=True, lam=1.0):
-    """Weighted mean (or sum) of those that agree with the elected sign."""
+    """Weighted mean (or sum) of those that agree with the elected sign; negative weights turn parents."""
     t = stack(pruned)
     w = column(weights, len(t))
     agree = (np.sign(w * t) == elect(pruned, weights, majority)) & (t != 0)
-    over, below = (w * t * agree).sum(0), (w * agree).sum(0)
+    over, below = (w * t * agree).sum(0), (np.abs(w) * agree).sum(0)
     if not normalize:
         return lam * over
-    return lam * np.divide(over, below, out=np.zeros_like(over), where=np.abs(below) > 0)
+    return lam * np.divide(over, below, out=np.zeros_like(over), where=below > 0)
 
 
 def weighted_sum(pruned, weights, lam, normalize):
@@ -336,7 +389,8 @@ def breadcrumbs_ties(
 def sce(deltas, density=0.1, lam=1.0, semantics="exact"):
     """2408.07990: select by variance across parents, calculate weights from squares, erase minorities."""
     t = stack(deltas)
-    t = t * top(t.var(0), density)
+    variance = t.var(0)
+    t = t * (variance >= largest(variance, kept(variance.size, density)))
     squares = (t**2).sum((1, 2))
     if squares.sum() == 0:
         return np.zeros_like(t[0])

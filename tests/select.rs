@@ -99,8 +99,9 @@ fn an_election_is_its_definition() {
             let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
             let votes = &[1.0, -0.5, 2.0, 0.0, 1.0][..m];
             let weights = &[0.3, -0.5, 1.0, 1.0, 0.0][..m];
+            let sizes = &[0.3, 0.5, 1.0, 0.0, 2.0][..m];
             for (frequency, normalize) in [(false, false), (false, true), (true, false), (true, true)] {
-                let e = Election { votes, weights, frequency, normalize, lam: -1.5 };
+                let e = Election { votes, weights, sizes, frequency, normalize, lam: -1.5 };
                 let got = same(|k| {
                     let mut out = vec![9.0; n];
                     k.elect(&e, &rows, &mut out);
@@ -112,11 +113,11 @@ fn an_election_is_its_definition() {
                     let vote = |(x, v): (&f64, &f32)| f64::from(*v) * if frequency { sign(*x) } else { *x };
                     let up = x.iter().zip(votes).map(vote).sum::<f64>() >= 0.0;
                     let (mut sum, mut weight) = (0.0, 0.0);
-                    for ((x, v), w) in x.iter().zip(votes).zip(weights) {
+                    for (((x, v), w), size) in x.iter().zip(votes).zip(weights).zip(sizes) {
                         let side = if *v < 0.0 { -x } else { *x };
                         if side != 0.0 && (side > 0.0) == up {
                             sum += f64::from(*w) * x;
-                            weight += if *v == 0.0 { 0.0 } else { f64::from(w.abs()) };
+                            weight += f64::from(*size);
                         }
                     }
                     let want = -1.5
@@ -143,7 +144,8 @@ fn an_election_is_its_definition() {
 fn a_draw_is_positive_and_an_empty_column_is_zero() {
     let rows: [&[f32]; 3] = [&[1.0, 0.0, -2.0, 0.5], &[-1.0, 0.0, 2.0, 0.5], &[0.0, -0.0, 0.0, -1.0]];
     for frequency in [false, true] {
-        let e = Election { votes: &[1.0; 3], weights: &[1.0; 3], frequency, normalize: true, lam: 1.0 };
+        let one = &[1.0; 3];
+        let e = Election { votes: one, weights: one, sizes: one, frequency, normalize: true, lam: 1.0 };
         let got = same(|k| {
             let mut out = vec![9.0; 4];
             k.elect(&e, &rows, &mut out);
@@ -158,7 +160,8 @@ fn ratios_variances_and_sums_match_float64() {
     for n in LENGTHS {
         let rows: Vec<Vec<f32>> = (0..3).map(|i| numbers(n, 20 + i)).collect();
         let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
-        let f: Vec<Vec<f32>> = (0..3).map(|i| numbers(n, 30 + i).iter().map(|v| v.abs().max(1e-6)).collect()).collect();
+        let f: Vec<Vec<f32>> =
+            (0..3).map(|i| numbers(n, 30 + i).iter().map(|v| v.abs().max(1e-6)).collect()).collect();
         let f: Vec<&[f32]> = f.iter().map(Vec::as_slice).collect();
         let c = [0.5, 2.0, 1.0];
         let got = same(|k| {

@@ -26,6 +26,7 @@ BUILTIN = {
     "FormatError": ValueError,
     "UnsupportedVariantError": ValueError,
     "DeviceError": RuntimeError,
+    "SwapError": RuntimeError,
     "MissingExtraError": ImportError,
     "LeakageError": ValueError,
 }
@@ -65,6 +66,16 @@ def test_a_sample_error_carries_its_place():
         assert (error.row, error.steps_done, error.sample_id) == (7, 3, "a")
         assert str(error) == "x: row 7 contains NaN"
     assert exceptions.SampleError("text", 4, 2).row == 4
+
+
+def test_a_swap_error_carries_the_generation():
+    raised = exceptions.SwapError("expected: got 3", 7)
+    again = pickle.loads(pickle.dumps(raised))
+    for error in (raised, again):
+        assert error.generation == 7
+        assert str(error) == "expected: got 3"
+    assert exceptions.SwapError("text", generation=2).generation == 2
+    assert exceptions.SwapError("text").generation is None
 
 
 def test_the_warning_is_a_warning():

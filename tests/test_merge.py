@@ -1,4 +1,4 @@
-"""Every method against its float64 twin, and against the laws that its row of the table names."""
+"""Every method against its float64 twin; random masks, ranks, dtypes, modules, and the ways in."""
 
 import json
 
@@ -13,6 +13,8 @@ from merge_support import (
     ELEMENT,
     FACTOR,
     METHODS,
+    TOLERANCE,
+    TWO,
     adapter,
     cases,
     delta,
@@ -25,23 +27,13 @@ from merge_support import (
     known,
     merge,
     parents,
+    some,
     stable,
 )
 from microlora.exceptions import CancelledError
 from microlora.merging import methods
 from microlora.progress import CancelToken
-from reference import f64
 from support import rng
-
-TOLERANCE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-4)}
-GAUGE = {**dict.fromkeys(FACTOR, 1e-5), **dict.fromkeys(ELEMENT, 1e-2)}
-TWO = {"slerp", "nuslerp"}
-PAIRS = [(name, law) for name in METHODS for law in methods()[name].laws]
-
-
-def some(method, seed=0, **settings):
-    return parents(2 if method in TWO else 3, seed=seed, **settings)
-
 
 # -- twins --
 
@@ -52,14 +44,17 @@ def test_a_method_is_its_twin(method, of, data):
     row = methods()[method]
     if method in TWO:
         of = dict(list(of.items())[:2])
-    weights = None
-    if row.weights != "none" and data.draw(st.booleans()):
-        weights = {name: data.draw(st.floats(0.25, 4.0)) for name in of}
     settings = {"lam": data.draw(st.sampled_from([1.0, -1.0, 0.0]) | st.floats(0.01, 2.0))}
     if row.takes("density"):
         settings["density"] = data.draw(st.sampled_from([0.3, 0.5, 0.8]))
     if row.takes("majority"):
         settings["majority"] = data.draw(st.sampled_from(["total", "frequency"]))
+    weights = None
+    if row.weights != "none" and data.draw(st.booleans()):
+        # Elections by number end in draws, which only powers of two tell in every precision.
+        sizes = st.sampled_from([0.25, 0.5, 1.0, 2.0])
+        sizes = sizes if settings.get("majority") == "frequency" else sizes | st.floats(0.25, 4.0)
+        weights = {name: data.draw(sizes) for name in of}
     if row.takes("normalize"):
         settings["normalize"] = data.draw(st.booleans())
     if row.takes("t"):
@@ -81,11 +76,13 @@ def test_a_method_is_its_twin_at_other_sizes(method, shape):
     assert distance(got, want) <= TOLERANCE[method] or np.linalg.norm(want) == 0
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "sce", "ties"])
+@pytest.mark.parametrize("method", [m for m in METHODS if "mergekit" in methods()[m].semantics])
 def test_mergekit_is_its_twin(method):
-    of = parents(3)
+    of = some(method)
     got = dense_merge(of, method, semantics="mergekit")
     assert distance(got, expected(of, method, semantics="mergekit")) < 1e-4
+    if method in ("dare_linear", "dare_ties", "della", "della_linear", "sce"):
+        assert distance(got, expected(of, method)) > 1e-2
 
 
 def test_an_element_wise_result_is_nearly_the_best_of_its_rank():
@@ -108,124 +105,6 @@ def test_a_truncated_sum_is_the_best_of_its_rank(of, rank):
     best = twin.resize(want, rank=rank)
     assert np.linalg.norm(delta(made) - want) <= best.error * scale * (1 + 1e-4) + 2e-5 * scale
     assert report["m"].energy_kept == pytest.approx(best.energy, abs=1e-5)
-
-
-# -- laws --
-
-
-def law_identity(method, r):
-    one = adapter(seed=3)
-    got = dense_merge({"a": one}, method, **everything(method))
-    return got, delta(one)
-
-
-def law_idempotent(method, r):
-    one = adapter(seed=3)
-    of = {"a": one, "b": one}
-    got = dense_merge(of, method, statistics=known(of, shared=True), **everything(method))
-    return got, delta(one)
-
-
-def law_permutation(method, r):
-    of = some(method)
-    weights = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
-    settings = {} if methods()[method].weights == "none" else {"weights": weights}
-    turned = dict(reversed(of.items()))
-    stats = known(of)
-    return (
-        dense_merge(turned, method, statistics=stats, **settings),
-        dense_merge(of, method, statistics=stats, **settings),
-    )
-
-
-def law_scale(method, r):
-    of = some(method)
-    return dense_merge({n: 0.5 * a for n, a in of.items()}, method), 0.5 * dense_merge(of, method)
-
-
-def law_weights_ratio(method, r):
-    of = some(method)
-    w = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
-    more = {n: 3.0 * x for n, x in w.items()}
-    return dense_merge(of, method, weights=more), dense_merge(of, method, weights=w)
-
-
-def law_weights_linear(method, r):
-    of = some(method)
-    v, w = ({n: float(x) for n, x in zip(of, r.standard_normal(3), strict=False)} for _ in range(2))
-    both = {n: 2.0 * v[n] - w[n] for n in of}
-    return (
-        dense_merge(of, method, weights=both),
-        2.0 * dense_merge(of, method, weights=v) - dense_merge(of, method, weights=w),
-    )
-
-
-def law_additive(method, r):
-    of, more = some(method), some(method, seed=1)
-    both = {n: of[n] + more[n] for n in of}
-    return dense_merge(both, method), dense_merge(of, method) + dense_merge(more, method)
-
-
-def law_endpoints(method, r):
-    of = parents(2)
-    (first, second), names = deltas(of), list(of)
-    if methods()[method].takes("t"):
-        at = lambda t: {"t": t}  # noqa: E731
-    else:
-        at = lambda t: {"weights": {names[0]: 1.0 - t, names[1]: t}}  # noqa: E731
-    got = [dense_merge(of, method, **at(t)) for t in (0.0, 1.0)]
-    return np.stack(got), np.stack([first, second])
-
-
-def law_equal_statistics(method, r):
-    of = some(method)
-    w = dict(zip(of, (0.5, 2.0, 1.0), strict=False))
-    got = dense_merge(of, method, weights=w, statistics=known(of, shared=True))
-    return got, twin.weighted(deltas(of), list(w.values()))
-
-
-def law_gauge(method, r):
-    of = some(method)
-    turned = {name: gauged(one, r) for name, one in of.items()}
-    return dense_merge(turned, method), dense_merge(of, method)
-
-
-LAWS = {name.removeprefix("law_"): f for name, f in list(globals().items()) if name.startswith("law_")}
-
-
-def everything(method):
-    """Settings under which nothing is dropped."""
-    row, out = methods()[method], {}
-    if row.takes("density"):
-        out["density"] = 1.0
-    if row.takes("gamma"):
-        out["gamma"] = 0.0
-    if row.takes("epsilon"):
-        out["epsilon"] = 0.0
-    return out
-
-
-def gauged(one, r):
-    """The same delta as (R A, B R^-1), cond(R) = 10."""
-    a, b = map(f64, one.factors("m"))
-    k = len(a)
-    u, v = (np.linalg.qr(r.standard_normal((k, k)))[0] for _ in range(2))
-    s = np.geomspace(1.0, 10.0, k)
-    turn, back = (u * s) @ v, v.T @ (u / s).T
-    return ml.Adapter.from_factors({"m": (turn @ a, b @ back)}, alpha=one.info("m").alpha)
-
-
-@pytest.mark.parametrize(("method", "law"), PAIRS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_method_obeys_the_laws_of_its_row(method, law, seed):
-    assert law in LAWS, f"the table names a law that nothing tests: {law}"
-    got, want = LAWS[law](method, rng(seed))
-    assert np.linalg.norm(want) > 0
-    assert distance(got, want) <= (GAUGE if law == "gauge" else TOLERANCE)[method] * 2
-
-
-def test_every_law_is_somebodys():
-    assert {law for _, law in PAIRS} == set(LAWS)
 
 
 # -- random masks --
@@ -350,6 +229,21 @@ def test_ranks_that_are_deficient():
     assert report["m"].error < 1e-3
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_more_rows_than_the_shape_holds(seed):
+    """Ranks that add up to more than a width: Grams are singular, the result is exact all the same."""
+    r = rng(seed)
+    n_in, n_out, m = (int(r.integers(low, high)) for low, high in ((2, 9), (2, 9), (2, 5)))
+    of = {}
+    for i in range(m):
+        rank = int(r.integers(1, min(n_in, n_out, 6) + 1))
+        of[f"p{i}"] = adapter({"m": (n_in, n_out, rank)}, int(r.integers(2**16)), alpha=r.uniform(0.1, 32.0))
+    made, report = ml.merge(of, method="average")
+    want, size = twin.average(deltas(of)), max(np.linalg.norm(d) for d in deltas(of))
+    assert np.linalg.norm(delta(made) - want) <= 1e-5 * size
+    assert report["m"].norm == pytest.approx(np.linalg.norm(want), abs=1e-5 * size)
+
+
 # -- modules --
 
 SHAPES = {"q": (12, 10, 3), "k": (12, 8, 2), "v": (9, 9, 2)}
@@ -388,8 +282,8 @@ def test_modules_come_in_the_order_of_first_appearance():
 def test_what_only_one_has_is_taken_as_it_is(method):
     of = {n: a for n, a in three().items() if n != "c"}
     stats = known(of) if methods()[method].statistics else None
-    made = ml.merge(of, method=method, statistics=stats).adapter
-    assert distance(delta(made, "v"), delta(of["b"], "v")) < 1e-5
+    made = ml.merge(of, method=method, statistics=stats, lam=0.5).adapter
+    assert distance(delta(made, "v"), 0.5 * delta(of["b"], "v")) < 1e-5
 
 
 def test_overrides_by_pattern():

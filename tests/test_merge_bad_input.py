@@ -169,7 +169,7 @@ def test_weights_that_sum_to_zero_where_normalised(refused):
                 ConfigError, "weights.*sum", of, method=method, weights=w, normalize=True, statistics=stats
             )
         elif "weights_ratio" in row.laws:
-            refused(ConfigError, "weights.*sum", of, method=method, weights=w, statistics=stats)
+            refused(ConfigError, "weights.*(sum|importance)", of, method=method, weights=w, statistics=stats)
         else:
             ml.merge(of, method=method, weights=w, statistics=stats)
     assert ml.merge(parents(2), method="linear", weights=w)
@@ -181,6 +181,8 @@ def test_weights_of_others(refused):
     refused(ConfigError, "weights: unknown key 'c'", of, method="linear", weights={"a": 1, "b": 1, "c": 1})
     refused(ConfigError, "weights: got none for 'b'", of, method="linear", weights={"a": 1})
     refused(ConfigError, "weights", of, method="linear", weights=[0.5, 0.5])
+    stats, turned = known(of), {"a": 1, "b": -0.5}
+    refused(ConfigError, "of 0 or above", of, method="fisher", weights=turned, statistics=stats)
     refused(ConfigError, "weights", of, method="linear", weights={"a": float("nan"), "b": 1})
     refused(ConfigError, "weights: got .* expected none with method 'average'", of, weights={"a": 1, "b": 1})
 

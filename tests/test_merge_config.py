@@ -27,7 +27,7 @@ GOOD = {
     "seed": st.integers(0, 2**64 - 1),
     "t": st.floats(0, 1),
     "epsilon": st.floats(0, 0.25),
-    "gamma": st.floats(0, 0.3),
+    "gamma": st.floats(0, 0.1),
     "rho": st.floats(0, 1),
     "normalize": st.booleans(),
     "majority": st.sampled_from(["total", "frequency"]),

@@ -154,6 +154,13 @@ def test_columns_are_aligned():
     assert len(one) == len(two) == len(head)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "text"), [((8, 8), "2x8"), ((8,), "8"), ((4, 8, 2), "4+8+2"), ((1, 2, 3, 4), "10 of 4")]
+)
+def test_ranks_in_short(ranks, text):
+    assert f" {text} -> 8 " in str(MergeReport("exact", 0.0, 0, (made(rank_in=ranks),)))
+
+
 def test_a_full_table_has_signs():
     report = MergeReport("exact", 0.0, 0, (made(sign_conflict=0.125),))
     assert "signs" in str(report).splitlines()[0]

@@ -49,4 +49,8 @@ def test_probes_measure_something():
     lora.instant(np.ones(64, np.float32), ml.Target(np.ones(64, np.float32)))
     before = lora.adapter()
     assert _core.probe_forward_ns(lora["q_proj"], 0.002) > 0.0
+    for swapping in (True, False):
+        found = _core.probe_swap(before, 2, swapping, 0.02)
+        assert found["read_p99"] >= found["read"] > 0.0
+        assert (found["swap"] > 0.0, found["swaps_per_second"] > 0.0) == (swapping, swapping)
     assert lora.adapter() == before

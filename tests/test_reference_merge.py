@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import microlora as ml
 import reference_merge as twin
 from support import rng
 
@@ -188,6 +189,36 @@ def test_sce_by_hand():
     got = twin.sce([A, B], density=0.5)
     assert_allclose(got, [[0.0, 25 / 30 * 3.0], [25 / 30 * -4.0, 0.0]])
     assert_allclose(twin.sce([A, B], density=0.5, semantics="mergekit"), [[0.0, 3.0], [-4.0, 0.0]])
+    assert_allclose(twin.sce([A, A], density=0.25), A)  # equal variances stay together
+
+
+def test_a_share_is_rounded_down():
+    assert [twin.kept(10, d) for d in (0.01, 0.1, 0.25, 0.999, 1.0)] == [0, 1, 2, 9, 10]
+    assert twin.kept(100, 0.29) == 29
+    assert_allclose(twin.ties([A, B], density=0.1), 0 * A)
+
+
+def test_a_negative_weight_turns_its_parent():
+    np.testing.assert_allclose(
+        twin.ties([A, -B], [1, -1], density=0.5), twin.ties([A, B], [1, 1], density=0.5)
+    )
+
+
+def test_chacha_has_its_published_words():
+    # Key and nonce of zeros, 8 rounds: draft-strombergson-chacha-test-vectors, TC1.
+    words = twin.chacha8([0] * 8, 0, 20)
+    assert words[:8].tobytes().hex() == "3e00ef2f895f40d67f5bb8e81f09a5a12c840ec3ce9a7f3b181be188ef711a1e"
+    assert np.array_equal(words[:7], twin.chacha8([0] * 8, 0, 7))
+    assert not np.array_equal(words, twin.chacha8([0] * 8, 1, 20))
+    assert twin.key_of(1) != twin.key_of(2)
+    share = (twin.uniforms(3, ("m", "a"), (100, 80)) < 0.3).mean()
+    assert abs(share - 0.3) < 0.02
+
+
+def test_a_seed_and_a_name_give_what_a_learner_starts_from():
+    lora = ml.MicroLoRA(ml.LoraConfig(rank=2, target_modules=["q_proj"]), hidden_dim=8, seed=5)
+    drawn = twin.uniforms(5, ["q_proj"], (2, 8))
+    assert_allclose(lora["q_proj"].lora_a, (2 * drawn - 1) / np.sqrt(8), atol=1e-7)
 
 
 # -- the rest --

@@ -159,7 +159,12 @@ def scaling(report: Report, budget: float, *, smoke: bool) -> None:
             shortest(lambda m=method, p=parents, r=rank: ml.merge(p, method=m, rank=r), budget)  # type: ignore[misc]
             for method in ("linear", "ties")
         )
-        report.add(f"linear, {n} x r{rank}, {width}", duration(factor), f"ties {duration(element)}")
+        text, ratio = "", None
+        if have_peft() and width <= 1024:
+            _, seconds = PeftMerge(parents).merge("svd", [1 / n] * n, rank=rank)
+            text, ratio = f"PEFT svd {duration(seconds * 1e9)}", seconds * 1e9 / factor
+        report.add(f"linear, {n} x r{rank}, {width}", duration(factor), text, ratio)
+        report.add(f"ties, {n} x r{rank}, {width}", duration(element), "")
 
 
 def methods(report: Report, width: int, budget: float) -> None:
@@ -167,7 +172,9 @@ def methods(report: Report, width: int, budget: float) -> None:
     report.section(f"every method, r{RANK} parents into r{RANK}, {width} x {width}")
     three, two = adapters(width, RANK, PARENTS), adapters(width, RANK, 2)
     known = statistics(three)
-    for row in ml.merging.methods().values():
+    for name, row in ml.merging.methods().items():
+        if name != row.name:
+            continue
         parents = two if row.parents[1] == 2 else three
         options = {"statistics": known} if row.statistics else {}
         if row.name != "cat":

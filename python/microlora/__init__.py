@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
+    from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
+    from microlora.hot_swap import HotSwapManager
     from microlora.merging import (
         AdapterMerger,
         CentroidRouter,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
         compose_parallel,
         compose_sequential,
         diff,
+        extract,
         merge,
         resize,
     )
@@ -68,8 +71,11 @@ __all__ = [
     "Contrastive",
     "EwcPlusPlus",
     "Feedback",
+    "FuseReport",
+    "FusedTensor",
     "Gradient",
     "Gram",
+    "HotSwapManager",
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
@@ -105,6 +111,8 @@ __all__ = [
     "diff",
     "encoders",
     "exceptions",
+    "extract",
+    "fuse",
     "load",
     "merge",
     "merging",
@@ -114,6 +122,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "training",
+    "unfuse",
 ]
 
 
@@ -122,7 +131,9 @@ _ROOMS = {
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
+    "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
+    "hot_swap": ("HotSwapManager",),
     "merging": (
         "merging",
         "AdapterMerger",
@@ -133,6 +144,7 @@ _ROOMS = {
         "compose_parallel",
         "compose_sequential",
         "diff",
+        "extract",
         "merge",
         "resize",
     ),

@@ -22,7 +22,9 @@ __all__ = [
     "Contrastive",
     "Ewc",
     "FeedbackBase",
+    "Generation",
     "Gradient",
+    "HotSwap",
     "MicroLora",
     "ModuleHandle",
     "Optimizer",
@@ -30,6 +32,7 @@ __all__ = [
     "Reward",
     "Snapshot",
     "StepResult",
+    "SwapHandle",
     "Target",
     "__version__",
     "adapter_from_factors",
@@ -38,19 +41,26 @@ __all__ = [
     "compose",
     "diff",
     "evaluate",
+    "extract_from_arrays",
+    "extract_from_files",
     "from_bytes",
+    "fuse_model",
     "isa",
+    "list_tensors",
     "load",
     "merge_adapters",
+    "merge_mask",
     "merge_methods",
     "num_threads",
     "probe_fma_gflops",
     "probe_forward_ns",
     "probe_read_gbps",
+    "probe_swap",
     "resize",
     "save_peft",
     "save_single",
     "set_num_threads",
+    "unfuse_model",
     "write_file",
 ]
 
@@ -617,6 +627,214 @@ class MicroLora:
         """Events so far: ``instant``, ``adapt``, ``apply`` and ``skipped``."""
     def __hash__(self) -> NoReturn: ...
 
+@final
+class SwapHandle:
+    """One module of a :class:`microlora.HotSwapManager`, found once: ``manager["q_proj"]``.
+
+    Every call reads the generation that is active when it starts, and raises UnknownModuleError where that
+    one lacks the module.
+    """
+
+    def forward(self, x: ArrayLike, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """``dY(x)``; see :meth:`HotSwap.forward`, without the lookup of a name."""
+    def forward_add(self, x: ArrayLike, out: NDArray[np.float32]) -> None:
+        """``out += dY(x)``; see :meth:`HotSwap.forward_add`."""
+    def delta_weight(self) -> NDArray[np.float32]:
+        """float32 (out_features, in_features): the change of the weight, ``s (A B)^T``, a new array."""
+    @property
+    def name(self) -> str:
+        """Name of the module."""
+    @property
+    def lora_a(self) -> NDArray[np.float32]:
+        """A as float32 (rank, in_features), C-contiguous, a read-only copy."""
+    @property
+    def lora_b(self) -> NDArray[np.float32]:
+        """B as float32 (out_features, rank), C-contiguous, a read-only copy."""
+    @property
+    def rank(self) -> int:
+        """Rank r of the update."""
+    @property
+    def scaling(self) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (arXiv 2312.03732)."""
+    @property
+    def in_features(self) -> int:
+        """Width of x."""
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+
+@disjoint_base
+class Generation:
+    """The compiled part of :class:`microlora.hot_swap.Generation`."""
+
+    def __new__(cls, manager: HotSwap) -> Self: ...
+    @property
+    def number(self) -> int:
+        """Its number; also after it was released."""
+    @property
+    def released(self) -> bool:
+        """Whether :meth:`release` was called."""
+    def modules(self) -> list[str]:
+        """Module names, in order.
+
+        Raises:
+            SwapError: It was released.
+        """
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """``dY(x)`` of this generation; see :meth:`HotSwap.forward`.
+
+        Raises:
+            SwapError: It was released.
+        """
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)`` of this generation; see :meth:`HotSwap.forward_add`.
+
+        Raises:
+            SwapError: It was released.
+        """
+    def forward_all(
+        self, x: ArrayLike, modules: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """``dY(x)`` of several modules that read the same input; see :meth:`HotSwap.forward_all`.
+
+        Raises:
+            SwapError: It was released.
+        """
+    def release(self) -> None:
+        """Lets go of the generation; calls that are running on it finish, a second release does nothing."""
+    def _adapter(self) -> Adapter | None:
+        """Its adapter; None for generation 0."""
+
+@disjoint_base
+class HotSwap:
+    """The compiled part of :class:`microlora.HotSwapManager`."""
+
+    def __new__(cls, *, keep_previous: bool) -> Self: ...
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """What the module adds to its layer's output, ``dY = s (x A) B``, in the active generation.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features); a batch may release the GIL.
+            module: Name of the module; None where the active adapter has only one.
+            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from
+                ``x``.
+
+        Returns:
+            ``out``, or a new float32 array of that shape; all of it of one generation.
+
+        Raises:
+            UnknownModuleError: The active generation lacks the module, or has no adapter yet.
+            ConfigError: ``module`` left out with several modules.
+            ShapeError: ``x`` or ``out`` of another shape, or empty.
+            DTypeError: ``x`` is not floating point, or ``out`` is not float32.
+            LayoutError: ``out`` cannot be written in place or overlaps ``x``; ``x`` is byte-swapped.
+            NonFiniteError: NaN or infinity in ``x``, or a product beyond float32.
+        """
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)`` in the active generation.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features).
+            module: Name of the module; None where the active adapter has only one.
+            out: float32 (out_features,) or (n, out_features), needed: C-contiguous, writable, apart from
+                ``x``.
+
+        Raises:
+            ConfigError: ``out`` is missing, or ``module`` with several modules.
+            MicroLoraError: As :meth:`forward`; ``out`` is unchanged then.
+        """
+    def forward_all(
+        self, x: ArrayLike, modules: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """``dY(x)`` of several modules that read the same input, all of one generation.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features).
+            modules: Their names; None takes those there are of q_proj, k_proj and v_proj, else of gate_proj
+                and up_proj.
+
+        Returns:
+            ``{module: float32 (out_features,) or (n, out_features)}``.
+
+        Raises:
+            ConfigError: Nothing to choose by default, or modules of different input widths.
+            MicroLoraError: As :meth:`forward`.
+        """
+    def __getitem__(self, key: str, /) -> SwapHandle: ...
+    def __contains__(self, key: str, /) -> bool: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def modules(self) -> list[str]:
+        """Module names of the active generation, in order."""
+    @property
+    def generation(self) -> int:
+        """Number of the active generation: 0 before the first adapter, one more with every change."""
+    @property
+    def live_generations(self) -> int:
+        """Generations that are not freed: the active one, the one before, older ones that readers hold."""
+    @property
+    def keep_previous(self) -> bool:
+        """Whether the generation before the active one is kept for ``rollback``; False lets go of it."""
+    @keep_previous.setter
+    def keep_previous(self, value: bool) -> None: ...
+    def forget_previous(self) -> bool:
+        """Lets go of what is kept for ``rollback``.
+
+        Returns:
+            Whether there was anything.
+        """
+    def discard_standby(self) -> bool:
+        """Lets go of the standby; a preparation that is under way goes on.
+
+        Returns:
+            Whether there was one.
+        """
+    @property
+    def is_swapping(self) -> bool:
+        """Whether work on a change is under way; readers need not care.
+
+        True from the call of ``prepare_standby`` until its adapter stands by or has failed, and during
+        ``swap``, ``rollback``, ``set_active`` and ``compare_and_swap``, their subscribers included.
+        """
+    def _begin(self) -> None:
+        """One more piece of work for ``is_swapping``."""
+    def _end(self) -> None:
+        """One piece of work less."""
+    def _active(self) -> Adapter | None:
+        """The active adapter."""
+    def _previous(self) -> Adapter | None:
+        """The adapter that is kept for a rollback."""
+    def _standby(self) -> Adapter | None:
+        """The adapter that stands by."""
+    def _check(
+        self,
+        adapter: Adapter,
+        reshape: bool,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        """Looks an adapter over before it may serve: shapes, then every number, without the GIL."""
+    def _expect(self, expected: int) -> None:
+        """Raises SwapError unless this generation is the active one."""
+    def _publish(self, adapter: Adapter, expected: int | None, reshape: bool) -> tuple[int, int]:
+        """The exchange, for an adapter that was checked; numbers before and after."""
+    def _ticket(self) -> int:
+        """Number for a preparation that starts now."""
+    def _install(self, adapter: Adapter, ticket: int, reshape: bool) -> None:
+        """Lets an adapter that was checked stand by."""
+    def _swap(self) -> tuple[int, int]:
+        """The exchange with the standby; numbers before and after."""
+    def _rollback(self) -> tuple[int, int]:
+        """The exchange with what is kept; numbers before and after."""
+
 @disjoint_base
 class Chain:
     """The compiled part of :class:`microlora.LoraChain`."""
@@ -880,6 +1098,43 @@ def save_peft(
         OSError: The system refused.
     """
 
+def fuse_model(
+    base: str | PathLike[str],
+    adapter: Adapter,
+    out: str | PathLike[str],
+    sidecar: str | PathLike[str] | None,
+    layer_paths: Mapping[str, Sequence[str]] | None,
+    fan_in_fan_out: bool | None,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> str:
+    """Adds an adapter to the weights of a model on disk; the report as JSON. See :func:`microlora.fuse`.
+
+    Raises:
+        ConfigError: Modules without their one tensor, or places that would overwrite something needed.
+        ShapeError: A weight that fits in neither layout.
+        NonFiniteError: NaN or infinity in a touched weight or in the sum.
+        FormatError: A broken file.
+        CancelledError: The token was set.
+        OSError: The system refused. Nothing is left behind in any error.
+    """
+
+def unfuse_model(
+    fused: str | PathLike[str],
+    sidecar: str | PathLike[str],
+    out: str | PathLike[str],
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> str:
+    """Takes a side-car's adapter off again, bit for bit; the report as JSON. See :func:`microlora.unfuse`.
+
+    Raises:
+        FormatError: A hash that does not fit, or a broken file.
+        ConfigError: Places that would overwrite the input.
+        CancelledError: The token was set.
+        OSError: The system refused. Nothing is left behind in any error.
+    """
+
 def isa() -> str:
     """The instruction set that adapters made now use: ``scalar``, ``avx2`` or ``avx512``.
 
@@ -908,6 +1163,20 @@ def num_threads() -> int:
 def probe_read_gbps(bytes: int, seconds: float) -> float:
     """Read bandwidth in GB/s over a buffer of ``bytes``, best instruction set, in ``seconds``."""
 
+def probe_swap(adapter: Adapter, readers: int, swapping: bool, seconds: float) -> dict[str, float]:
+    """Swaps and reads without Python, for benches: the clock's own time is in every figure.
+
+    Args:
+        adapter: What is swapped in again and again; its first module is read.
+        readers: Threads that read all the time.
+        swapping: False measures the reads alone.
+        seconds: How long.
+
+    Returns:
+        Nanoseconds, medians and 99th percentiles (``swap``, ``swap_p99``, ``free``, ``free_p99``, ``read``,
+        ``read_p99``; 0 where nothing ran), and ``swaps_per_second``, preparation included.
+    """
+
 def probe_fma_gflops(seconds: float) -> float:
     """Peak of float32 fused multiply-adds in GFLOP/s, best instruction set, in ``seconds``."""
 
@@ -918,8 +1187,59 @@ def merge_methods() -> list[dict[str, Any]]:
     """The table of merge methods, one dict a row.
 
     Keys: name, family, formula, paper, when, laws (names), params (defaults by name, as numbers),
-    default_weights (``"none"``, ``"equal"`` or ``"one"``) and parents (fewest, and most or None).
+    default_weights (``"none"``, ``"equal"`` or ``"one"``), parents (fewest, and most or None) and semantics.
     """
+
+def merge_mask(seed: int, module: str, parent: str, rows: int, cols: int, density: float) -> list[list[bool]]:
+    """The mask that random methods lay on one parent: ``rows`` lists of ``cols`` bools.
+
+    ``semantics="peft"`` draws for ``<module>.lora_a`` (rank, in) and ``<module>.lora_b`` (out, rank) apart.
+
+    Raises:
+        ConfigError: A density outside (0, 1].
+    """
+
+def list_tensors(path: str, arg: str) -> list[tuple[str, str, list[int]]]:
+    """Names, dtypes and shapes of a model's tensors on disk; ``arg`` is what errors call it."""
+
+def extract_from_files(
+    tuned: str,
+    base: str,
+    modules: Mapping[str, bool],
+    keep: str,
+    value: float,
+    max_rank: int,
+    dtype: str,
+    seed: int,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> tuple[Adapter, str]:
+    """An adapter out of two models on disk; see :func:`microlora.extract`.
+
+    Args:
+        tuned: The tuned model.
+        base: What it was tuned from.
+        modules: The modules wanted, and whether their weights lie as (in, out).
+        keep: ``"rank"``, ``"energy"`` or ``"max_error"``.
+        value: How much.
+        max_rank: Highest rank.
+        dtype: How the adapter is stored.
+        seed: Of the random start.
+        progress: Called with ``(done, total, what)``.
+        cancel: A token looked at there.
+    """
+
+def extract_from_arrays(
+    pairs: Sequence[tuple[str, ArrayLike, ArrayLike, bool]],
+    keep: str,
+    value: float,
+    max_rank: int,
+    dtype: str,
+    seed: int,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> tuple[Adapter, str]:
+    """The same from matrices: ``(module, tuned, base, whether they lie as (in, out))``, floating point."""
 
 def merge_adapters(
     parents: Sequence[tuple[str, Adapter]],

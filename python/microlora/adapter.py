@@ -184,7 +184,7 @@ def _combine(*terms: tuple[Adapter, float]) -> Adapter:
     return combine(terms)
 
 
-def config_of(adapter: Adapter) -> LoraConfig:
+def config_of(adapter: Adapter, description: str = "") -> LoraConfig:
     """Settings that describe an adapter whose file carries none of ours.
 
     The commonest rank and alpha become the global ones; the others are listed per module.
@@ -199,6 +199,7 @@ def config_of(adapter: Adapter) -> LoraConfig:
         target_modules=tuple(infos),
         use_rslora=first.use_rslora,
         dtype=first.dtype_a,
+        description=description,
         module_ranks={m: i.rank for m, i in infos.items() if i.rank != rank},
         module_alphas={m: i.alpha for m, i in infos.items() if i.alpha != alpha},
     )

@@ -78,6 +78,22 @@ class DeviceError(MicroLoraError, RuntimeError):
     """The device asked for cannot be had; the message says what to install."""
 
 
+class SwapError(MicroLoraError, RuntimeError):
+    """A swap cannot happen: no standby, nothing to go back to, or another writer was faster; nothing changed.
+
+    Attributes:
+        generation: Number of the generation that was active then; None where it is not known.
+    """
+
+    def __init__(self, *args: object, generation: int | None = None) -> None:
+        # The core raises with (message, generation); only the message is an argument of the exception.
+        if len(args) == 2 and isinstance(args[1], int):
+            generation = args[1]
+            args = args[:1]
+        super().__init__(*args)
+        self.generation = generation
+
+
 class CancelledError(MicroLoraError):
     """The caller's cancel token was set; no output was left behind."""
 

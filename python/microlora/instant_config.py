@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from microlora._checks import check_keys, choice, real, wrong
@@ -67,7 +67,7 @@ class InstantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold."""
-        return asdict(self)
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InstantConfig:

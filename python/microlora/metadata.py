@@ -109,8 +109,12 @@ class AdapterMetadata(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold, with its ``schema_version``."""
-        out: dict[str, Any] = {SCHEMA_KEY: SCHEMA_VERSION, **dataclasses.asdict(self)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+        out: dict[str, Any] = {SCHEMA_KEY: SCHEMA_VERSION}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            out[item.name] = list(value) if isinstance(value, tuple) else value
+        out["metrics"] = [dataclasses.asdict(metric) for metric in self.metrics]
+        return out
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AdapterMetadata:

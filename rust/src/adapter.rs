@@ -146,7 +146,7 @@ pub(crate) fn unknown_module<'a>(name: &str, have: impl Iterator<Item = &'a str>
 }
 
 /// Levenshtein distance, for near names in errors.
-fn edit_distance(a: &str, b: &str) -> usize {
+pub(crate) fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, ca) in a.chars().enumerate() {

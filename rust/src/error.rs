@@ -114,6 +114,14 @@ pub enum Error {
         /// Bytes wanted.
         bytes: usize,
     },
+    /// A swap that cannot happen; nothing changed.
+    #[error("{reason}")]
+    Swap {
+        /// What is missing, or who was faster.
+        reason: String,
+        /// Number of the generation that is active.
+        generation: u64,
+    },
     /// A device that cannot be had.
     #[error("device: {0}")]
     Device(String),

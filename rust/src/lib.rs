@@ -12,6 +12,7 @@ pub mod error;
 pub mod ewc;
 pub mod factor;
 pub mod format;
+pub mod fuse;
 pub mod kernels;
 pub mod layer;
 pub mod learn;
@@ -22,6 +23,7 @@ pub mod parallel;
 pub mod probe;
 pub mod rng;
 pub mod snapshot;
+pub mod swap;
 
 #[cfg(feature = "python")]
 mod python;
@@ -31,3 +33,4 @@ pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use micro_lora::MicroLora;
 pub use snapshot::Snapshot;
+pub use swap::HotSwap;

@@ -54,7 +54,7 @@ def native(row: Row, adapters: Mapping[str, ml.Adapter], statistics: Any, seed: 
         options["rank"] = None if options["rank"] == FULL else options["rank"]
     if row.method in STATISTICS:
         options["statistics"] = statistics
-    if row.method.startswith(("dare", "della")):
+    if row.random:
         options["seed"] = seed
     adapter, report = ml.merge(adapters, method=row.method, **options)
     notes = {note for module in report.modules for note in module.notes}
@@ -75,6 +75,13 @@ def peft(row: Row, adapters: Mapping[str, ml.Adapter], seed: int) -> Merged:
     alpha = {module: scaling * len(a) for module, (a, _, scaling) in found.items()}
     made = ml.Adapter.from_factors({m: (a, b) for m, (a, b, _) in found.items()}, alpha=alpha)
     return Merged(made, ranks(made))
+
+
+def reproduced(row: Row, adapters: Mapping[str, ml.Adapter]) -> ml.Adapter:
+    """A row of PEFT by `microlora.merge` with PEFT's semantics, defects and all."""
+    options = dict(row.options)
+    weights = dict.fromkeys(adapters, options.pop("weight"))
+    return ml.merge(adapters, method=row.method, semantics="peft", weights=weights, **options).adapter
 
 
 def factor_average(adapters: Mapping[str, ml.Adapter]) -> Merged:

@@ -48,6 +48,11 @@ class Row:
         out = [f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in self._said()]
         return ", ".join(out) or "default"
 
+    @property
+    def random(self) -> bool:
+        """Whether entries are dropped by chance."""
+        return self.method.startswith(("dare", "della"))
+
     def _said(self) -> list[tuple[str, Any]]:
         names = {"weight": "w ="}
         return [(names.get(key, key), value) for key, value in self.options.items()]
@@ -96,6 +101,7 @@ _ALL = (
     _peft("dare_linear", 0.5, density=0.5),
     _peft("dare_linear_svd", 0.5, density=0.5, rank=RANK),
     _peft("magnitude_prune", 0.5, density=0.5),
+    _peft("magnitude_prune_svd", 0.5, density=0.5, rank=RANK),
     *_factor("average"),
     *_factor("linear", weight=0.7),
     *_factor("weighted"),

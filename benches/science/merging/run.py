@@ -103,6 +103,8 @@ class Bench:
             facts = {"ranks": made.ranks, "error": made.error, "notes": list(made.notes)}
             if row.like:
                 facts["difference"] = relative(self.merged(ROWS[row.like]).adapter, made.adapter)
+            if row.group == PEFT and not row.random:
+                facts["reproduced"] = relative(engines.reproduced(row, self.pair.adapters), made.adapter)
         return {
             "row": row.name,
             "seed": self.plan.seed,

@@ -7,18 +7,21 @@ allows.
 from microlora.merging.compose import compose_parallel, compose_sequential
 from microlora.merging.config import MergeConfig
 from microlora.merging.difference import DiffReport, ModuleDiff, diff
+from microlora.merging.extracting import Extracted, extract
 from microlora.merging.merger import AdapterMerger, Merged, merge
 from microlora.merging.methods import Method, methods
 from microlora.merging.performance import performance_weights
 from microlora.merging.report import MergeReport, ModuleReport
 from microlora.merging.resizing import Resized, resize
-from microlora.merging.routed import CentroidRouter, RoutedEnsemble, Router
+from microlora.merging.routed import RoutedEnsemble
+from microlora.merging.router import CentroidRouter, Router
 from microlora.merging.statistics import Statistics
 
 __all__ = [
     "AdapterMerger",
     "CentroidRouter",
     "DiffReport",
+    "Extracted",
     "MergeConfig",
     "MergeReport",
     "Merged",
@@ -32,6 +35,7 @@ __all__ = [
     "compose_parallel",
     "compose_sequential",
     "diff",
+    "extract",
     "merge",
     "methods",
     "performance_weights",

@@ -13,7 +13,8 @@ from microlora._checks import flag, real, wrong
 from microlora.adapter import Adapter
 from microlora.exceptions import DTypeError, ShapeError
 from microlora.merging.parents import Parents, Source, described
-from microlora.merging.routed import RoutedEnsemble, Router
+from microlora.merging.routed import RoutedEnsemble
+from microlora.merging.router import Router
 
 __all__ = ["compose_parallel", "compose_sequential"]
 

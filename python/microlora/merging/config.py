@@ -98,12 +98,9 @@ class MergeConfig(Constructors, Document):
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        row = method(self.method)
-        put(self, "method", row.name)
         put(self, "semantics", choice("semantics", self.semantics, SEMANTICS))
-        if self.semantics not in row.semantics:
-            want = ", ".join(map(repr, row.semantics))
-            raise wrong("semantics", self.semantics, f"one of {want} with method {row.name!r}")
+        row = method(self.method, self.semantics)
+        put(self, "method", row.name)
         for name in METHOD_SETTINGS:
             value = getattr(self, name)
             if value is None:
@@ -143,7 +140,7 @@ class MergeConfig(Constructors, Document):
     @property
     def row(self) -> Method:
         """The method's row of the table: its defaults, laws and paper."""
-        return method(self.method)
+        return method(self.method, self.semantics)
 
     def value(self, name: str) -> Any:
         """A setting, with the method's default filled in; None where the method has none of it."""
@@ -171,7 +168,7 @@ class MergeConfig(Constructors, Document):
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values.update(overrides=(), metric=None)
         if "method" in changes:
-            row = method(changes["method"])
+            row = method(changes["method"], self.semantics)
             for name in METHOD_SETTINGS:
                 common = name in ("weights", "lam", "rank", "seed")
                 if not (common and row.takes(name)):

@@ -61,28 +61,25 @@ class Method:
 
 
 @cache
-def methods() -> Mapping[str, Method]:
-    """Every method by its name, in the order of the table; other names come last."""
-    rows = _core.merge_methods()
-    table = {row["name"]: _method(row) for row in rows}
-    return table | {
-        alias: table[row["name"]]
-        for row in rows
-        for alias in row.get("aliases", _ALIASES.get(row["name"], ()))
-    }
+def methods(semantics: str = "exact") -> Mapping[str, Method]:
+    """Every method of one semantics by its name, in the order of the table; other names come last."""
+    rows = [row for row in map(_method, _core.merge_methods()) if semantics in row.semantics]
+    table = {row.name: row for row in rows}
+    return table | {alias: table[name] for alias, name in _ALIASES.items() if name in table}
 
 
-def method(name: object) -> Method:
+def method(name: object, semantics: str = "exact") -> Method:
     """The row of a method.
 
     Raises:
         ConfigError: There is none of that name; the message carries the nearest ones.
     """
-    table = methods()
+    table = methods(semantics)
     if isinstance(name, str) and name in table:
         return table[name]
     known = ", ".join(map(repr, table))
-    raise wrong("method", name, f"one of {known}{near(name, table) if isinstance(name, str) else ''}")
+    by = "" if semantics == "exact" else f" with semantics {semantics!r}"
+    raise wrong("method", name, f"one of {known}{by}{near(name, table) if isinstance(name, str) else ''}")
 
 
 def _method(row: Mapping[str, Any]) -> Method:
@@ -115,4 +112,4 @@ _KINDS: Mapping[str, Any] = {
 }
 
 _STATISTICS: Mapping[str, str] = {"regmean": "gram", "fisher": "importance"}
-_ALIASES: Mapping[str, tuple[str, ...]] = {"dare_linear": ("dare",)}
+_ALIASES: Mapping[str, str] = {"dare": "dare_linear"}

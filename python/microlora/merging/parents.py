@@ -17,6 +17,8 @@ from microlora.micro_lora import MicroLoRA
 
 __all__ = ["Parents", "as_adapter", "described"]
 
+_NOTHING = AdapterMetadata()
+
 Source = Adapter | MicroLoRA | str | os.PathLike[str]
 
 
@@ -90,8 +92,12 @@ class Parents:
             _ = self.dims
         return self
 
+    @cached_property
+    def _said(self) -> dict[str, AdapterMetadata]:
+        return {name: a.metadata if a.metadata_json else _NOTHING for name, a in self.adapters.items()}
+
     def _one_base(self) -> None:
-        prints = {name: a.metadata.base_fingerprint for name, a in self.adapters.items()}
+        prints = {name: m.base_fingerprint for name, m in self._said.items()}
         known = {name: value for name, value in prints.items() if value}
         if len(set(known.values())) > 1:
             shown = ", ".join(f"{name!r}: {value}" for name, value in known.items())
@@ -140,7 +146,7 @@ class Parents:
 
     def metadata(self) -> AdapterMetadata:
         """What holds for all, and who they are."""
-        each = [a.metadata for a in self.adapters.values()]
+        each = list(self._said.values())
 
         def common(field: str) -> str:
             values = {getattr(m, field) for m in each}
@@ -159,7 +165,5 @@ class Parents:
 
 def described(core: _core.Adapter, metadata: AdapterMetadata, description: str = "") -> Adapter:
     """A result of the core with settings that fit its weights, and metadata."""
-    config = config_of(Adapter(core))
-    if description:
-        config = config.replace(description=description)
+    config = config_of(Adapter(core), description)
     return Adapter(core.with_json(config.to_json(), metadata.to_json()))

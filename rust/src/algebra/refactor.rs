@@ -134,29 +134,53 @@ fn zero(stack: &Stack) -> Factors {
     }
 }
 
-/// Lower L with `L L^T = g` up to rounding, for positive semi-definite g: pivots of dependent rows are clamped.
+/// L with `L L^T = g` up to rounding, for positive semi-definite g: as many columns as g has rank. The largest
+/// pivot first, else the noise of dependent rows grows (Higham, Accuracy and Stability, ch. 10.3).
 fn cholesky(g: &DMatrix<f64>) -> DMatrix<f64> {
     let n = g.nrows();
-    let floor = (0..n).map(|i| g[(i, i)]).fold(0.0, f64::max) * 1e-15;
-    let mut l = g.clone();
-    let m = l.as_mut_slice();
+    let mut left: Vec<f64> = (0..n).map(|i| g[(i, i)]).collect();
+    let floor = left.iter().copied().fold(0.0, f64::max) * f64::EPSILON * n as f64;
+    let mut order: Vec<usize> = (0..n).collect();
+    // Column-major in the order of pivots; column p starts at row p.
+    let mut l = vec![0.0; n * n];
+    let mut rank = 0;
     for j in 0..n {
-        let (done, left) = m.split_at_mut(j * n);
-        let column = &mut left[j..n];
+        let best = (j..n).max_by(|&a, &b| left[a].total_cmp(&left[b])).unwrap_or(j);
+        if left[best] <= floor {
+            break;
+        }
+        if best != j {
+            order.swap(j, best);
+            left.swap(j, best);
+            l.chunks_exact_mut(n).take(j).for_each(|column| column.swap(j, best));
+        }
+        let (done, rest) = l.split_at_mut(j * n);
+        let column = &mut rest[j..n];
+        let source = g.column(order[j]);
+        for (x, &i) in column.iter_mut().zip(&order[j..]) {
+            *x = source[i];
+        }
         for p in done.chunks_exact(n) {
             let (c, below) = (p[j], &p[j..]);
             for (x, y) in column.iter_mut().zip(below) {
                 *x -= c * y;
             }
         }
-        let pivot = column[0].max(floor).sqrt();
+        let pivot = left[j].sqrt();
         column[0] = pivot;
-        for x in &mut column[1..] {
+        for (x, d) in column[1..].iter_mut().zip(&mut left[j + 1..]) {
             *x /= pivot;
+            *d -= *x * *x;
         }
-        left[..j].fill(0.0);
+        rank = j + 1;
     }
-    l
+    let mut out = DMatrix::zeros(n, rank);
+    for (j, column) in l.chunks_exact(n).take(rank).enumerate() {
+        for (row, &i) in order.iter().enumerate().skip(j) {
+            out[(i, j)] = column[row];
+        }
+    }
+    out
 }
 
 /// The largest eigenvalue of a positive semi-definite matrix, within a few percent (power iteration).

@@ -14,15 +14,15 @@ pub(crate) fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result
     Staged::new(path, fill)?.commit()
 }
 
-/// A file that is complete and on disk, under a temporary name beside its place. Dropped: deleted.
-pub(crate) struct Staged {
+/// A file that grows under a temporary name beside its place. Dropped: deleted.
+pub(crate) struct Growing {
     temp: NamedTempFile,
     path: PathBuf,
 }
 
-impl Staged {
-    /// Writes and syncs the temporary sibling of `path`.
-    pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
+impl Growing {
+    /// Makes the temporary sibling of `path`.
+    pub fn new(path: &Path) -> Result<Self> {
         let at = |e| Error::io(path, e);
         if path.is_dir() || path.file_name().is_none() {
             return Err(at(io::Error::new(io::ErrorKind::IsADirectory, "is a directory, expected a file")));
@@ -35,14 +35,45 @@ impl Staged {
             fs::Permissions::from_mode(0o666) // less the umask, as any new file
         });
         let temp = builder.tempfile_in(parent(path)).map_err(at)?;
-        let mut out = BufWriter::with_capacity(1 << 18, temp.as_file());
-        fill(&mut out).and_then(|()| out.flush()).map_err(at)?;
-        drop(out);
-        if let Ok(old) = fs::metadata(path) {
+        Ok(Growing { temp, path: path.to_owned() })
+    }
+
+    /// The file, to be written.
+    pub fn file(&self) -> &File {
+        self.temp.as_file()
+    }
+
+    /// Appends bytes.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        self.file().write_all(bytes).map_err(|e| Error::io(&self.path, e))
+    }
+
+    /// Syncs it: from now on it only lacks its name.
+    pub fn finish(self) -> Result<Staged> {
+        let Growing { temp, path } = self;
+        let at = |e| Error::io(&path, e);
+        if let Ok(old) = fs::metadata(&path) {
             temp.as_file().set_permissions(old.permissions()).map_err(at)?;
         }
         temp.as_file().sync_all().map_err(at)?;
-        Ok(Staged { temp, path: path.to_owned() })
+        Ok(Staged { temp, path })
+    }
+}
+
+/// A file that is complete and on disk, under a temporary name beside its place. Dropped: deleted.
+pub(crate) struct Staged {
+    temp: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Staged {
+    /// Writes and syncs the temporary sibling of `path`.
+    pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
+        let growing = Growing::new(path)?;
+        let mut out = BufWriter::with_capacity(1 << 18, growing.file());
+        fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
+        drop(out);
+        growing.finish()
     }
 
     /// Renames the file to its place and syncs the directory.
@@ -54,7 +85,7 @@ impl Staged {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -62,7 +93,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// Makes a rename durable where the system can; where it cannot, the file is still whole.
-fn sync_dir(dir: &Path) {
+pub(crate) fn sync_dir(dir: &Path) {
     if cfg!(unix) {
         let _ = File::open(dir).and_then(|d| d.sync_all());
     }

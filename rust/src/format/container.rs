@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::{self, Write};
+use std::ops::Range;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
@@ -116,19 +117,43 @@ fn header_len(bytes: &[u8]) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(..LEN)?.try_into().ok()?))
 }
 
-/// Parses a whole file; tensors are slices of `bytes`. `file` is the name errors carry.
-pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
+/// One tensor of a header: where its bytes lie in the file.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub name: String,
+    pub dtype: TensorDtype,
+    pub shape: Vec<usize>,
+    /// From the start of the file.
+    pub span: Range<usize>,
+}
+
+/// A header, checked against the length of its file.
+#[derive(Debug, Default)]
+pub(crate) struct Heading {
+    pub metadata: BTreeMap<String, String>,
+    /// In the order of their bytes, without a gap up to the end of the file.
+    pub entries: Vec<Entry>,
+}
+
+/// Bytes of length field and header together, from the first bytes of a file of `len` bytes.
+pub(crate) fn heading_len(head: &[u8], len: usize, file: &str) -> Result<usize> {
     let wrong = |reason: String| Error::format(file, reason);
-    let Some(n) = header_len(bytes) else {
-        return Err(wrong(format!("{} bytes, a safetensors file has at least {LEN}", bytes.len())));
+    let Some(n) = header_len(head) else {
+        return Err(wrong(format!("{len} bytes, a safetensors file has at least {LEN}")));
     };
     if n > MAX_HEADER as u64 {
         return Err(wrong(format!("header of {n} bytes, the limit is {MAX_HEADER}")));
     }
-    let start = LEN + n as usize;
-    let Some(header) = bytes.get(LEN..start) else {
-        return Err(wrong(format!("truncated: header of {n} bytes in a file of {} bytes", bytes.len())));
-    };
+    if len - LEN < n as usize {
+        return Err(wrong(format!("truncated: header of {n} bytes in a file of {len} bytes")));
+    }
+    Ok(LEN + n as usize)
+}
+
+/// Parses what [`heading_len`] measured; `len` is that of the whole file.
+pub(crate) fn parse_heading(head: &[u8], len: usize, file: &str) -> Result<Heading> {
+    let wrong = |reason: String| Error::format(file, reason);
+    let (start, header) = (head.len(), &head[LEN..]);
     let text = std::str::from_utf8(header).map_err(|e| wrong(format!("header is not UTF-8: {e}")))?;
     if !text.starts_with('{') {
         return Err(wrong("header does not start with '{'".into()));
@@ -137,9 +162,9 @@ pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
         serde_json::from_str(text).map_err(|e| wrong(format!("header: {e}")))?;
     infos.sort_by_key(|(_, info)| info.data_offsets);
 
-    let have = bytes.len() - start;
+    let have = len - start;
     let mut end = 0;
-    let mut tensors = Vec::with_capacity(infos.len());
+    let mut entries = Vec::with_capacity(infos.len());
     for (name, Info { dtype, shape: Shape(shape), data_offsets: (from, to) }) in infos {
         let bad = |what: String| wrong(format!("tensor {}: {what}", show(&name)));
         let size =
@@ -151,15 +176,28 @@ pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
         if to.checked_sub(from) != Some(size) {
             return Err(bad(format!("offsets [{from}, {to}], but {dtype} {shape:?} takes {size} bytes")));
         }
-        let data = (to <= have).then(|| bytes.slice(start + from..start + to)).flatten();
-        let data = data.ok_or_else(|| bad(format!("truncated: ends at byte {to} of {have}")))?;
+        if to > have {
+            return Err(bad(format!("truncated: ends at byte {to} of {have}")));
+        }
         end = to;
-        tensors.push(Tensor { name, dtype, shape, data });
+        entries.push(Entry { name, dtype, shape, span: start + from..start + to });
     }
     if end != have {
         return Err(wrong(format!("{have} bytes of data, the tensors cover {end}")));
     }
-    Ok(Container { metadata, tensors })
+    Ok(Heading { metadata, entries })
+}
+
+/// Parses a whole file; tensors are slices of `bytes`. `file` is the name errors carry.
+pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
+    let start = heading_len(bytes, bytes.len(), file)?;
+    let Heading { metadata, entries } = parse_heading(&bytes[..start], bytes.len(), file)?;
+    let tensor = |Entry { name, dtype, shape, span }| {
+        let outside = || Error::format(file, format!("tensor {}: outside of the file", show(&name)));
+        let data = bytes.slice(span).ok_or_else(outside)?;
+        Ok(Tensor { name, dtype, shape, data })
+    };
+    Ok(Container { metadata, tensors: entries.into_iter().map(tensor).collect::<Result<_>>()? })
 }
 
 #[derive(Serialize)]

@@ -8,6 +8,7 @@ pub(crate) mod container;
 pub(crate) mod json;
 mod pattern;
 pub mod peft;
+pub(crate) mod shards;
 mod single;
 mod source;
 pub mod tensor;

@@ -124,12 +124,7 @@ impl Tensor {
 
     /// The dtype as one that a factor may be stored in, `None` for any other.
     pub fn factor_dtype(&self) -> Option<Dtype> {
-        match self.dtype {
-            TensorDtype::F32 => Some(Dtype::F32),
-            TensorDtype::F16 => Some(Dtype::F16),
-            TensorDtype::BF16 => Some(Dtype::Bf16),
-            _ => None,
-        }
+        factor_dtype(self.dtype)
     }
 
     /// True when no number is NaN or infinite. Meant for f32, f16 and bf16; others are taken as finite.
@@ -147,6 +142,16 @@ impl Tensor {
             }
             _ => true,
         }
+    }
+}
+
+/// The dtype as one that the kernels run, `None` for any other.
+pub(crate) fn factor_dtype(dtype: TensorDtype) -> Option<Dtype> {
+    match dtype {
+        TensorDtype::F32 => Some(Dtype::F32),
+        TensorDtype::F16 => Some(Dtype::F16),
+        TensorDtype::BF16 => Some(Dtype::Bf16),
+        _ => None,
     }
 }
 

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 
 mod batch;
 mod elementwise;
+mod fused;
 mod geometry;
 mod outer;
 mod probe;
@@ -31,6 +32,7 @@ mod avx2;
 mod avx512;
 
 pub use elementwise::AdamStep;
+pub use fused::{Product, Weight};
 pub use geometry::Geometry;
 pub use select::Election;
 
@@ -74,6 +76,7 @@ type Dots<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32);
 type Combine<E> = unsafe fn(*const E, Geometry, *const f32, *mut f32, bool);
 type DotsBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, f32);
 type CombineBatch<E> = unsafe fn(*const E, Geometry, *const f32, usize, *mut f32, bool);
+type Fuse<E> = unsafe fn(&Product<'_>, &[E], &mut [E], Option<&mut [E]>);
 type Pull = unsafe fn(f32, &[f32], &[f32], &[f32], &mut [f32]);
 type MovedRows = unsafe fn(Geometry, [&[f32]; 2], &[f32], [&mut [f32]; 2], bool);
 type AdamW = unsafe fn(&AdamStep, &mut [f32], &mut [f32], &mut [f32], &mut [f32]);
@@ -88,6 +91,7 @@ struct Reads<E> {
     combine: Combine<E>,
     dots_batch: DotsBatch<E>,
     combine_batch: CombineBatch<E>,
+    fuse: Fuse<E>,
 }
 
 /// Element types that a factor can be stored in.
@@ -261,6 +265,21 @@ impl Kernels {
         need("combine_batch y", y.len(), rows * g.len);
         // SAFETY: lengths checked above; the table exists only where its ISA does.
         unsafe { (E::reads(self).combine_batch)(w.as_ptr(), g, u.as_ptr(), rows, y.as_mut_ptr(), add) }
+    }
+
+    /// `out = round(w + delta)` in f64, rounded once to nearest even; `back`, where there is one, becomes
+    /// `round(out - delta)`. The bits are the same on every ISA. `w` is row-major with `geometry.len` columns.
+    pub fn fuse<E: Stored>(&self, p: &Product<'_>, w: &[E], out: &mut [E], back: Option<&mut [E]>) {
+        let (g, rows) = (p.geometry, p.rows.len() / p.geometry.rank);
+        need("fuse rows", p.rows.len(), rows * g.rank);
+        need("fuse columns", p.columns.len(), g.stored());
+        need("fuse w", w.len(), rows * g.len);
+        need("fuse out", out.len(), w.len());
+        if let Some(back) = &back {
+            need("fuse back", back.len(), w.len());
+        }
+        // SAFETY: the table exists only where its ISA does; the bodies are safe code.
+        unsafe { (E::reads(self).fuse)(p, w, out, back) }
     }
 
     /// `row r += coef[r] v`.

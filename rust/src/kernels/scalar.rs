@@ -11,6 +11,7 @@ pub(crate) struct F32x8([f32; 8]);
 // SAFETY: plain loads and stores of 8 elements, as the trait asks of the caller; no ISA is needed.
 unsafe impl Vector for F32x8 {
     const W: usize = 8;
+    const FUSED: bool = false;
     type Wide = F64x8;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {

@@ -10,6 +10,8 @@ const SPAN: usize = 64;
 /// f64 lanes of a sum.
 const LANES: usize = 8;
 
+type Ratio = unsafe fn(&[&[f32]], &[&[f32]], &[f32], f32, &mut [f32]);
+
 /// One ISA's instantiations.
 #[derive(Clone, Copy)]
 pub(super) struct Select {
@@ -18,7 +20,7 @@ pub(super) struct Select {
     pub keep_bits: unsafe fn(&[u64], f32, &mut [f32]),
     pub keep_above: unsafe fn(&[f32], f32, &mut [f32]),
     pub elect: unsafe fn(&Election<'_>, &[&[f32]], &mut [f32]),
-    pub ratio: unsafe fn(&[&[f32]], &[&[f32]], &[f32], f32, &mut [f32]),
+    pub ratio: Ratio,
     pub variance: unsafe fn(&[&[f32]], &mut [f32]),
     pub conflicts: unsafe fn(&[&[f32]]) -> [usize; 2],
     pub sum_squares: unsafe fn(&[f32]) -> f64,
@@ -32,9 +34,11 @@ pub struct Election<'a> {
     pub votes: &'a [f32],
     /// Weights of each row in the sum.
     pub weights: &'a [f32],
+    /// What each row counts in the divisor, where it agrees.
+    pub sizes: &'a [f32],
     /// Whether signs are counted instead of values added up.
     pub frequency: bool,
-    /// Whether the sum is divided by the magnitudes of the weights that are in it.
+    /// Whether the sum is divided by the sizes that are in it.
     pub normalize: bool,
     /// Factor on the result.
     pub lam: f32,
@@ -156,11 +160,10 @@ pub(crate) fn elect(e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
             }
         }
         let (mut sum, mut weight) = ([0.0f32; SPAN], [0.0f32; SPAN]);
-        for ((row, &vote), &w) in rows.iter().zip(e.votes).zip(e.weights) {
+        for (((row, &vote), &w), &size) in rows.iter().zip(e.votes).zip(e.weights).zip(e.sizes) {
             let x = get(row);
             // An entry under a negative vote stands for the other sign.
-            let (side, size) =
-                (if vote < 0.0 { -1.0f32 } else { 1.0 }, if vote == 0.0 { 0.0 } else { w.abs() });
+            let side = if vote < 0.0 { -1.0f32 } else { 1.0 };
             for i in 0..SPAN {
                 let v = side * x[i];
                 let same = (v != 0.0) & ((v > 0.0) == (sign[i] >= 0.0));
@@ -404,6 +407,7 @@ impl Kernels {
     pub fn elect(&self, e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
         super::need("elect votes", e.votes.len(), rows.len());
         super::need("elect weights", e.weights.len(), rows.len());
+        super::need("elect sizes", e.sizes.len(), rows.len());
         check("elect row", rows, out.len());
         // SAFETY: as above.
         unsafe { (self.select.elect)(e, rows, out) }

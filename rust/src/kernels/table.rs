@@ -26,12 +26,17 @@ macro_rules! isa_table {
                 // SAFETY: same contract; the ISA is enabled here.
                 unsafe { batch::combine_batch::<$v, $e>(w, g, u, n, y, add) }
             }
+            $(#[$attr])*
+            unsafe fn fuse(p: &Product<'_>, w: &[$e], out: &mut [$e], back: Option<&mut [$e]>) {
+                fused::fuse::<$e, $v>(p, w, out, back)
+            }
 
-            pub(super) const READS: Reads<$e> = Reads { dots, combine, dots_batch, combine_batch };
+            pub(super) const READS: Reads<$e> = Reads { dots, combine, dots_batch, combine_batch, fuse };
         }
     };
     ($v:ty, $isa:expr, $(#[$attr:meta])*) => {
-        use super::{AdamStep, Geometry, Isa, Kernels, Reads, batch, elementwise, outer, probe, single, update, wide};
+        use super::{AdamStep, Geometry, Isa, Kernels, Product, Reads};
+        use super::{batch, elementwise, fused, outer, probe, single, update, wide};
 
         super::isa_table!(@reads reads_f32, f32, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);

@@ -12,6 +12,8 @@ use half::{bf16, f16};
 pub(crate) unsafe trait Vector: Copy {
     /// Lanes.
     const W: usize;
+    /// Whether a fused multiply-add is one instruction.
+    const FUSED: bool = true;
     /// Eight f64 lanes of the same instruction set.
     type Wide: Eight;
     unsafe fn splat(v: f32) -> Self;

@@ -2,6 +2,7 @@
 
 use super::element::{Prepare, breadcrumbs, dare, della, fisher, prune, sce, ties};
 use super::factor::{average, karcher, linear, model_stock, multislerp, nuslerp, slerp};
+use super::peft;
 use super::spec::Semantics;
 use crate::error::{Error, Result};
 
@@ -57,6 +58,8 @@ pub(crate) enum Run {
     RegMean,
     /// Blocks of the deltas.
     Element(Prepare),
+    /// PEFT's operators on A and B apart.
+    Peft(peft::Op),
 }
 
 /// A row of the table.
@@ -385,10 +388,11 @@ const ALIASES: &[(&str, &str)] = &[("dare", "dare_linear")];
 ///
 /// # Errors
 /// An unknown name.
-pub fn find(name: &str, _semantics: Semantics) -> Result<&'static Method> {
+pub fn find(name: &str, semantics: Semantics) -> Result<&'static Method> {
+    let table = if semantics == Semantics::Peft { peft::METHODS } else { METHODS };
     let name = ALIASES.iter().find_map(|(a, n)| (*a == name).then_some(*n)).unwrap_or(name);
-    METHODS.iter().find(|m| m.name == name).ok_or_else(|| {
-        let names: Vec<&str> = METHODS.iter().map(|m| m.name).collect();
+    table.iter().find(|m| m.name == name).ok_or_else(|| {
+        let names: Vec<&str> = table.iter().map(|m| m.name).collect();
         Error::config("method", format!("{name:?}"), format!("one of {}", names.join(", ")))
     })
 }

@@ -6,8 +6,10 @@
 mod compose;
 mod diff;
 mod element;
+mod extract;
 mod factor;
 mod method;
+mod peft;
 mod report;
 mod resize;
 mod spec;
@@ -19,7 +21,9 @@ use std::time::{Duration, Instant};
 pub use compose::{combine, sequential};
 pub use diff::{Diff, ModuleDiff, diff};
 pub use element::mask;
+pub use extract::{ExtractOptions, ExtractReport, Pair, extract_arrays, extract_files};
 pub use method::{DefaultWeights, Family, METHODS, Method};
+pub use peft::METHODS as PEFT_METHODS;
 pub use report::{ModuleReport, Report};
 pub use resize::{Goal, ResizePlan, resize};
 pub use spec::{Gram, Majority, ModulePlan, Parent, Plan, Semantics, Spec, Statistics};
@@ -72,7 +76,8 @@ pub fn merge(k: &Kernels, sources: &[Source], plan: &Plan, tick: &mut Tick<'_>) 
         tick(done, work.len())?;
         let begin = Instant::now();
         let mut last = begin;
-        let (layer, mut figures) = one(k, &m.name, parents, spec, &mut |_, _| {
+        let alone = plan.semantics == Semantics::Peft && sources.len() == 1;
+        let (layer, mut figures) = one(k, &m.name, parents, spec, alone, &mut |_, _| {
             if last.elapsed() < PATIENCE {
                 return Ok(());
             }
@@ -98,13 +103,20 @@ fn one(
     module: &str,
     parents: &[Parent<'_>],
     spec: &Spec,
+    alone: bool,
     tick: &mut Tick<'_>,
 ) -> Result<(Layer, ModuleReport)> {
-    if let Run::Element(prepare) = spec.method.run {
-        return element::layer(k, prepare, module, parents, spec, tick);
+    let (mut layer, mut report) = match spec.method.run {
+        // PEFT turns every type into linear where there is one adapter.
+        _ if alone => peft::merge(k, module, parents, spec, peft::Op::Sum)?,
+        Run::Element(prepare) => element::layer(k, prepare, module, parents, spec, tick)?,
+        Run::Peft(op) => peft::merge(k, module, parents, spec, op)?,
+        _ => factor::merge(k, module, parents, spec)?,
+    };
+    if spec.semantics == Semantics::Peft {
+        layer = peft::as_configured(layer, parents, &mut report)?;
     }
-    let (layer, mut report) = factor::merge(k, module, parents, spec)?;
-    if spec.full {
+    if spec.full && report.sign_conflict.is_none() {
         report.sign_conflict = Some(element::sign_conflict(k, module, parents, tick)?);
     }
     Ok((layer, report))

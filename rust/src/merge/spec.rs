@@ -171,7 +171,8 @@ impl Spec {
         let take = |name: &str, given: Option<f64>, lo: f64, hi: f64, open: bool| -> Result<f64> {
             let Some(default) = method.default(name) else {
                 return match given {
-                    None => Ok(0.0),
+                    // What the method does not know leaves its result as it is.
+                    None => Ok(if name == "lam" || name == "density" { 1.0 } else { 0.0 }),
                     Some(v) => Err(not_taken(name, v, method.name)),
                 };
             };

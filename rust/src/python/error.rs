@@ -17,6 +17,7 @@ import_exception!(microlora.exceptions, FeedbackError);
 import_exception!(microlora.exceptions, FormatError);
 import_exception!(microlora.exceptions, UnsupportedVariantError);
 import_exception!(microlora.exceptions, DeviceError);
+import_exception!(microlora.exceptions, SwapError);
 import_exception!(microlora.exceptions, CancelledError);
 
 impl From<Error> for PyErr {
@@ -36,6 +37,7 @@ impl From<Error> for PyErr {
             Error::Unsupported { .. } => UnsupportedVariantError::new_err(text),
             Error::Memory { .. } => PyMemoryError::new_err(text),
             Error::Cancelled(_) => CancelledError::new_err(text),
+            Error::Swap { generation, .. } => SwapError::new_err((text, generation)),
             Error::Device(_) => DeviceError::new_err(text),
             // (errno, strerror, filename) lets Python choose FileNotFoundError and its like.
             Error::Io { path, source } => match source.raw_os_error() {

@@ -43,7 +43,7 @@ impl ModuleHandle {
         x: &Bound<'py, PyAny>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        calls::forward(py, &self.lora, self.module, self.shape, x, out)
+        calls::forward(py, &(&*self.lora, self.module), self.shape, x, out)
     }
 
     /// ``out += dY(x)``; see `MicroLora.forward_add`.
@@ -54,7 +54,7 @@ impl ModuleHandle {
         x: &Bound<'py, PyAny>,
         out: &Bound<'py, PyAny>,
     ) -> PyResult<()> {
-        calls::forward_add(py, &self.lora, self.module, self.shape, x, Some(out))
+        calls::forward_add(py, &(&*self.lora, self.module), self.shape, x, Some(out))
     }
 
     /// float32 (out_features, in_features): the change of the weight, ``s (A B)^T``, a new array.

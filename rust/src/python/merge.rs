@@ -11,15 +11,15 @@ use super::array::input;
 use super::long::long_call;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::merge::{self, Gram, METHODS, Source, Statistics};
+use crate::merge::{self, Gram, METHODS, PEFT_METHODS, Source, Statistics};
 
-type Made = (PyAdapter, String);
+pub(super) type Made = (PyAdapter, String);
 
 fn plan_of<T: DeserializeOwned>(text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|e| Error::config("plan", e, "a plan of this version"))
 }
 
-fn json<T: serde::Serialize>(value: &T) -> Result<String> {
+pub(super) fn json<T: serde::Serialize>(value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::config("report", e, "numbers that JSON holds"))
 }
 
@@ -86,7 +86,9 @@ pub(super) fn merge_adapters(
 #[pyfunction]
 pub(super) fn merge_methods(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
     let out = PyList::empty(py);
-    for m in METHODS {
+    let ours = METHODS.iter().map(|m| (m, vec!["exact", "mergekit"]));
+    let rows = ours.chain(PEFT_METHODS.iter().map(|m| (m, vec!["peft"])));
+    for (m, semantics) in rows {
         let row = PyDict::new(py);
         row.set_item("name", m.name)?;
         row.set_item("family", m.family.as_str())?;
@@ -100,11 +102,29 @@ pub(super) fn merge_methods(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
         }
         row.set_item("params", params)?;
         row.set_item("default_weights", m.weights.as_str())?;
+        row.set_item("semantics", semantics)?;
         let most = (m.parents.1 != usize::MAX).then_some(m.parents.1);
         row.set_item("parents", (m.parents.0, most))?;
         out.append(row)?;
     }
     Ok(out)
+}
+
+/// The mask that random methods lay on one parent: `rows` lists of `cols` bools.
+#[pyfunction]
+pub(super) fn merge_mask(
+    seed: u64,
+    module: &str,
+    parent: &str,
+    rows: usize,
+    cols: usize,
+    density: f64,
+) -> PyResult<Vec<Vec<bool>>> {
+    if !(density > 0.0 && density <= 1.0) {
+        return Err(Error::config("density", density, "a number in (0, 1]").into());
+    }
+    let flat = merge::mask(seed, module, parent, rows, cols, density);
+    Ok(flat.chunks(cols.max(1)).map(<[bool]>::to_vec).collect())
 }
 
 /// Fewer ranks by a plan (JSON); returns the adapter and the report (JSON).

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
 use super::adapter::{PyAdapter, PySnapshot};
-use super::array::{input, new_rows, new_vector, weight};
+use super::array::{input, weight};
 use super::calls;
 use super::error::{ConfigError, DTypeError};
 use super::feedback::extract;
@@ -21,9 +21,6 @@ use crate::micro_lora::{MicroLora, ModuleSpec, Settings};
 type InstantTuple = (String, String, f64, f64, Option<f32>, f32, f64, Option<f32>);
 /// name, in_features, out_features, rank, alpha.
 type ModuleTuple = (String, usize, usize, usize, f64);
-
-/// Modules that read the same input in a transformer block.
-const SHARED_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
 
 /// The compiled part of `microlora.MicroLoRA`.
 #[pyclass(name = "MicroLora", module = "microlora._core", frozen, subclass)]
@@ -47,35 +44,6 @@ impl PyMicroLora {
                 self.inner.names().join(", ")
             ))),
         }
-    }
-
-    /// The modules of `forward_all` and their common input width.
-    fn shared(&self, modules: Option<Vec<String>>) -> PyResult<(Vec<usize>, usize)> {
-        let found: Vec<usize> = match modules {
-            Some(names) => names.iter().map(|n| self.inner.find(n)).collect::<Result<_, _>>()?,
-            None => SHARED_INPUT
-                .iter()
-                .map(|group| group.iter().filter_map(|n| self.inner.find(n).ok()).collect::<Vec<_>>())
-                .find(|found| !found.is_empty())
-                .unwrap_or_default(),
-        };
-        let Some(&first) = found.first() else {
-            return Err(ConfigError::new_err(format!(
-                "modules: missing, expected names among {} that share their input (q/k/v and gate/up are found by themselves)",
-                self.inner.names().join(", ")
-            )));
-        };
-        let width = self.shapes[first].0;
-        for &m in &found {
-            if self.shapes[m].0 != width {
-                let names = self.inner.names();
-                return Err(ConfigError::new_err(format!(
-                    "modules: {} takes {} features and {} takes {width}, expected modules that share their input",
-                    names[m], self.shapes[m].0, names[first]
-                )));
-            }
-        }
-        Ok((found, width))
     }
 }
 
@@ -140,7 +108,7 @@ impl PyMicroLora {
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let m = self.find(module)?;
-        calls::forward(py, &self.inner, m, self.shapes[m], x, out)
+        calls::forward(py, &(&*self.inner, m), self.shapes[m], x, out)
     }
 
     /// ``out += dY(x)``: adds the module's part to the layer's output in place.
@@ -159,7 +127,7 @@ impl PyMicroLora {
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let m = self.find(module)?;
-        calls::forward_add(py, &self.inner, m, self.shapes[m], x, out)
+        calls::forward_add(py, &(&*self.inner, m), self.shapes[m], x, out)
     }
 
     /// ``dY(x)`` of several modules that read the same input, all of one version of the weights.
@@ -178,24 +146,11 @@ impl PyMicroLora {
         x: &Bound<'py, PyAny>,
         modules: Option<Vec<String>>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let (found, width) = self.shared(modules)?;
-        let x = input("x", x, Some(width), true)?;
+        let names = self.inner.names();
+        let found = calls::shared(modules, |n| self.inner.find(n), || names.join(", "))?;
         let (layers, enabled) = self.inner.layers(&found);
-        let k = self.inner.kernels();
-        let result = PyDict::new(py);
-        for (&m, layer) in found.iter().zip(&layers) {
-            let n_out = self.shapes[m].1;
-            let y = match x.rows {
-                None if enabled => new_vector(py, n_out, |y| layer.forward(k, x.as_slice(), y, false))?,
-                rows => {
-                    let (array, mut y) = new_rows(py, rows.unwrap_or(1), n_out)?;
-                    calls::rows(py, k, layer, enabled, x.as_slice(), &mut y, false)?;
-                    if rows.is_none() { array.call_method1("reshape", (n_out,))? } else { array }
-                }
-            };
-            result.set_item(&self.inner.names()[m], y)?;
-        }
-        Ok(result)
+        let of: Vec<_> = found.iter().zip(layers).map(|(&m, layer)| (names[m].as_str(), layer)).collect();
+        calls::forward_all(py, self.inner.kernels(), &of, enabled, x)
     }
 
     fn __getitem__(&self, module: &Bound<'_, PyAny>) -> PyResult<ModuleHandle> {

@@ -13,14 +13,17 @@ mod chain;
 mod dataset;
 mod error;
 mod ewc;
+mod extract;
 mod feedback;
 mod files;
+mod fuse;
 mod handle;
 mod long;
 mod machine;
 mod merge;
 mod micro_lora;
 mod step;
+mod swap;
 mod train;
 
 use pyo3::prelude::*;
@@ -35,9 +38,13 @@ mod _core {
     #[pymodule_export]
     use super::ewc::PyEwc;
     #[pymodule_export]
+    use super::extract::{extract_from_arrays, extract_from_files, list_tensors};
+    #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
     use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single, write_file};
+    #[pymodule_export]
+    use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]
@@ -46,11 +53,13 @@ mod _core {
         set_num_threads,
     };
     #[pymodule_export]
-    use super::merge::{combine, compose, diff, merge_adapters, merge_methods, resize};
+    use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::step::PyStepResult;
+    #[pymodule_export]
+    use super::swap::{PyGeneration, PyHotSwap, SwapHandle, probe_swap};
     #[pymodule_export]
     use super::train::{PyOptimizer, evaluate};
 

@@ -5,8 +5,10 @@ mod names;
 mod read;
 mod write;
 
+pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
 pub(super) use read::{from_dir, from_file};
+pub(crate) use write::placed;
 pub use write::{PeftOptions, save_peft};
 
 /// The configuration's file name.

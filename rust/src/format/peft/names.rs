@@ -76,6 +76,11 @@ pub(super) fn classify(key: &str) -> Key<'_> {
     }
 }
 
+/// Whether a tensor that is no factor has nothing to say about the weights.
+pub(crate) fn is_only_for_training(key: &str) -> bool {
+    matches!(classify(key), Key::Training)
+}
+
 /// The path that PEFT matches patterns and targets against: of a wrapped layer, the wrapper's.
 pub(super) fn pattern_path(path: &str) -> &str {
     path.split_once(".base_layer.").map_or(path, |(outer, _)| outer)

@@ -107,20 +107,29 @@ fn place<'a>(
     parts: &'a AdapterParts,
     layer_paths: Option<&BTreeMap<String, Vec<String>>>,
 ) -> Result<Vec<(String, &'a ModuleParts)>> {
-    let Some(map) = layer_paths else {
-        return Ok(parts.modules.iter().map(|m| (m.path.clone(), m)).collect());
-    };
     let have: Vec<&str> = parts.modules.iter().map(|m| m.path.as_str()).collect();
+    let placed = placed(&have, layer_paths)?;
+    Ok(placed.into_iter().map(|(path, m)| (path, &parts.modules[m])).collect())
+}
+
+/// Paths in a model of the modules of those names, each with the module's number.
+pub(crate) fn placed(
+    have: &[&str],
+    layer_paths: Option<&BTreeMap<String, Vec<String>>>,
+) -> Result<Vec<(String, usize)>> {
+    let Some(map) = layer_paths else {
+        return Ok(have.iter().enumerate().map(|(m, name)| ((*name).to_owned(), m)).collect());
+    };
     if let Some(got) = map.keys().find(|k| !have.contains(&k.as_str())) {
-        return Err(Error::UnknownModule { got: got.clone(), have: show_list(&have) });
+        return Err(Error::UnknownModule { got: got.clone(), have: show_list(have) });
     }
-    let mut out: Vec<(String, &ModuleParts)> = Vec::new();
+    let mut out: Vec<(String, usize)> = Vec::new();
     let mut seen: HashMap<&str, &str> = HashMap::new();
-    for m in &parts.modules {
-        let Some(paths) = map.get(&m.path).filter(|p| !p.is_empty()) else {
+    for (m, name) in have.iter().enumerate() {
+        let Some(paths) = map.get(*name).filter(|p| !p.is_empty()) else {
             return Err(Error::config(
                 "layer_paths",
-                format!("no path for {}", show(&m.path)),
+                format!("no path for {}", show(name)),
                 "one or more for each module",
             ));
         };
@@ -132,8 +141,8 @@ fn place<'a>(
                     "a module path such as model.layers.0.self_attn.q_proj",
                 ));
             }
-            if let Some(first) = seen.insert(path, &m.path) {
-                let got = format!("{} for {} and {}", show(path), show(first), show(&m.path));
+            if let Some(first) = seen.insert(path, name) {
+                let got = format!("{} for {} and {}", show(path), show(first), show(name));
                 return Err(Error::config("layer_paths", got, "each path once"));
             }
             out.push((path.clone(), m));

@@ -32,6 +32,9 @@ pub(crate) struct Deltas {
     all: Vec<Delta>,
 }
 
+/// Takes a block's rows and each parent's numbers there.
+type Each<'a> = dyn FnMut(Range<usize>, &mut [Vec<f32>]) -> Result<()> + 'a;
+
 impl Deltas {
     /// Scales and transposes B, widens A where it is narrow.
     ///
@@ -116,7 +119,7 @@ impl Deltas {
         k: &Kernels,
         parents: Range<usize>,
         tick: &mut Tick<'_>,
-        f: &mut dyn FnMut(Range<usize>, &mut [Vec<f32>]) -> Result<()>,
+        f: &mut Each<'_>,
     ) -> Result<()> {
         let mut tiles: Vec<Vec<f32>> = parents.clone().map(|_| self.buffer()).collect();
         for block in blocks(self.rows, self.cols) {

@@ -28,7 +28,7 @@ use std::ops::Range;
 
 use super::factor::layer_of;
 use super::report::{ModuleReport, Seen};
-use super::spec::{Parent, Spec};
+use super::spec::{Parent, Semantics, Spec};
 use crate::algebra::{Factors, Grams, Keep, SketchOptions, Stack, Tiles, decompose_from};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -291,7 +291,11 @@ pub(crate) fn merge(
     let plain = SketchOptions::for_rank(fit);
     let start = deltas.span(k, SPAN * plain.width, &mut Rng::new(spec.seed, STREAM));
     let width = plain.width.max((start.len() / deltas.cols() + BLIND).next_multiple_of(8));
-    let o = SketchOptions { width, seed: spec.seed, ..plain };
+    let mut o = SketchOptions { width, seed: spec.seed, ..plain };
+    if spec.semantics == Semantics::Peft {
+        // A full decomposition is what is asked for, to the last digits.
+        (o.tolerance, o.max_passes) = (1e-13, 64);
+    }
     let (factors, bytes) =
         decompose_from(k, &mut blocks, &start, Keep::Rank(fit), &o, tick).map_err(|e| match e {
             Error::NonFinite { .. } => Error::NonFinite {

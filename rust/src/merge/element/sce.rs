@@ -101,9 +101,11 @@ pub(crate) fn prepare<'a>(c: &Context<'a>, tick: &mut Tick<'_>) -> Result<Box<dy
     c.held((c.deltas.len() + 1) * c.deltas.block_bytes());
     let all: f64 = energy.iter().sum();
     let share = |e: &f64| if all > 0.0 { (e / all) as f32 } else { 0.0 };
+    let weights: Vec<f32> = energy.iter().map(share).collect();
     let join = Join::Elect(Vote {
         votes: vec![1.0; energy.len()],
-        weights: energy.iter().map(share).collect(),
+        sizes: weights.clone(),
+        weights,
         frequency: false,
         normalize: c.spec.semantics == Semantics::Mergekit,
         lam: c.spec.lam as f32,

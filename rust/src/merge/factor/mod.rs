@@ -6,7 +6,7 @@ use nalgebra::DMatrix;
 
 use super::method::Run;
 use super::report::{ModuleReport, Seen, cosine};
-use super::spec::{Parent, Spec};
+use super::spec::{Parent, Semantics, Spec};
 use crate::algebra::{Factors, Grams, Keep, Stack, refactor_with};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ pub(crate) fn merge(
             let coef = spread(&stack.coef, &groups, &coefficients);
             let used: usize =
                 groups.iter().zip(&coefficients).filter(|(_, c)| **c != 0.0).map(|(g, _)| g.len()).sum();
-            let rank = wanted(module, spec, &stack)?;
+            let rank = wanted(module, spec, &stack, groups.iter().map(Range::len).max().unwrap_or(1))?;
             let concat = used <= rank || spec.method.name == "cat";
             let (layer, mut report) = if concat {
                 let layer = concatenated(parents, &groups, &coefficients, &stack, dtype, rank.max(used))?;
@@ -113,7 +113,7 @@ pub(crate) fn merge(
                 b: stack.b.clone(),
             };
             let inner = Grams { a: Grams::rows(k, &moved.a, moved.n_in), b: grams.b.clone() };
-            let rank = wanted(module, spec, &stack)?;
+            let rank = wanted(module, spec, &stack, groups.iter().map(Range::len).max().unwrap_or(1))?;
             let (made, alpha) = if stack.rank() <= rank {
                 let norm2 = inner.inner(&coef, &(0..coef.len()), &(0..coef.len()));
                 (whole(&moved, norm2), 1.0)
@@ -126,7 +126,7 @@ pub(crate) fn merge(
             debug_assert_eq!(alpha, 1.0);
             Ok((layer_of(made, &stack, rank, dtype)?, report))
         }
-        Run::Element(_) => unreachable!("an element-wise method in factor space"),
+        Run::Element(_) | Run::Peft(_) => unreachable!("an element-wise method in factor space"),
     }
 }
 
@@ -140,8 +140,11 @@ fn spread(coef: &[f64], groups: &[Range<usize>], by: &[f64]) -> Vec<f64> {
 }
 
 /// The rank of the result: as asked, else all rows, never above what the shape holds.
-fn wanted(module: &str, spec: &Spec, stack: &Stack) -> Result<usize> {
+fn wanted(module: &str, spec: &Spec, stack: &Stack, largest: usize) -> Result<usize> {
     let (sum, most) = (stack.rank(), stack.n_in.min(stack.n_out));
+    if spec.semantics == Semantics::Peft && spec.method.name == "svd" {
+        return Ok(spec.rank.unwrap_or(largest).min(most));
+    }
     match spec.rank {
         Some(rank) if rank > sum => {
             let want = format!("at most {sum}, the sum of the parents' ranks in module {module}");

@@ -11,8 +11,9 @@ use crate::algebra::Stack;
 use crate::error::{Error, Result};
 use crate::merge::spec::{Gram, Parent, Spec};
 
-/// Share of the mean diagonal that is added to every Gram: inputs that no parent saw take the weighted mean.
-const RIDGE: f64 = 1e-6;
+/// Share of the mean diagonal that is added to every Gram: inputs that no parent saw take the weighted mean, and
+/// inputs that hardly occur cannot blow up (1e-6 made rows 100 times too large, and truncation spend rank on them).
+const RIDGE: f64 = 1e-2;
 
 /// A parent's `G`, shrunk and with its ridge: a diagonal, and what lies beside it.
 struct Moments<'a> {

@@ -1,0 +1,547 @@
+//! Hot swap under load: every read is exactly one generation, and the checker is shown to see torn reads.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::time::{Duration, Instant};
+
+use microlora::factor::{Factor, SharedFactor};
+use microlora::kernels::Kernels;
+use microlora::layer::Layer;
+use microlora::learn::{Feedback, TargetLoss};
+use microlora::micro_lora::Settings;
+use microlora::rng::Rng;
+use microlora::swap::Generation;
+use microlora::{Adapter, Dtype, Error, HotSwap, MicroLora};
+
+const N: usize = 96;
+const MODULES: [&str; 2] = ["q_proj", "v_proj"];
+const READERS: usize = 8;
+
+fn numbers(seed: u64, n: usize) -> Vec<f32> {
+    let mut rng = Rng::new(seed, 9);
+    (0..n).map(|_| rng.symmetric(1.0)).collect()
+}
+
+fn layer(seed: u64, rank: usize, n_in: usize, n_out: usize) -> Arc<Layer> {
+    let factor = |seed, n| Factor::from_rows(&numbers(seed, rank * n), rank, n, Dtype::F32);
+    Arc::new(Layer::new(factor(2 * seed, n_in), factor(2 * seed + 1, n_out), 8.0, false).unwrap())
+}
+
+fn adapter_of(modules: &[(&str, Arc<Layer>)]) -> Arc<Adapter> {
+    let modules = modules.iter().map(|(n, l)| ((*n).to_string(), Arc::clone(l))).collect();
+    Arc::new(Adapter { modules, ..Adapter::default() })
+}
+
+/// Adapters of other ranks, and in another order of modules.
+fn version(i: u64) -> Arc<Adapter> {
+    let mut of: Vec<_> = MODULES
+        .iter()
+        .enumerate()
+        .map(|(m, n)| (*n, layer(10 * i + m as u64, 2 + i as usize % 7, N, N)))
+        .collect();
+    if i % 2 == 1 {
+        of.reverse();
+    }
+    adapter_of(&of)
+}
+
+/// What one generation answers: hashes of both modules' outputs, for one row and for a batch.
+type Pair = (u64, u64);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Answers {
+    row: Pair,
+    batch: Pair,
+}
+
+fn answer(k: &Kernels, layer: &Layer, x: &[f32], batch: bool) -> u64 {
+    let mut hash = DefaultHasher::new();
+    if batch {
+        let mut y = vec![0.0; 2 * N];
+        layer.forward_rows(k, &[x, x].concat(), &mut y, false).unwrap();
+        y.iter().for_each(|v| v.to_bits().hash(&mut hash));
+    } else {
+        let mut y = vec![0.0; N];
+        layer.forward(k, x, &mut y, false).unwrap();
+        y.iter().for_each(|v| v.to_bits().hash(&mut hash));
+    }
+    hash.finish()
+}
+
+fn answers(k: &Kernels, adapter: &Adapter, x: &[f32]) -> Answers {
+    let pair = |batch| {
+        let [q, v] = MODULES.map(|m| answer(k, adapter.layer(m).unwrap(), x, batch));
+        (q, v)
+    };
+    Answers { row: pair(false), batch: pair(true) }
+}
+
+/// Something that serves two modules while others change them.
+trait Serves: Sync {
+    /// Both modules within one pin: number and what each answered.
+    fn read(&self, x: &[f32], batch: bool, way: usize) -> (Option<u64>, Pair);
+    /// One change by the swapper.
+    fn change(&self, adapter: &Arc<Adapter>, step: usize) -> Option<Change>;
+    /// One publication by the learner; none where another writer was faster.
+    fn publish(&self, expected: u64, adapter: &Arc<Adapter>) -> Option<u64>;
+    fn pin(&self) -> (u64, Arc<Adapter>);
+}
+
+/// What a generation holds: an adapter whose answers are known, or what another generation held.
+enum Change {
+    New(u64),
+    Back { new: u64, to: u64 },
+}
+
+struct Real {
+    swap: HotSwap,
+    slots: [usize; 2],
+    seen: Mutex<Vec<Weak<Generation>>>,
+}
+
+impl Real {
+    fn new(first: &Arc<Adapter>) -> Self {
+        let swap = HotSwap::new(true).unwrap();
+        drop(swap.set_active(Arc::clone(first), false).unwrap());
+        let slots = MODULES.map(|m| swap.slot(m).unwrap());
+        Real { swap, slots, seen: Mutex::default() }
+    }
+}
+
+impl Serves for Real {
+    fn read(&self, x: &[f32], batch: bool, way: usize) -> (Option<u64>, Pair) {
+        let k = self.swap.kernels();
+        let of = |g: &Generation| {
+            let q = answer(k, g.slot(self.slots[0]).unwrap(), x, batch);
+            if way.is_multiple_of(3) {
+                std::thread::yield_now();
+            }
+            (Some(g.number()), (q, answer(k, g.layer(MODULES[1]).unwrap(), x, batch)))
+        };
+        if way.is_multiple_of(2) {
+            return of(&self.swap.load());
+        }
+        let pinned = self.swap.pin();
+        if way.is_multiple_of(101) {
+            self.seen.lock().unwrap().push(Arc::downgrade(&pinned));
+        }
+        of(&pinned)
+    }
+
+    fn change(&self, adapter: &Arc<Adapter>, step: usize) -> Option<Change> {
+        if step % 5 == 4 {
+            // Nothing to go back to right after another rollback.
+            let done = self.swap.rollback().ok()?;
+            return Some(Change::Back { new: done.new, to: done.old - 1 });
+        }
+        self.swap.prepare_standby(Arc::clone(adapter), false, &mut |_, _| Ok(())).unwrap();
+        Some(Change::New(self.swap.swap().unwrap().new))
+    }
+
+    fn publish(&self, expected: u64, adapter: &Arc<Adapter>) -> Option<u64> {
+        match self.swap.compare_and_swap(expected, Arc::clone(adapter), false) {
+            Ok(done) => {
+                assert_eq!((done.old, done.new), (expected, expected + 1));
+                Some(done.new)
+            }
+            Err(Error::Swap { generation, .. }) => {
+                assert!(generation > expected, "refused, although {generation} was expected");
+                None
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    fn pin(&self) -> (u64, Arc<Adapter>) {
+        let g = self.swap.pin();
+        (g.number(), Arc::clone(g.adapter().unwrap()))
+    }
+}
+
+/// The planted defects: a change in two steps, between which readers get in.
+struct Torn {
+    parts: [[RwLock<SharedFactor>; 2]; 2],
+    /// A of both modules, then B; otherwise one module after the other.
+    by_factor: bool,
+    first: Arc<Adapter>,
+}
+
+impl Torn {
+    fn new(first: &Arc<Adapter>, by_factor: bool) -> Self {
+        let parts = MODULES.map(|m| {
+            let l = first.layer(m).unwrap();
+            [RwLock::new(Arc::clone(&l.a)), RwLock::new(Arc::clone(&l.b))]
+        });
+        Torn { parts, by_factor, first: Arc::clone(first) }
+    }
+
+    fn store(&self, adapter: &Adapter, module: usize, factor: usize) {
+        let l = adapter.layer(MODULES[module]).unwrap();
+        *self.parts[module][factor].write().unwrap() = Arc::clone([&l.a, &l.b][factor]);
+    }
+}
+
+impl Serves for Torn {
+    fn read(&self, x: &[f32], batch: bool, way: usize) -> (Option<u64>, Pair) {
+        let k = Kernels::detect().unwrap();
+        let [q, v] = [0, 1].map(|m| {
+            let (a, b) = (self.parts[m][0].read().unwrap().clone(), self.parts[m][1].read().unwrap().clone());
+            if way.is_multiple_of(3) {
+                std::thread::yield_now();
+            }
+            answer(k, &Layer { a, b, alpha: 8.0, rslora: false }, x, batch)
+        });
+        (None, (q, v))
+    }
+
+    fn change(&self, adapter: &Arc<Adapter>, _: usize) -> Option<Change> {
+        for i in 0..4 {
+            let (module, factor) = if self.by_factor { (i % 2, i / 2) } else { (i / 2, i % 2) };
+            if i == 2 {
+                std::thread::yield_now();
+            }
+            self.store(adapter, module, factor);
+        }
+        None
+    }
+
+    fn publish(&self, _: u64, _: &Arc<Adapter>) -> Option<u64> {
+        None
+    }
+
+    fn pin(&self) -> (u64, Arc<Adapter>) {
+        (0, Arc::clone(&self.first))
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    reads: usize,
+    torn: usize,
+    backwards: usize,
+    /// (number, batch, pair), verified when the writers' log is whole.
+    numbered: Vec<(u64, bool, Pair)>,
+}
+
+struct Outcome {
+    reads: usize,
+    torn: usize,
+    backwards: usize,
+    changes: usize,
+    learned: usize,
+    leaked: usize,
+}
+
+fn read_on(
+    serves: &dyn Serves,
+    known: &RwLock<HashSet<Pair>>,
+    done: &AtomicBool,
+    x: &[f32],
+    me: usize,
+) -> Seen {
+    let (mut seen, mut last) = (Seen::default(), 0);
+    while !done.load(Ordering::Relaxed) {
+        let batch = seen.reads % 4 == 3;
+        let (number, pair) = serves.read(x, batch, seen.reads + me);
+        seen.reads += 1;
+        seen.torn += usize::from(!known.read().unwrap().contains(&pair));
+        if let Some(number) = number {
+            seen.backwards += usize::from(number < last);
+            last = number;
+            if seen.numbered.last() != Some(&(number, batch, pair)) {
+                seen.numbered.push((number, batch, pair));
+            }
+        }
+    }
+    seen
+}
+
+/// Eight readers, a swapper and a learner for `time`.
+fn under_load(serves: &dyn Serves, versions: &[Arc<Adapter>], x: &[f32], time: Duration) -> Outcome {
+    let k = Kernels::detect().unwrap();
+    let known: RwLock<HashSet<Pair>> = RwLock::default();
+    let learn_of = |a: &Adapter| {
+        let of = answers(k, a, x);
+        known.write().unwrap().extend([of.row, of.batch]);
+        of
+    };
+    let all: Vec<Answers> = versions.iter().map(|v| learn_of(v)).collect();
+    let log: Mutex<HashMap<u64, Answers>> = Mutex::new(HashMap::from([(serves.pin().0, all[0])]));
+    let back: Mutex<Vec<(u64, u64)>> = Mutex::default();
+    let (done, changes) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (seen, weak) = std::thread::scope(|s| {
+        let readers: Vec<_> = (0..READERS)
+            .map(|me| {
+                s.spawn({
+                    let (known, done) = (&known, &done);
+                    move || read_on(serves, known, done, x, me)
+                })
+            })
+            .collect();
+        s.spawn(|| {
+            for step in 0.. {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                let i = step * 7 % versions.len();
+                match serves.change(&versions[i], step) {
+                    Some(Change::New(n)) => _ = log.lock().unwrap().insert(n, all[i]),
+                    Some(Change::Back { new, to }) => back.lock().unwrap().push((new, to)),
+                    None => (),
+                }
+                changes.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        });
+        let learner = s.spawn(|| {
+            let mut weak: Vec<Weak<Layer>> = Vec::new();
+            for step in 0u64.. {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                let (number, adapter) = serves.pin();
+                let lora = MicroLora::from_adapter(&adapter, 1, Settings::default()).unwrap();
+                for m in 0..MODULES.len() {
+                    let t = Feedback::target(numbers(100 + step % 50, N), TargetLoss::Mse).unwrap();
+                    lora.instant(m, &numbers(500 + step % 50, N), &t, None).unwrap();
+                }
+                let next = Arc::new(lora.adapter());
+                let of = learn_of(&next);
+                if let Some(n) = serves.publish(number, &next) {
+                    weak.push(Arc::downgrade(next.layer(MODULES[0]).unwrap()));
+                    log.lock().unwrap().insert(n, of);
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            weak
+        });
+        let start = Instant::now();
+        while start.elapsed() < time {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        done.store(true, Ordering::Relaxed);
+        let seen: Vec<Seen> = readers.into_iter().map(|r| r.join().unwrap()).collect();
+        (seen, learner.join().unwrap())
+    });
+    let mut log = log.into_inner().unwrap();
+    for (new, to) in back.into_inner().unwrap() {
+        let of = log[&to];
+        log.insert(new, of);
+    }
+    let wrong = |&(n, batch, pair): &(u64, bool, Pair)| {
+        let of = log[&n];
+        pair != if batch { of.batch } else { of.row }
+    };
+    Outcome {
+        reads: seen.iter().map(|s| s.reads).sum(),
+        torn: seen.iter().map(|s| s.torn + s.numbered.iter().filter(|o| wrong(o)).count()).sum(),
+        backwards: seen.iter().map(|s| s.backwards).sum(),
+        changes: changes.into_inner(),
+        learned: weak.len(),
+        leaked: weak.iter().filter(|w| w.strong_count() > 0).count(),
+    }
+}
+
+fn time() -> Duration {
+    let slow = std::env::var("MICROLORA_TEST_PROFILE").is_ok_and(|p| p == "slow");
+    Duration::from_secs(if slow { 10 } else { 1 })
+}
+
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn every_read_is_exactly_one_generation_and_memory_returns() {
+    let versions: Vec<_> = (0..16).map(version).collect();
+    let (x, real) = (numbers(7, N), Real::new(&versions[0]));
+    // Once before, so that stacks and thread caches of the allocator are there.
+    under_load(&real, &versions, &x, Duration::from_millis(100));
+    drop(real);
+    let (real, before) = (Real::new(&versions[0]), resident());
+    let o = under_load(&real, &versions, &x, time());
+    assert_eq!((o.torn, o.backwards), (0, 0), "of {} reads and {} changes", o.reads, o.changes);
+    assert!(o.changes > 100 && o.learned > 20 && o.reads > 1000, "{} {} {}", o.changes, o.learned, o.reads);
+    // The active generation, the one before; not one more of the thousands.
+    assert!(real.swap.live_generations() <= 2);
+    assert!(o.leaked <= 2, "{} of {} learned adapters are still there", o.leaked, o.learned);
+    drop(real.swap.forget_previous());
+    assert_eq!(real.swap.live_generations(), 1);
+    let seen = real.seen.into_inner().unwrap();
+    assert!(!seen.is_empty());
+    let alive: Vec<u64> = seen.iter().filter_map(Weak::upgrade).map(|g| g.number()).collect();
+    assert!(alive.iter().all(|&n| n == real.swap.generation()), "{alive:?}");
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 64 << 20, "{} MB more than before", grown >> 20);
+}
+
+#[test]
+fn the_same_checker_catches_torn_reads() {
+    // Equal ranks: a mix of two versions must be able to run.
+    let versions: Vec<_> = (0..8)
+        .map(|i| adapter_of(&[0, 1].map(|m| (MODULES[m], layer(90 + 2 * i + m as u64, 4, N, N)))))
+        .collect();
+    let x = numbers(7, N);
+    for by_factor in [true, false] {
+        let o = under_load(&Torn::new(&versions[0], by_factor), &versions, &x, Duration::from_millis(500));
+        assert!(o.torn > 0, "by factor: {by_factor}: unseen in {} reads, {} changes", o.reads, o.changes);
+    }
+}
+
+fn swap_of(first: &Arc<Adapter>) -> HotSwap {
+    let swap = HotSwap::new(true).unwrap();
+    drop(swap.set_active(Arc::clone(first), false).unwrap());
+    swap
+}
+
+#[test]
+fn an_empty_manager_says_so() {
+    let swap = HotSwap::new(true).unwrap();
+    assert_eq!((swap.generation(), swap.live_generations()), (0, 1));
+    assert!(swap.pin().adapter().is_none());
+    let e = swap.load().layer("q_proj").unwrap_err().to_string();
+    assert!(e.contains("generation 0") && e.contains("q_proj"), "{e}");
+    for e in [swap.swap().unwrap_err(), swap.rollback().unwrap_err()] {
+        assert!(matches!(e, Error::Swap { generation: 0, .. }), "{e}");
+    }
+    drop(swap.set_active(version(0), false).unwrap());
+    assert!(swap.previous().is_none() && swap.rollback().is_err(), "generation 0 is nothing to go back to");
+}
+
+#[test]
+fn refusals_change_nothing() {
+    let first = version(0);
+    let swap = swap_of(&first);
+    let standby = version(1);
+    swap.prepare_standby(Arc::clone(&standby), false, &mut |_, _| Ok(())).unwrap();
+    let other = adapter_of(&[("v_proj", layer(1, 2, N, N)), ("q_proj", layer(2, 2, N, N / 2))]);
+    let mut rows = numbers(3, 2 * N);
+    rows[N] = f32::NAN;
+    let nan = Factor::from_rows(&rows, 2, N, Dtype::Bf16);
+    let nan = Layer::new(Factor::zeros(2, N, Dtype::F32), nan, 1.0, false).unwrap();
+    let nan = adapter_of(&[("q_proj", Arc::new(nan))]);
+    let cases = [(other, "of q_proj"), (nan, "lora_b of q_proj"), (adapter_of(&[]), "no modules")];
+    for (bad, word) in cases {
+        let errors = [
+            swap.set_active(Arc::clone(&bad), false).unwrap_err(),
+            swap.compare_and_swap(1, Arc::clone(&bad), false).unwrap_err(),
+            swap.prepare_standby(bad, false, &mut |_, _| Ok(())).unwrap_err(),
+        ];
+        for e in errors {
+            assert!(e.to_string().contains(word), "{e}");
+        }
+    }
+    assert!(matches!(swap.compare_and_swap(0, version(2), false), Err(Error::Swap { generation: 1, .. })));
+    let stop = swap.prepare_standby(version(2), false, &mut |done, _| {
+        if done == 1 { Err(Error::Cancelled("preparing".into())) } else { Ok(()) }
+    });
+    assert!(matches!(stop, Err(Error::Cancelled(_))));
+    assert_eq!(swap.generation(), 1);
+    assert!(Arc::ptr_eq(swap.pin().adapter().unwrap(), &first));
+    assert!(Arc::ptr_eq(&swap.standby().unwrap(), &standby));
+}
+
+#[test]
+fn a_standby_is_compared_with_what_is_active_at_the_swap() {
+    let swap = swap_of(&version(0));
+    let narrow = adapter_of(&[("o_proj", layer(5, 3, N, 8))]);
+    swap.prepare_standby(Arc::clone(&narrow), false, &mut |_, _| Ok(())).unwrap();
+    drop(swap.set_active(adapter_of(&[("o_proj", layer(6, 3, N, 16))]), false).unwrap());
+    let e = swap.swap().unwrap_err();
+    assert!(matches!(e, Error::Shape { .. }) && e.to_string().contains("o_proj"), "{e}");
+    assert!(Arc::ptr_eq(&swap.standby().unwrap(), &narrow) && swap.generation() == 2);
+    swap.prepare_standby(Arc::clone(&narrow), true, &mut |_, _| Ok(())).unwrap();
+    assert_eq!(swap.swap().unwrap().new, 3);
+    assert!(swap.standby().is_none());
+    // Back over a change of shapes that was wanted.
+    assert_eq!(swap.rollback().unwrap().new, 4);
+    assert_eq!(swap.load().layer("o_proj").unwrap().out_features(), 16);
+}
+
+#[test]
+fn slots_serve_every_later_generation() {
+    let swap = swap_of(&adapter_of(&[("q_proj", layer(1, 4, N, N))]));
+    let q = swap.slot("q_proj").unwrap();
+    assert!(matches!(swap.slot("up_proj"), Err(Error::UnknownModule { .. })));
+    // Many modules, q_proj last, of another rank.
+    let names: Vec<String> = (0..40).map(|i| format!("layers.{i}.up_proj")).collect();
+    let mut many: Vec<_> = names.iter().map(|n| (n.as_str(), layer(3, 1, N, N))).collect();
+    many.push(("q_proj", layer(2, 9, N, N)));
+    drop(swap.set_active(adapter_of(&many), false).unwrap());
+    assert_eq!(swap.load().slot(q).unwrap().rank(), 9);
+    assert_eq!(swap.load().layer("q_proj").unwrap().rank(), 9);
+    assert!(Arc::ptr_eq(swap.load().slot(swap.slot(&names[7]).unwrap()).unwrap(), &many[7].1));
+    drop(swap.set_active(adapter_of(&[("up_proj", layer(1, 4, N, N))]), false).unwrap());
+    assert!(swap.load().slot(q).is_none());
+    assert!(swap.load().lacks("q_proj").to_string().contains("up_proj (the modules of generation 3)"));
+    drop(swap.rollback().unwrap());
+    assert!(Arc::ptr_eq(swap.load().slot(q).unwrap(), &many[40].1));
+}
+
+#[test]
+fn a_generation_lives_as_long_as_its_last_reader() {
+    let swap = swap_of(&version(0));
+    let (held, weak) = (swap.pin(), Arc::downgrade(&swap.pin()));
+    for i in 1..4 {
+        drop(swap.set_active(version(i), false).unwrap());
+    }
+    assert_eq!(swap.live_generations(), 3, "active, the one before, and the one that is held");
+    assert_eq!(held.number(), 1);
+    drop(held);
+    assert!(weak.upgrade().is_none());
+    assert_eq!(swap.live_generations(), 2);
+    assert!(swap.previous().is_some());
+    drop(swap.set_keep_previous(false));
+    assert_eq!(swap.live_generations(), 1);
+    drop(swap.set_active(version(5), false).unwrap());
+    assert_eq!(swap.live_generations(), 1);
+    assert!(swap.rollback().unwrap_err().to_string().contains("keep_previous"));
+}
+
+#[test]
+fn a_rollback_goes_back_once_under_a_new_number() {
+    let (a, b) = (version(0), version(1));
+    let swap = swap_of(&a);
+    drop(swap.set_active(Arc::clone(&b), false).unwrap());
+    let done = swap.rollback().unwrap();
+    assert_eq!((done.old, done.new), (2, 3));
+    assert!(Arc::ptr_eq(swap.pin().adapter().unwrap(), &a));
+    drop(done);
+    assert!(swap.rollback().is_err() && swap.previous().is_none());
+    assert_eq!(Arc::strong_count(&b), 1, "what was rolled back is let go");
+    assert_eq!(swap.live_generations(), 1);
+}
+
+#[test]
+fn activity_counts_and_ends() {
+    let swap = HotSwap::new(true).unwrap();
+    assert!(!swap.activity.is_busy());
+    swap.activity.begin();
+    swap.activity.begin();
+    swap.activity.end();
+    assert!(swap.activity.is_busy());
+    swap.activity.end();
+    swap.activity.end();
+    assert!(!swap.activity.is_busy());
+}
+
+#[test]
+fn of_many_who_start_from_one_generation_one_wins() {
+    // Large, so that all of them are looking their numbers over at the same time.
+    let big = adapter_of(&[("q_proj", layer(1, 64, 8192, 8192))]);
+    let (swap, start) = (swap_of(&big), std::sync::Barrier::new(READERS));
+    for round in 1..=20 {
+        let attempt = || {
+            start.wait();
+            swap.compare_and_swap(round, Arc::clone(&big), false).is_ok()
+        };
+        let won = std::thread::scope(|s| {
+            let all: Vec<_> = (0..READERS).map(|_| s.spawn(attempt)).collect();
+            all.into_iter().map(|t| usize::from(t.join().unwrap())).sum::<usize>()
+        });
+        assert_eq!((won, swap.generation()), (1, round + 1));
+    }
+}

@@ -5,10 +5,8 @@
 
 use super::Kernels;
 
-/// Columns that an election works on at once: its sums stay in registers or L1.
+/// Columns that are worked on at once: sums stay in registers or L1.
 const SPAN: usize = 64;
-/// Entries tested together for lying in a bracket.
-const GROUP: usize = 16;
 /// f64 lanes of a sum.
 const LANES: usize = 8;
 
@@ -49,21 +47,28 @@ pub struct Election<'a> {
 /// Entries with `|x| > hi`; those with `lo <= |x| <= hi` are appended to `inside`.
 #[inline(always)]
 pub(crate) fn bracket(x: &[f32], [lo, hi]: [f32; 2], inside: &mut Vec<f32>) -> usize {
-    let mut above = [0u32; GROUP];
-    let groups = x.chunks_exact(GROUP);
+    let mut count = 0;
+    let groups = x.chunks_exact(SPAN);
     let rest = groups.remainder();
     for g in groups {
-        let mut any = 0u32;
-        for i in 0..GROUP {
-            let v = g[i].abs();
-            above[i] += u32::from(v > hi);
-            any |= u32::from(v >= lo) & u32::from(v <= hi);
+        let g: &[f32; SPAN] = g.try_into().expect("a whole group");
+        let mut above = 0u32;
+        let mut flags = [0u8; SPAN];
+        for (flag, v) in flags.iter_mut().zip(g) {
+            let v = v.abs();
+            above += u32::from(v > hi);
+            *flag = u8::from(v >= lo) & u8::from(v <= hi);
         }
-        if any != 0 {
-            inside.extend(g.iter().map(|v| v.abs()).filter(|v| *v >= lo && *v <= hi));
+        count += above as usize;
+        // Eight flags at a time: few lie inside, and they are found without looking at the others.
+        for (flags, g) in flags.chunks_exact(8).zip(g.chunks_exact(8)) {
+            let mut word = u64::from_le_bytes(flags.try_into().expect("eight flags"));
+            while word != 0 {
+                inside.push(g[word.trailing_zeros() as usize / 8].abs());
+                word &= word - 1;
+            }
         }
     }
-    let mut count: usize = above.iter().map(|&c| c as usize).sum();
     for v in rest.iter().map(|v| v.abs()) {
         count += usize::from(v > hi);
         if v >= lo && v <= hi {
@@ -103,95 +108,131 @@ pub(crate) fn keep_above(key: &[f32], least: f32, x: &mut [f32]) {
     }
 }
 
+/// `SPAN` columns of a row from `from` on, zeros beyond its end.
+#[inline(always)]
+fn span(row: &[f32], from: usize) -> [f32; SPAN] {
+    let mut out = [0.0; SPAN];
+    let n = SPAN.min(row.len() - from);
+    out[..n].copy_from_slice(&row[from..from + n]);
+    out
+}
+
+/// `v` where `keep`, else 0, without a branch that the compiler could turn into two masked stores.
+#[inline(always)]
+fn only(keep: bool, v: f32) -> f32 {
+    f32::from_bits(v.to_bits() & u32::from(keep).wrapping_neg())
+}
+
+/// Calls `$body` for each stretch of columns, `$get` being the columns of a row: whole ones in place.
+macro_rules! by_span {
+    ($out:expr, |$get:ident, $to:ident| $body:block) => {
+        let n = $out.len();
+        let mut from = 0;
+        while from + SPAN <= n {
+            let $get = |row: &[f32]| -> [f32; SPAN] { row[from..from + SPAN].try_into().expect("a whole span") };
+            let $to: &mut [f32] = &mut $out[from..from + SPAN];
+            $body
+            from += SPAN;
+        }
+        if from < n {
+            let $get = |row: &[f32]| span(row, from);
+            let $to: &mut [f32] = &mut $out[from..];
+            $body
+        }
+    };
+}
+
 /// Per column: the sign of `sum votes x`, then the sum of the entries that have it; a draw is positive.
 #[inline(always)]
 pub(crate) fn elect(e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
-    for (at, out) in out.chunks_mut(SPAN).enumerate() {
-        let (from, n) = (at * SPAN, out.len());
+    by_span!(out, |get, to| {
         let mut sign = [0.0f32; SPAN];
         for (row, &vote) in rows.iter().zip(e.votes) {
-            let row = &row[from..from + n];
+            let x = get(row);
             if e.frequency {
-                for (s, &x) in sign.iter_mut().zip(row) {
-                    let one = if x > 0.0 { vote } else { -vote };
-                    *s += if x != 0.0 { one } else { 0.0 };
+                for i in 0..SPAN {
+                    sign[i] += only(x[i] > 0.0, vote) - only(x[i] < 0.0, vote);
                 }
             } else {
-                for (s, &x) in sign.iter_mut().zip(row) {
-                    *s += vote * x;
+                for i in 0..SPAN {
+                    sign[i] += vote * x[i];
                 }
             }
         }
         let (mut sum, mut weight) = ([0.0f32; SPAN], [0.0f32; SPAN]);
         for (((row, &vote), &w), &size) in rows.iter().zip(e.votes).zip(e.weights).zip(e.sizes) {
-            let row = &row[from..from + n];
+            let x = get(row);
             // An entry under a negative vote stands for the other sign.
             let side = if vote < 0.0 { -1.0f32 } else { 1.0 };
-            for (((sum, weight), &s), &x) in sum.iter_mut().zip(&mut weight).zip(&sign).zip(row) {
-                let v = side * x;
-                let same = ((v > 0.0) & (s >= 0.0)) | ((v < 0.0) & (s < 0.0));
-                *sum += if same { w * x } else { 0.0 };
-                *weight += if same { size } else { 0.0 };
+            for i in 0..SPAN {
+                let v = side * x[i];
+                let same = (v != 0.0) & ((v > 0.0) == (sign[i] >= 0.0));
+                sum[i] += only(same, w * x[i]);
+                weight[i] += only(same, size);
             }
         }
         if e.normalize {
-            for ((out, sum), weight) in out.iter_mut().zip(sum).zip(weight) {
-                *out = if weight > 0.0 { e.lam * (sum / weight) } else { 0.0 };
-            }
-        } else {
-            for (out, sum) in out.iter_mut().zip(sum) {
-                *out = e.lam * sum;
+            for i in 0..SPAN {
+                let mean = sum[i] / weight[i];
+                sum[i] = if weight[i] > 0.0 { mean } else { 0.0 };
             }
         }
-    }
+        for (to, sum) in to.iter_mut().zip(sum) {
+            *to = e.lam * sum;
+        }
+    });
 }
 
 /// `lam sum c_k f_k x_k / sum c_k f_k` per column, 0 where nothing weighs; `f_k` is a row of its own.
 #[inline(always)]
 pub(crate) fn ratio(rows: &[&[f32]], f: &[&[f32]], c: &[f32], lam: f32, out: &mut [f32]) {
-    for (at, out) in out.chunks_mut(SPAN).enumerate() {
-        let (from, n) = (at * SPAN, out.len());
+    by_span!(out, |get, to| {
         let (mut sum, mut weight) = ([0.0f32; SPAN], [0.0f32; SPAN]);
         for ((row, f), &c) in rows.iter().zip(f).zip(c) {
-            let (row, f) = (&row[from..from + n], &f[from..from + n]);
-            for (((sum, weight), &x), &f) in sum.iter_mut().zip(&mut weight).zip(row).zip(f) {
-                let w = c * f;
-                *sum += w * x;
-                *weight += w;
+            let (x, f) = (get(row), get(f));
+            for i in 0..SPAN {
+                let w = c * f[i];
+                sum[i] += w * x[i];
+                weight[i] += w;
             }
         }
-        for ((out, sum), weight) in out.iter_mut().zip(sum).zip(weight) {
-            *out = if weight > 0.0 { lam * (sum / weight) } else { 0.0 };
+        for i in 0..SPAN {
+            let mean = sum[i] / weight[i];
+            sum[i] = if weight[i] > 0.0 { mean } else { 0.0 };
         }
-    }
+        for (to, sum) in to.iter_mut().zip(sum) {
+            *to = lam * sum;
+        }
+    });
 }
 
 /// `m` times the variance over rows per column, relative to the first row: rows that are equal give exactly 0.
 #[inline(always)]
 pub(crate) fn variance(rows: &[&[f32]], out: &mut [f32]) {
     let share = 1.0 / rows.len() as f32;
-    for (at, out) in out.chunks_mut(SPAN).enumerate() {
-        let (from, n) = (at * SPAN, out.len());
-        let first = &rows[0][from..from + n];
+    by_span!(out, |get, to| {
+        let first = get(rows[0]);
         let mut mean = [0.0f32; SPAN];
         for row in &rows[1..] {
-            for ((mean, &x), &x0) in mean.iter_mut().zip(&row[from..from + n]).zip(first) {
-                *mean += x - x0;
+            let x = get(row);
+            for i in 0..SPAN {
+                mean[i] += x[i] - first[i];
             }
         }
-        for mean in &mut mean {
-            *mean *= share;
-        }
-        for (out, mean) in out.iter_mut().zip(&mean) {
-            *out = mean * mean;
+        let mut sum = [0.0f32; SPAN];
+        for i in 0..SPAN {
+            mean[i] *= share;
+            sum[i] = mean[i] * mean[i];
         }
         for row in &rows[1..] {
-            for (((out, &mean), &x), &x0) in out.iter_mut().zip(&mean).zip(&row[from..from + n]).zip(first) {
-                let d = (x - x0) - mean;
-                *out += d * d;
+            let x = get(row);
+            for i in 0..SPAN {
+                let d = (x[i] - first[i]) - mean[i];
+                sum[i] += d * d;
             }
         }
-    }
+        to.copy_from_slice(&sum[..to.len()]);
+    });
 }
 
 /// Columns where two rows have opposite signs, and columns that are not all zero.
@@ -199,14 +240,13 @@ pub(crate) fn variance(rows: &[&[f32]], out: &mut [f32]) {
 pub(crate) fn conflicts(rows: &[&[f32]]) -> [usize; 2] {
     let n = rows.first().map_or(0, |r| r.len());
     let mut counts = [0usize; 2];
-    let mut from = 0;
-    while from < n {
-        let width = SPAN.min(n - from);
+    for from in (0..n).step_by(SPAN) {
         let (mut most, mut least) = ([0.0f32; SPAN], [0.0f32; SPAN]);
         for row in rows {
-            for ((most, least), &x) in most.iter_mut().zip(&mut least).zip(&row[from..from + width]) {
-                *most = if x > *most { x } else { *most };
-                *least = if x < *least { x } else { *least };
+            let x = span(row, from);
+            for i in 0..SPAN {
+                most[i] = if x[i] > most[i] { x[i] } else { most[i] };
+                least[i] = if x[i] < least[i] { x[i] } else { least[i] };
             }
         }
         let (mut opposite, mut some) = (0u32, 0u32);
@@ -216,7 +256,6 @@ pub(crate) fn conflicts(rows: &[&[f32]]) -> [usize; 2] {
         }
         counts[0] += opposite as usize;
         counts[1] += some as usize;
-        from += width;
     }
     counts
 }
@@ -234,10 +273,9 @@ fn total(x: &[f32], f: impl Fn(f64) -> f64) -> f64 {
             }
         }
     }
-    let lanes: [f64; LANES] = std::array::from_fn(|i| (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]));
     let mut sum = 0.0;
-    for v in lanes {
-        sum += v;
+    for i in 0..LANES {
+        sum += (acc[0][i] + acc[1][i]) + (acc[2][i] + acc[3][i]);
     }
     for &x in rest {
         sum += f(f64::from(x));
@@ -369,6 +407,7 @@ impl Kernels {
     pub fn elect(&self, e: &Election<'_>, rows: &[&[f32]], out: &mut [f32]) {
         super::need("elect votes", e.votes.len(), rows.len());
         super::need("elect weights", e.weights.len(), rows.len());
+        super::need("elect sizes", e.sizes.len(), rows.len());
         check("elect row", rows, out.len());
         // SAFETY: as above.
         unsafe { (self.select.elect)(e, rows, out) }

@@ -143,7 +143,11 @@ impl Deltas {
         let d = &self.all[i];
         let rank = d.a.rank();
         let (b, a) = (&d.b[row * rank..(row + 1) * rank], &columns[col * rank..(col + 1) * rank]);
-        b.iter().zip(a).map(|(b, a)| b * a).sum()
+        let mut sums = [0.0f32; 4];
+        for (b, a) in b.chunks(4).zip(a.chunks(4)) {
+            sums.iter_mut().zip(b.iter().zip(a)).for_each(|(s, (b, a))| *s += b * a);
+        }
+        (sums[0] + sums[2]) + (sums[1] + sums[3])
     }
 
     /// Rows likely to span what the merge keeps: every A, or `most` random mixes of their rows by size.

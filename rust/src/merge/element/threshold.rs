@@ -9,7 +9,7 @@ use crate::kernels::Kernels;
 use crate::rng::Rng;
 
 /// Standard deviations of the sample's quantile on each side.
-const MARGIN: f64 = 4.5;
+const MARGIN: f64 = 4.0;
 /// Numbers up to this many are collected without a sample.
 const FEW: usize = 1 << 15;
 /// Sample: one number in so many, but no fewer and no more than these.

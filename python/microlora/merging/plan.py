@@ -166,7 +166,8 @@ class Plan:
             return None
         if config.rank is None:
             # A zero that stands in for a missing module has a rank in memory, but adds nothing.
-            return None if len(present) == len(self._names) else (sum(ranks) if row.exact else max(ranks))
+            zeros = self.config.missing == "zero" and len(present) < len(self._names)
+            return (sum(ranks) if row.exact else max(ranks)) if zeros else None
         if row.exact and config.rank > sum(ranks):
             if len(present) < len(self._names):
                 self._less_rank.setdefault((config.rank, row.name), []).append(f"{module} ({sum(ranks)})")

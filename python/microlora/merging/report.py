@@ -28,7 +28,8 @@ class ModuleReport(Record):
         norm: Norm of the merged delta before truncation.
         norms: Norms of the parents' deltas.
         energy_kept: Share of the squared norm that truncation left, 0 to 1.
-        error: Relative norm of what truncation dropped, ``sqrt(1 - energy_kept)``.
+        error: Relative norm of what truncation dropped, ``sqrt(1 - energy_kept)``, and of what rounding to a
+            16-bit dtype changed.
         cosines: Cosines between the parents' deltas; None where one of them is zero.
         interference: For every parent: how far the result is from its delta in the delta's own column and row
             space, relative to its norm. 0: all that it did is still done. None for a delta of zero.

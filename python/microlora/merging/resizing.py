@@ -44,7 +44,8 @@ def resize(
         adapter: An :class:`Adapter`, a :class:`MicroLoRA` or the path of a file.
         rank: Rank of every module; modules of a lower one stay as they are.
         energy: Or the least rank that keeps this share of the squared norm, above 0 and up to 1.
-        max_error: Or the least rank whose relative error (Frobenius) is no larger, 0 up to 1.
+        max_error: Or the least rank whose relative error (Frobenius) is no larger, 0 up to 1. Rounding to
+            float16 or bfloat16 comes on top; the report's error counts both.
         per_module: Every module gets its own rank; False gives all of them the largest of these.
         dtype: How the result is stored; None keeps the adapter's.
         progress: Called with ``(done, total, what)`` between modules.

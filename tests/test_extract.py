@@ -204,3 +204,13 @@ def test_progress_and_cancel():
     token.cancel()
     with pytest.raises(CancelledError):
         ml.extract({"m": tuned}, {"m": base}, rank=2, cancel=token)
+
+
+def test_a_state_dict_is_understood():
+    base, tuned = pair()
+    names = {"model.q_proj.weight": (tuned, base), "model.norm.weight": (np.ones(3, "f4"), np.zeros(3, "f4"))}
+    made, report = ml.extract(
+        {k: v[0] for k, v in names.items()}, {k: v[1] for k, v in names.items()}, rank=4
+    )
+    assert made.modules() == ["model.q_proj"]
+    assert "model.norm.weight" in " ".join(report.notes)

@@ -161,6 +161,11 @@ _ROOMS = {
 }
 
 
+def __dir__() -> list[str]:
+    """Names that are loaded already, and those that will be when they are used."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     """Rooms, and names from them, that are only loaded when they are used."""
     for room, names in _ROOMS.items():

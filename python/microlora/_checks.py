@@ -189,3 +189,23 @@ def check_keys(what: str, data: Mapping[Any, Any], known: Iterable[str]) -> None
         if key not in names:
             hint = near(key, names) if isinstance(key, str) else ""
             raise ConfigError(f"{what}: unknown key {key!r}{hint}; known: {', '.join(names)}")
+
+
+def layer_paths(value: object) -> dict[str, list[str]] | None:
+    """``{short name: [module paths]}`` from a mapping to one path or several; None stays None."""
+    want = "a mapping such as {'q_proj': 'model.layers.0.self_attn.q_proj'}, to one path or several"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise wrong("layer_paths", value, want)
+    out: dict[str, list[str]] = {}
+    for key, paths in value.items():
+        if not isinstance(paths, str | list | tuple):
+            raise wrong(f"layer_paths[{key!r}]", paths, "a path or a list of paths")
+        several = [paths] if isinstance(paths, str) else list(paths)
+        for path in several:
+            name = text(f"layer_paths[{key!r}]", path, empty=False)
+            if name.endswith(".weight"):
+                raise wrong(f"layer_paths[{key!r}]", path, "the path of the module, without .weight")
+        out[text("layer_paths: name", key, empty=False)] = several
+    return out

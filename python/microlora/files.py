@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import microlora._core as _core
+from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError, FormatError, UnusedTensorWarning
 
@@ -55,9 +56,7 @@ def save(
             )
         _core.save_single(value, os.fspath(path))
     elif format == "peft":
-        paths = None
-        if layer_paths is not None:
-            paths = {k: [v] if isinstance(v, str) else list(v) for k, v in layer_paths.items()}
+        paths = check_layer_paths(layer_paths)
         base = Adapter(value).metadata.base_model or None
         _core.save_peft(value, os.fspath(path), paths, base)
     else:

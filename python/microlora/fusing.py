@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microlora._core as _core
+from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.files import PathLike, load
@@ -159,9 +160,7 @@ def fuse(
     # Without the separator that a folder's name may end in.
     default = os.path.join(os.path.dirname(place.rstrip(os.sep)), os.path.basename(place.rstrip(os.sep)))
     car = None if sidecar is False else f"{default}.unfuse" if sidecar is None else _path("sidecar", sidecar)
-    paths = None
-    if layer_paths is not None:
-        paths = {k: [v] if isinstance(v, str) else list(v) for k, v in layer_paths.items()}
+    paths = check_layer_paths(layer_paths)
     text = _core.fuse_model(_path("base", base), value, place, car, paths, fan_in_fan_out, progress, cancel)
     return _report(text, place, car)
 

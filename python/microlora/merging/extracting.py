@@ -56,7 +56,8 @@ def extract(
     and a block), never a matrix. Algorithm: Halko, Martinsson and Tropp, arXiv 0909.4061.
 
     Args:
-        tuned: A safetensors file, a folder with one or with shards and an index, or ``{module: (out, in)}``.
+        tuned: A safetensors file, a folder with one or with shards and an index, or arrays by name: ``{module:
+            (out, in)}`` or a state dict, whose names end in ``.weight``.
         base: What it was tuned from, in the same form.
         rank: Rank of every module.
         energy: Or the least rank that keeps this share of a difference's squared norm.
@@ -97,12 +98,16 @@ def extract(
     wanted, turned = _patterns("modules", modules), _patterns("transposed", transposed)
     if rank is not None and rank > most:
         raise ConfigError(f"rank: got {rank}, expected at most max_rank, {most}")
+    aside: list[str] = []
     if isinstance(tuned, Mapping) and isinstance(base, Mapping):
-        taken = _taken(list(tuned), wanted, turned)
+        flat = [name for name in tuned if getattr(tuned[name], "ndim", 2) != 2]
+        keys = {name.removesuffix(".weight"): name for name in tuned if name not in flat}
+        taken = _taken(list(keys), wanted, turned)
         for name in taken:
-            if name not in base:
+            if keys[name] not in base:
                 raise ConfigError(f"base: got no module {name!r}, expected those of tuned")
-        pairs = [(name, tuned[name], base[name], taken[name]) for name in taken]
+        pairs = [(name, tuned[keys[name]], base[keys[name]], taken[name]) for name in taken]
+        aside = [*flat, *(key for name, key in keys.items() if name not in taken)]
         core, report = _core.extract_from_arrays(
             pairs, keep, amount, most, dtype, start, progress=progress, cancel=cancel
         )
@@ -122,8 +127,8 @@ def extract(
         got = f"{type(tuned).__name__} and {type(base).__name__}"
         raise DTypeError(f"tuned, base: got {got}, expected two paths or two mappings of arrays")
     document: dict[str, Any] = json.loads(report)
-    unchanged, left_out = document.pop("unchanged"), document.pop("left_out")
-    notes = [_note("without a change", unchanged), _note("changed, but not in the adapter", left_out)]
+    unchanged, left_out = document.pop("unchanged"), document.pop("left_out") or aside
+    notes = [_note("without a change", unchanged), _note("not in the adapter", left_out)]
     document["notes"] = [note for note in notes if note]
     made = described(core, AdapterMetadata(created=utc_now()), "extracted")
     return Extracted(made, MergeReport.from_dict(document))

@@ -29,8 +29,8 @@ class Merged(NamedTuple):
 
 def merge(
     adapters: Sources,
-    *,
     method: str = "average",
+    *,
     weights: Mapping[str, float] | str | None = None,
     density: float | None = None,
     lam: float | None = None,

@@ -77,6 +77,9 @@ def method(name: object, semantics: str = "exact") -> Method:
     table = methods(semantics)
     if isinstance(name, str) and name in table:
         return table[name]
+    elsewhere = [s for s in ("exact", "peft", "mergekit") if s != semantics and name in methods(s)]
+    if isinstance(name, str) and elsewhere:
+        raise wrong("method", name, f"semantics={elsewhere[0]!r} with it, not {semantics!r}")
     known = ", ".join(map(repr, table))
     by = "" if semantics == "exact" else f" with semantics {semantics!r}"
     raise wrong("method", name, f"one of {known}{by}{near(name, table) if isinstance(name, str) else ''}")

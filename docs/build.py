@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +182,31 @@ def methods_block() -> str:
     for name, m in methods().items():
         if name != m.name:
             continue
-        taken = sorted(set(m.defaults) - {"lam", "rank"})
-        settings = ", ".join(f"{key} {_shown(m.defaults[key])}" for key in taken)
+        settings = _settings(m.defaults)
         laws = ", ".join(m.laws)
         formula = f"`{m.formula.replace('|', chr(92) + '|')}`"
         rows.append([f"`{name}`", m.family, formula, m.paper, m.when, settings, m.weights, laws])
     head = ["method", "family", "formula", "from", "when", "settings", "weights", "laws"]
     return table(head, rows)
+
+
+def peft_methods_block() -> str:
+    """PEFT's combination types, one row each, as the core's table has them."""
+    from microlora.merging import methods
+
+    rows = []
+    for name, m in methods("peft").items():
+        if name == m.name:
+            rank = "its own" if "gauge" not in m.laws else "the sum" if name == "cat" else "the largest"
+            on = "the delta" if "gauge" in m.laws else "A and B apart"
+            formula = f"`{m.formula.replace('|', chr(92) + '|')}`"
+            rows.append([f"`{name}`", on, formula, _settings(m.defaults), rank, ", ".join(m.laws)])
+    return table(["type", "works on", "formula", "settings", "rank", "laws"], rows)
+
+
+def _settings(defaults: Mapping[str, Any]) -> str:
+    taken = sorted(set(defaults) - {"lam", "rank"})
+    return ", ".join(f"{key} {_shown(defaults[key])}" for key in taken)
 
 
 def _shown(value: object) -> str:
@@ -253,6 +272,7 @@ def pages() -> dict[Path, str]:
     fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
     merged = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     merged = inject(merged, "methods", methods_block())
+    merged = inject(merged, "peft-methods", peft_methods_block())
     if (DATA / "merging.json").exists():
         merged = inject(
             merged, "merging-science", merging_block(json.loads((DATA / "merging.json").read_text("utf-8")))

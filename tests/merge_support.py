@@ -1,5 +1,7 @@
 """What the tests of merging share: adapters by shape, their dense deltas, every method with its twin."""
 
+import warnings
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -8,7 +10,7 @@ import reference_merge as twin
 from microlora.gram import Gram
 from microlora.merging import methods
 from reference import f64
-from support import normal, rng
+from support import normal, read_tensors, rng, write_tensors
 
 METHODS = tuple(name for name, row in methods().items() if name == row.name)
 FACTOR = tuple(name for name in METHODS if methods()[name].exact)
@@ -39,6 +41,18 @@ def parents(m=3, shapes=None, seed=0, **settings):
 
 def some(method, seed=0, **settings):
     return parents(2 if method in TWO else 3, seed=seed, **settings)
+
+
+def with_extra(one, folder, name="base_model.model.head.weight"):
+    """The adapter with a tensor that is no factor."""
+    ml.save(one, folder)
+    file = folder / "adapter_model.safetensors"
+    header, raw = read_tensors(file.read_bytes())
+    header[name] = {"dtype": "F32", "shape": [3]}
+    raw[name] = np.ones(3, "f4").tobytes()
+    file.write_bytes(write_tensors(header, raw))
+    with warnings.catch_warnings(action="ignore"):
+        return ml.load(folder, strict=False)
 
 
 def delta(one, module="m"):

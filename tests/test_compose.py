@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import microlora as ml
 import reference_merge as twin
-from merge_support import adapter, cases, delta, deltas, distance, parents
+from merge_support import adapter, cases, delta, deltas, distance, parents, with_extra
 from microlora.exceptions import ConfigError, DTypeError, ShapeError
 from support import close, normal, rng
 
@@ -101,6 +101,30 @@ def test_operands_stay():
     before = one.to_bytes(), two.to_bytes()
     _ = one + two, one - two, -one, 3 * one
     assert (one.to_bytes(), two.to_bytes()) == before
+
+
+def test_tensors_that_are_left_out_are_told_once_a_call(tmp_path, caplog):
+    a, b = with_extra(adapter(SQUARE), tmp_path / "x"), adapter(SQUARE, 1)
+    calls = [lambda: a + b, lambda: b - a, lambda: -a, lambda: 2 * a, lambda: ml.compose_parallel([a, b])]
+    for call in [*calls, lambda: ml.compose_sequential([a, b])]:
+        caplog.clear()
+        assert call().extra_tensors() == {}
+        (record,) = caplog.records
+        assert (record.levelname, record.name) == ("WARNING", "microlora.merging.compose")
+        assert "head.weight" in record.message
+    caplog.clear()
+    _ = b + b
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("call", [ml.compose_parallel, ml.compose_sequential, ml.RoutedEnsemble])
+def test_what_is_no_list_of_adapters(call):
+    more = (lambda x: x,) if call is ml.RoutedEnsemble else ()
+    with pytest.raises(ConfigError, match="expected a list of at least one adapter"):
+        call([], *more)
+    for wrong in ({"a": adapter(SQUARE)}, {}, "ab", 3, {adapter(SQUARE)}):
+        with pytest.raises(DTypeError, match="expected a list of adapters"):
+            call(wrong, *more)
 
 
 # -- one after another --

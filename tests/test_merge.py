@@ -308,6 +308,27 @@ def test_peft_turns_every_type_into_linear_where_there_is_one_adapter(method):
     assert any("rank is ignored" in n for n in report.notes) == (method != "cat")
 
 
+def test_what_only_one_has_goes_through_every_other_method():
+    of = {n: a for n, a in three().items() if n != "c"}
+    alone = {"b": ml.Adapter.from_factors({"v": of["b"].factors("v")}, alpha=of["b"].info("v").alpha)}
+    for method in set(METHODS) - {"slerp", "nuslerp", "model_stock", "regmean", "fisher"}:
+        weights = None if methods()[method].weights == "none" else {"a": 1.0, "b": 0.5}
+        made = ml.merge(of, method=method, weights=weights).adapter
+        weights = weights and {"b": 0.5}
+        assert (
+            distance(delta(made, "v"), delta(ml.merge(alone, method=method, weights=weights).adapter, "v"))
+            < 1e-6
+        ), method
+    assert distance(delta(ml.merge(of, method="ties").adapter, "v"), delta(of["b"], "v")) > 0.1
+
+
+def test_peft_merges_what_only_some_have_at_their_rank():
+    a, b = adapter({"m": (20, 16, 4), "n": (20, 16, 4)}), adapter({"m": (20, 16, 4)}, 1)
+    for method in methods("peft"):
+        made = ml.merge({"a": a, "b": b}, method=method, semantics="peft").adapter
+        assert made.info("n").rank == 4, method
+
+
 @pytest.mark.parametrize("method", ["slerp", "nuslerp", "model_stock", "regmean", "fisher"])
 def test_what_only_one_has_is_taken_as_it_is(method):
     of = {n: a for n, a in three().items() if n != "c"}

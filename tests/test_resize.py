@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import microlora as ml
 import reference_merge as twin
-from merge_support import adapter, cases, delta, distance, from_delta
+from merge_support import adapter, cases, delta, distance, from_delta, with_extra
 from microlora.exceptions import CancelledError, ConfigError, DTypeError
 from microlora.merging import MergeReport, Resized
 from microlora.progress import CancelToken
@@ -115,6 +115,14 @@ def test_it_keeps_what_it_knows(tmp_path):
     again = ml.resize(tmp_path / "x.safetensors", rank=2).adapter
     assert np.array_equal(delta(again, "q"), delta(made, "q"))
     assert np.array_equal(delta(ml.resize(ml.MicroLoRA(one), rank=2).adapter, "q"), delta(made, "q"))
+
+
+def test_tensors_that_are_left_out_are_noted(tmp_path):
+    report = ml.resize(with_extra(adapter(SHAPES), tmp_path / "x"), rank=2).report
+    assert report.notes == (
+        "tensors of 'adapter' that are no factors are left out: base_model.model.head.weight",
+    )
+    assert ml.resize(adapter(SHAPES), rank=2).report.notes == ()
 
 
 def test_the_answer_has_names():

@@ -120,6 +120,15 @@ def test_only_members_with_weight_are_evaluated(monkeypatch):
     assert seen == [4, 2]
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_float32_cannot_hold_is_refused_without_a_warning():
+    ensemble = RoutedEnsemble(members(1), lambda x: np.full((len(x), 1), 1e300))
+    with pytest.raises(NonFiniteError, match="router"):
+        ensemble.forward(np.ones(12), "m")
+    with pytest.raises(NonFiniteError, match="x"):
+        ensemble.forward(np.full(12, 1e300), "m")
+
+
 # -- use --
 
 

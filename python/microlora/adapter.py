@@ -129,7 +129,11 @@ class Adapter(_core.Adapter):
     # -- exact sums: the delta of the result is the sum of deltas, its rank the sum of ranks --
 
     def __add__(self, other: Adapter) -> Adapter:
-        """The sum of both deltas, exactly; modules are those of either."""
+        """The sum of both deltas, exactly; modules are those of either.
+
+        Tensors that are no factors are left out of it and of all other results of operators, with a warning
+        in the log.
+        """
         return _combine((self, 1.0), (other, 1.0)) if isinstance(other, Adapter) else NotImplemented
 
     def __sub__(self, other: Adapter) -> Adapter:

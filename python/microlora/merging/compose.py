@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, overload
+import logging
+from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 import microlora._core as _core
-from microlora._checks import flag, real, wrong
+from microlora._checks import flag, real
 from microlora.adapter import Adapter
 from microlora.exceptions import DTypeError, ShapeError
-from microlora.merging.parents import Parents, Source, described
+from microlora.merging.parents import Parents, Source, described, listed
 from microlora.merging.routed import RoutedEnsemble
 from microlora.merging.router import Router
 
 __all__ = ["compose_parallel", "compose_sequential"]
+
+_log = logging.getLogger(__name__)
 
 
 def compose_sequential(adapters: Sequence[Source], *, residual: bool = True) -> Adapter:
     """One adapter that does what several do one after another on the same layer.
 
     With the residual, ``y = x + a(x)`` and then ``y + b(y)``: the delta is ``(I + D_b)(I + D_a) - I``, its
-    rank the sum of ranks. Without, ``b(a(x))``: the delta is ``D_b D_a``, its rank the smallest.
+    rank the sum of ranks. Without, ``b(a(x))``: the delta is ``D_b D_a``, its rank the smallest. Tensors that
+    are no factors are left out, with a warning in the log.
 
     Args:
         adapters: In the order of their work: :class:`Adapter`, :class:`MicroLoRA` or paths.
@@ -37,7 +41,7 @@ def compose_sequential(adapters: Sequence[Source], *, residual: bool = True) -> 
     flag("residual", residual)
     parents = _numbered(adapters, check=False)
     made = _core.compose(list(parents.adapters.values()), residual)
-    return described(made, parents.metadata(), "composed one after another")
+    return _made(made, parents, "composed one after another")
 
 
 @overload
@@ -48,6 +52,8 @@ def compose_parallel(
     adapters: Sequence[Source], *, weights: ArrayLike | Router | None = None
 ) -> Adapter | RoutedEnsemble:
     """Adapters side by side: ``y = sum w_k y_k``, exactly.
+
+    Tensors of an adapter that are no factors are left out, with a warning in the log.
 
     Args:
         adapters: :class:`Adapter`, :class:`MicroLoRA` or paths. One that lacks a module adds nothing to it.
@@ -74,21 +80,26 @@ def compose_parallel(
             raise ShapeError(f"weights: got shape {given.shape}, expected ({k},), one for each adapter")
         shares = [real(f"weights[{i}]", w, "a finite number") for i, w in enumerate(given.tolist())]
     made = _core.combine(list(zip(parents.adapters.values(), shares, strict=True)))
-    return described(made, parents.metadata(), "composed side by side")
+    return _made(made, parents, "composed side by side")
 
 
 def _numbered(adapters: object, *, check: bool = True) -> Parents:
-    """Adapters named by their own names, or by their places."""
-    if isinstance(adapters, str | bytes) or not isinstance(adapters, Iterable):
-        raise DTypeError(f"adapters: got {type(adapters).__name__}, expected a list of adapters")
-    items: list[Any] = list(adapters)
-    if not items:
-        raise wrong("adapters", [], "at least one")
-    return Parents.of([(str(i), item) for i, item in enumerate(items)], check_shapes=check)
+    """Adapters named by their places."""
+    return Parents.of([(str(i), item) for i, item in enumerate(listed(adapters))], check_shapes=check)
+
+
+def _made(core: _core.Adapter, parents: Parents, description: str = "") -> Adapter:
+    """The result; a sum has no report, so that tensors that are left out are told in the log."""
+    notes = parents.notes()
+    if notes:
+        _log.warning("%s", "; ".join(notes))
+    return described(core, parents.metadata(), description)
 
 
 def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
     """The exact sum of adapters times numbers; what the operators of :class:`Adapter` do.
+
+    Tensors that are no factors are left out, with a warning in the log.
 
     Raises:
         ShapeError: Modules of one name with different widths.
@@ -96,4 +107,4 @@ def combine(terms: Sequence[tuple[Adapter, float]]) -> Adapter:
     """
     parents = Parents.of([(str(i), adapter) for i, (adapter, _) in enumerate(terms)])
     made = _core.combine([(a, real("factor", c, "a finite number")) for a, c in terms])
-    return described(made, parents.metadata())
+    return _made(made, parents)

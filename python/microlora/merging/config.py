@@ -64,7 +64,10 @@ class MergeConfig(Constructors, Document):
         normalize: Divide by the sum of weights.
         majority: Signs are elected by ``"total"`` (sums) or ``"frequency"`` (numbers).
         missing: Modules that not every adapter has: ``"skip"`` merges those that have it, ``"zero"`` takes a
-            change of zero for the others, ``"common"`` leaves such modules out, ``"error"`` refuses.
+            change of zero for the others (not with semantics ``"peft"``), ``"common"`` leaves such modules
+            out, ``"error"`` refuses. With ``"skip"``, a module of one adapter alone is merged by the method
+            like any other; only slerp, nuslerp, model_stock, regmean and fisher, which have nothing to do
+            then, take it as it is, times ``lam``.
         metric: Name of the metric of ``weights="performance"``; None where there is only one.
         overrides: Settings of single modules, ``{pattern: {setting: value}}``: the first pattern (``*``,
             ``?``, ``[..]``, case-sensitive, on the whole name) that matches wins. One that names a method

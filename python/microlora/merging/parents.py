@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import microlora._core as _core
 from microlora._checks import text, wrong
@@ -15,7 +16,7 @@ from microlora.files import load
 from microlora.metadata import AdapterMetadata, utc_now
 from microlora.micro_lora import MicroLoRA
 
-__all__ = ["Parents", "as_adapter", "described"]
+__all__ = ["Parents", "as_adapter", "described", "listed"]
 
 _NOTHING = AdapterMetadata()
 
@@ -39,6 +40,22 @@ def as_adapter(name: str, source: object) -> Adapter:
     if isinstance(source, str | os.PathLike):
         return load(source)
     raise DTypeError(f"{name}: got {type(source).__name__}, expected an Adapter, a MicroLoRA or a path")
+
+
+def listed(adapters: object) -> list[Any]:
+    """Adapters that go by their places.
+
+    Raises:
+        DTypeError: No list of these; a mapping goes by names.
+        ConfigError: None at all.
+    """
+    unordered = isinstance(adapters, str | bytes | Mapping | set | frozenset)
+    if unordered or not isinstance(adapters, Iterable):
+        raise DTypeError(f"adapters: got {type(adapters).__name__}, expected a list of adapters")
+    items = list(adapters)
+    if not items:
+        raise wrong("adapters", items, "a list of at least one adapter")
+    return items
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,8 @@ class Plan:
             self._rank_ignored |= config.rank is not None
             return None
         if config.rank is None:
+            if config.semantics == "peft":
+                return None  # which the core decides as PEFT does
             # A zero that stands in for a missing module has a rank in memory, but adds nothing.
             zeros = self.config.missing == "zero" and len(present) < len(self._names)
             return (sum(ranks) if row.exact else max(ranks)) if zeros else None

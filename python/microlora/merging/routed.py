@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from microlora.exceptions import (
     UnknownModuleError,
 )
 from microlora.files import load
-from microlora.merging.parents import Parents, Source
+from microlora.merging.parents import Parents, Source, listed
 from microlora.merging.router import CentroidRouter, Router
 from microlora.micro_lora import MicroLoRA
 
@@ -56,13 +56,12 @@ class RoutedEnsemble:
     __slots__ = ("_members", "_parents", "_router")
 
     def __init__(self, adapters: Sequence[Source], router: Router | Any) -> None:
-        if isinstance(adapters, str | bytes) or not isinstance(adapters, Iterable):
-            raise DTypeError(f"adapters: got {type(adapters).__name__}, expected a list of adapters")
+        members = listed(adapters)
         if not (hasattr(router, "weights") or callable(router)):
             raise DTypeError(
                 f"router: got {type(router).__name__}, expected an object with weights(x) or a function of x"
             )
-        self._parents = Parents.of([(str(i), a) for i, a in enumerate(adapters)])
+        self._parents = Parents.of([(str(i), a) for i, a in enumerate(members)])
         self._members = [MicroLoRA(a) for a in self._parents.adapters.values()]
         if isinstance(router, CentroidRouter) and len(router.centroids) != len(self._members):
             raise ShapeError(
@@ -103,10 +102,13 @@ class RoutedEnsemble:
             ShapeError: Not one weight for each member and row.
             NonFiniteError: NaN or infinity among them.
         """
-        rows = np.asarray(x, np.float32)
+        with np.errstate(over="ignore"):
+            rows = np.asarray(x, np.float32)
         many = np.atleast_2d(rows)
         route = getattr(self._router, "weights", self._router)
-        pi = np.asarray(cast(Any, route)(many), np.float32)
+        given = cast(Any, route)(many)
+        with np.errstate(over="ignore"):
+            pi = np.asarray(given, np.float32)
         if pi.shape != (len(many), len(self)):
             raise ShapeError(f"router: got weights of shape {pi.shape}, expected ({len(many)}, {len(self)})")
         if not np.isfinite(pi).all():
@@ -137,7 +139,8 @@ class RoutedEnsemble:
             raise DTypeError(f"x: got dtype {rows.dtype}, expected floating point")
         if rows.ndim not in (1, 2) or rows.shape[-1] != n_in:
             raise ShapeError(f"x: got shape {rows.shape}, expected ({n_in},) or (n, {n_in})")
-        many = np.ascontiguousarray(np.atleast_2d(rows), np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
+            many = np.ascontiguousarray(np.atleast_2d(rows), np.float32)
         if not np.isfinite(many).all():
             raise NonFiniteError("x: contains NaN or infinity")
         shape = (n_out,) if rows.ndim == 1 else (len(many), n_out)

@@ -56,7 +56,7 @@ def extract(
     and a block), never a matrix. Algorithm: Halko, Martinsson and Tropp, arXiv 0909.4061.
 
     Args:
-        tuned: A safetensors file, a folder with one or with shards and an index, or arrays by name: ``{module:
+        tuned: A safetensors file, a folder with one or with shards and an index, or arrays: ``{module:
             (out, in)}`` or a state dict, whose names end in ``.weight``.
         base: What it was tuned from, in the same form.
         rank: Rank of every module.

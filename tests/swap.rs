@@ -391,9 +391,9 @@ fn every_read_is_exactly_one_generation_and_memory_returns() {
     assert!(!seen.is_empty());
     let alive: Vec<u64> = seen.iter().filter_map(Weak::upgrade).map(|g| g.number()).collect();
     assert!(alive.iter().all(|&n| n == real.swap.generation()), "{alive:?}");
-    // What the allocator keeps for its threads is a few per cent of more than 1 GB.
+    // What the allocator keeps for its threads is up to a tenth of the first GB.
     let (grown, swapped) = (resident().saturating_sub(before), real.bytes.into_inner());
-    assert!(grown < (swapped / 8).max(64 << 20), "{grown} bytes more after {swapped} were swapped");
+    assert!(grown < (swapped / 5).max(64 << 20), "{grown} bytes more after {swapped} were swapped");
 }
 
 #[test]

@@ -44,7 +44,7 @@ def code() -> str:
 
 def environment() -> dict[str, str]:
     """Versions and the processor, torch and PEFT among them."""
-    out = dict(continual.environment())
+    out = dict(continual.environment()) | {"microlora": ml.__version__}
     for name in ("torch", "peft"):
         try:
             out[name] = version(name)

@@ -199,4 +199,5 @@ def test_default_rank_is_the_largest_of_any_adapter(method):
     # A module that only the adapter of the lower rank has.
     part = ml.Adapter.from_factors({"up_proj": ours["b"].factors("up_proj")}, alpha=3.0)
     lone = ml.merge({"a": ours["a"], "b": part}, method=method, semantics="peft", weights=weights, **settings)
-    assert lone.adapter.info("q_proj").rank == 6
+    # A sum of one is exact at its own rank; entries that were thinned need all there is.
+    assert lone.adapter.info("q_proj").rank == (3 if method == "svd" else 6)

@@ -54,7 +54,8 @@ fn judge(k: &Kernels, m: &[f32], cols: usize, rank: usize, what: &str) {
     let ratio = (got / best.max(1e-11 * norm2)).sqrt();
     assert!(ratio <= 1.001, "{what} on {}: residual {ratio} of the best, {got} {best}", k.isa());
     let told = f.norm2 - f.kept2;
-    assert!(told >= 0.0 && (told - got).abs() <= 5e-7 * norm2, "{what}: told {told}, is {got} of {norm2}");
+    let off = (told - got).abs();
+    assert!(off <= 0.01 * got + 1e-13 * norm2, "{what}: told {told}, is {got} of {norm2}");
 }
 
 #[test]
@@ -127,7 +128,7 @@ fn energy_and_error_choose_the_rank() {
 }
 
 #[test]
-fn a_start_that_spans_the_answer_needs_one_pass_and_a_useless_one_does_no_harm() {
+fn a_start_that_spans_the_answer_saves_passes_and_a_useless_one_does_no_harm() {
     struct Counted<'a>(Dense<'a>, usize);
     impl Tiles for Counted<'_> {
         fn rows(&self) -> usize {
@@ -152,10 +153,11 @@ fn a_start_that_spans_the_answer_needs_one_pass_and_a_useless_one_does_no_harm()
         assert!(residual2(&m, 140, &f) <= 1e-11 * f.norm2);
         t.1 / m.len()
     };
-    assert_eq!(run(&rows), 1);
-    assert!(run(&[]) <= 3);
-    assert!(run(&vec![0.0; 5 * 140]) <= 3);
-    assert!(run(&[rows[..140].to_vec(), rows[..140].to_vec()].concat()) <= 3);
+    // One to find it, one to measure what is left.
+    assert_eq!(run(&rows), 2);
+    assert!(run(&[]) <= 4);
+    assert!(run(&vec![0.0; 5 * 140]) <= 4);
+    assert!(run(&[rows[..140].to_vec(), rows[..140].to_vec()].concat()) <= 4);
 }
 
 #[test]

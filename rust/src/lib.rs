@@ -13,6 +13,7 @@ pub mod ewc;
 pub mod factor;
 pub mod format;
 pub mod fuse;
+pub mod journal;
 pub mod kernels;
 pub mod layer;
 pub mod learn;
@@ -21,8 +22,10 @@ pub mod merge;
 pub mod micro_lora;
 pub mod parallel;
 pub mod probe;
+pub mod replay;
 pub mod rng;
 pub mod snapshot;
+pub mod sona;
 pub mod swap;
 
 #[cfg(feature = "python")]

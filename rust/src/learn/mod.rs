@@ -1,8 +1,10 @@
 //! How an adapter learns: what feedback means, and the update rules that follow from it.
 
 pub mod accumulate;
+pub mod bandit;
 pub mod basis;
 pub mod batch;
+pub mod consolidate;
 pub mod feedback;
 pub mod learner;
 pub mod nlms;

@@ -1,0 +1,1 @@
+//! A write-ahead journal: checksummed records in mapped segments.

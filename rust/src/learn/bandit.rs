@@ -1,0 +1,1 @@
+//! Bottleneck LinUCB: which of some arms to choose, learned from scalar rewards.

@@ -1,0 +1,1 @@
+//! The three loops over one adapter: instant, background and deep.

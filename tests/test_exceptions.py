@@ -28,6 +28,7 @@ BUILTIN = {
     "DeviceError": RuntimeError,
     "SwapError": RuntimeError,
     "MissingExtraError": ImportError,
+    "EncoderError": RuntimeError,
     "LeakageError": ValueError,
 }
 

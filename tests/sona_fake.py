@@ -126,7 +126,7 @@ class Sona:
                 return Result(False, "background", 1.0, 0.0, n, notes, None, before, after, s.lora.version)
             s.accepted += 1
             s.slow = s.lora.adapter()
-            s.manager.set_active(s.slow)
+            s.manager._publish(s.slow, None, False)
             delta = float("nan") if after is None else before - after
             return Result(True, "background", 1.0, delta, n, (), None, before, after, s.lora.version)
 
@@ -180,7 +180,7 @@ class Sona:
             if ok:
                 s.lora.restore(ml.Adapter(adapter))
                 s.slow = s.lora.adapter()
-                s.manager.set_active(s.slow)
+                s.manager._publish(s.slow, None, False)
                 s.quality, s.deep = 0.0, s.deep + 1
             delta = float("nan") if before is None else before - after
             notes = () if ok else ("the held-out loss rose",)

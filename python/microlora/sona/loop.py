@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from microlora.encoders.protocol import TextEncoder
+    from microlora.progress import CancelToken, Progress
+    from microlora.sona.deep import DeepResult
+    from microlora.sona.diagnose import Finding
 
 __all__ = ["SonaLoop"]
 
-EventHook = Callable[[AdaptationResult], object]
+EventHook = Callable[["AdaptationResult | DeepResult"], object]
 
 _log = logging.getLogger("microlora.sona")
 
@@ -73,6 +77,8 @@ class SonaLoop(_core.Sona):
     _background: Background
     _on_event: EventHook | None
     _told: int
+    _deep_lock: threading.Lock
+    _fisher: bytes | None
 
     def __new__(
         cls,
@@ -98,6 +104,7 @@ class SonaLoop(_core.Sona):
         self = super().__new__(cls, lora, manager, config.core_json())
         self._config, self._lora, self._manager, self._encoders = config, lora, manager, encoders
         self._on_event, self._told = on_event, manager.generation
+        self._deep_lock, self._fisher = threading.Lock(), None
         self._background = Background(self)
         processes.on_fork(self)
         self.observe()
@@ -141,6 +148,19 @@ class SonaLoop(_core.Sona):
     def stats(self) -> SonaStats:  # type: ignore[override]
         """What was counted and measured so far."""
         return SonaStats.from_core(super().stats())
+
+    def diagnose(self) -> list[Finding]:
+        """What may be wrong, from what was measured so far, each with the setting to change.
+
+        Nothing is changed. With many samples remembered it takes some tens of milliseconds.
+
+        Returns:
+            Findings in the order of the table in `microlora.sona.diagnose`; none where all looks well, or too
+            little has come to tell.
+        """
+        from microlora.sona.diagnose import diagnose
+
+        return diagnose(self)
 
     def _json(self) -> tuple[str, str]:
         return self._lora.config.to_json(), self._lora.metadata.to_json()
@@ -219,6 +239,51 @@ class SonaLoop(_core.Sona):
     ) -> None:
         self.stop()
 
+    # -- the deep loop --
+
+    def should_trigger_deep(self) -> bool:
+        """Whether the qualities since the last deep run sum up to ``deep_trigger_threshold``."""
+        return self.stats().accumulated_quality >= self._config.deep_trigger_threshold
+
+    def deep_optimize(
+        self,
+        samples: Any = None,
+        distill: bool = False,
+        progress: Progress | bool | None = None,
+        cancel: CancelToken | None = None,
+        base: str | None = None,
+    ) -> DeepResult:
+        """Trains A and B on what is remembered and on given samples, and serves the result if it is better.
+
+        `AdapterTrainer` trains a copy with the settings ``config.deep``, while the loop goes on serving and
+        learning; a tenth of the samples is for early stopping. With ``ewc_lambda`` above 0 what earlier deep
+        runs needed is held. The gate then compares held-out losses as after a consolidation: no sample that
+        equals a held-out one is trained on.
+
+        Args:
+            samples: `TrainingSample` objects (texts need the encoder), ``(x, feedback)`` pairs, an
+                `AdapterDataset`, or arrays ``(x, y)`` or ``(x, y, weights)``; None takes the reservoir alone.
+            distill: Learn the outputs of the ensemble in place of the targets, so that one adapter serves in
+                its place; both held-out losses are in the notes. Needs ``consolidation="ensemble"``.
+            progress: A callable of ``(done, total, message)``, or True for a bar.
+            cancel: Looked at every few steps.
+            base: ``"input"`` takes the input of each given sample for the frozen layer's output, as where
+                embeddings are adapted; None takes their targets for those of dY. Samples of texts need no
+                ``base``: their embedding is it.
+
+        Returns:
+            What was done and measured.
+
+        Raises:
+            CancelledError: ``cancel`` was set.
+            ConfigError: Nothing to train on, or ``distill`` without an ensemble.
+            SwapError: Another deep run is under way.
+            MicroLoraError: Samples that cannot be learned from. Nothing changes in any error.
+        """
+        from microlora.sona.deep import deep_optimize
+
+        return deep_optimize(self, samples, distill, progress, cancel, base)
+
     # -- who is told --
 
     @property
@@ -247,7 +312,7 @@ class SonaLoop(_core.Sona):
             self.__dict__.pop("instant_adapt", None)
         return wanted
 
-    def _done(self, result: AdaptationResult) -> None:
+    def _done(self, result: AdaptationResult | DeepResult) -> None:
         generation = self._manager.generation
         if generation != self._told:
             before, self._told = self._told, generation
@@ -255,7 +320,7 @@ class SonaLoop(_core.Sona):
         if GOES_ON not in result.notes:
             self._tell(result)
 
-    def _tell(self, result: AdaptationResult) -> None:
+    def _tell(self, result: AdaptationResult | DeepResult) -> None:
         telemetry.report(result)
         if self._on_event is not None:
             try:
@@ -269,6 +334,8 @@ class SonaLoop(_core.Sona):
         self.pause()
 
     def _after_fork(self, child: bool) -> None:
+        if child:
+            self._deep_lock = threading.Lock()  # whoever held it is not in this process
         self.resume()
 
     def __reduce__(self) -> NoReturn:

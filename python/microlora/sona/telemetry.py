@@ -25,6 +25,7 @@ from microlora.exceptions import ConfigError
 
 if TYPE_CHECKING:
     from microlora._core import AdaptationResult
+    from microlora.sona.deep import DeepResult
 
 __all__ = ["FIELDS", "LOG_VARIABLE", "configure", "logger", "report"]
 
@@ -59,7 +60,7 @@ def logger(loop_type: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.sona.{loop_type}")
 
 
-def report(result: AdaptationResult) -> None:
+def report(result: AdaptationResult | DeepResult) -> None:
     """Logs what a loop did, if anyone listens at that level."""
     if result.loop_type == "instant":
         level = logging.DEBUG

@@ -23,6 +23,8 @@ from microlora.exceptions import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from microlora.data.sample import TrainingSample
+
     Floats = NDArray[np.float32]
 
 __all__ = ["Encoders", "TextEvent", "check_quality"]
@@ -129,6 +131,19 @@ class Encoders:
                 f"response: got a text that encoder {other.name!r} maps to zero, expected one that it knows"
             )
         return TextEvent(x, Reward(score, e), x if len(e) == len(x) else None)
+
+    def sample(self, sample: TrainingSample) -> TrainingSample:
+        """A sample of texts as one of vectors; a response becomes the wanted output.
+
+        Raises:
+            MicroLoraError: As `event`.
+        """
+        encoder, other = self._need()
+        _full("query", sample.query)
+        changes: dict[str, Any] = {"input_embedding": self._encode(encoder, [str(sample.query)])[0]}
+        if sample.response and not sample.has_target:
+            changes["output_embedding"] = self._encode(other, [sample.response])[0]
+        return sample.replace(**changes)
 
     def vectors(self, texts: list[str]) -> Floats:
         """Vectors of queries: float32 (n, in_features).

@@ -373,6 +373,13 @@ class Sona:
         """Chooses A from these inputs now; see :meth:`MicroLora.fit_input_basis`."""
     def to_bytes(self) -> bytes:
         """The whole state."""
+    def restore(self, data: bytes) -> None:
+        """Goes on bit for bit from `to_bytes`, whole or not at all.
+
+        Raises:
+            FormatError: Not a state, damaged, or of a newer version.
+            ConfigError: Of other modules or settings.
+        """
 
 @disjoint_base
 class Adapter:

@@ -17,12 +17,16 @@ from microlora.sona.stats import SonaStats
 
 if TYPE_CHECKING:
     from microlora.sona.aio import AsyncSona
+    from microlora.sona.deep import DeepResult
+    from microlora.sona.diagnose import Finding
 
 __all__ = [
     "AdaptationResult",
     "AsyncSona",
     "Background",
     "Consolidation",
+    "DeepResult",
+    "Finding",
     "SonaConfig",
     "SonaLoop",
     "SonaStats",
@@ -31,10 +35,13 @@ __all__ = [
 telemetry.configure()
 
 
+_LATER = {"AsyncSona": "aio", "DeepResult": "deep", "Finding": "diagnose"}
+
+
 def __getattr__(name: str) -> object:
     """What is only loaded when it is used."""
-    if name == "AsyncSona":
-        from microlora.sona.aio import AsyncSona
+    if name in _LATER:
+        import importlib
 
-        return AsyncSona
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,9 +86,7 @@ def deep_optimize(
     if not loop._deep_lock.acquire(blocking=False):
         raise SwapError("deep_optimize: another deep run is under way, expected one at a time")
     try:
-        result, ewc = _run(loop, samples, distill, progress, cancel, base)
-        if result.applied:
-            loop._fisher = None if ewc is None else ewc.export_state()
+        result = _run(loop, samples, distill, progress, cancel, base)
     finally:
         loop._deep_lock.release()
     loop._done(result)
@@ -102,7 +100,7 @@ def _run(
     progress: Progress | bool | None,
     cancel: CancelToken | None,
     base: str | None,
-) -> tuple[DeepResult, EwcPlusPlus | None]:
+) -> DeepResult:
     started = time.perf_counter()
     if cancel is not None:
         cancel.raise_if_cancelled("the deep run")
@@ -133,9 +131,12 @@ def _run(
             notes.append(f"held-out loss on {count} samples: {shown}")
         else:
             notes.append("held-out loss of the ensemble was not measured: no held-out sample has one")
-    done = loop.install(student.adapter(), len(train), True)
-    latency = (time.perf_counter() - started) * 1e6
-    return _result(done, notes, latency, trained, losses), trainer.ewc
+    needed = None if trainer.ewc is None else trainer.ewc.export_state()
+    with loop._install_lock:  # whoever saves sees the new weights with what they need, or neither
+        done = loop.install(student.adapter(), len(train), True)
+        if done.applied:
+            loop._fisher = needed
+    return _result(done, notes, (time.perf_counter() - started) * 1e6, trained, losses)
 
 
 def _penalty(loop: SonaLoop, student: MicroLoRA) -> EwcPlusPlus | None:

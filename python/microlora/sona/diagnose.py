@@ -99,7 +99,7 @@ def _constant(facts: Facts) -> Said:
     if len(rewards) >= ENOUGH and np.ptp(rewards) <= 1e-6 * max(1.0, abs(rewards[0])):
         yield (
             "quality",
-            "every reward is the same, so that none says what is better than what: pass qualities that differ",
+            "every reward is the same, so that none says what is better: pass qualities that differ",
             {"rewards": len(rewards), "value": rewards[0]},
         )
     targets = [f.t for _, _, f, *_ in facts.samples if isinstance(f, Target)]

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import microlora._core as _core
 from microlora._core import AdaptationResult
 from microlora.adapter import Adapter
-from microlora.config import LoraConfig
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.hot_swap import HotSwapManager
 from microlora.micro_lora import MicroLoRA
-from microlora.sona import processes, telemetry
+from microlora.sona import making, processes, state, telemetry
 from microlora.sona.background import GOES_ON, Background
 from microlora.sona.config import SonaConfig
 from microlora.sona.stats import SonaStats
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from microlora.encoders.protocol import TextEncoder
+    from microlora.files import PathLike
     from microlora.progress import CancelToken, Progress
     from microlora.sona.deep import DeepResult
     from microlora.sona.diagnose import Finding
@@ -78,6 +78,7 @@ class SonaLoop(_core.Sona):
     _on_event: EventHook | None
     _told: int
     _deep_lock: threading.Lock
+    _install_lock: threading.Lock
     _fisher: bytes | None
 
     def __new__(
@@ -98,13 +99,13 @@ class SonaLoop(_core.Sona):
         if not (on_event is None or callable(on_event)):
             raise DTypeError(f"on_event: got {type(on_event).__name__}, expected a function or None")
         encoders = Encoders(encoder, response_encoder)
-        config, lora = _learner(config, lora, encoders)
-        encoders.check(_dims(lora))
+        config, lora = making.learner(config, lora, encoders)
+        encoders.check(making.dims_of(lora))
         manager = HotSwapManager(lora)
         self = super().__new__(cls, lora, manager, config.core_json())
         self._config, self._lora, self._manager, self._encoders = config, lora, manager, encoders
         self._on_event, self._told = on_event, manager.generation
-        self._deep_lock, self._fisher = threading.Lock(), None
+        self._deep_lock, self._install_lock, self._fisher = threading.Lock(), threading.Lock(), None
         self._background = Background(self)
         processes.on_fork(self)
         self.observe()
@@ -328,14 +329,57 @@ class SonaLoop(_core.Sona):
             except Exception:
                 _log.exception("on_event failed after an event of the %s loop", result.loop_type)
 
+    # -- files --
+
+    def save(self, path: PathLike) -> None:
+        """Writes the whole loop: weights, rules, memory, counters, what deep runs hold on to, and settings.
+
+        Encoders are not written, only their names. Any number of threads may read and learn meanwhile.
+
+        Args:
+            path: A directory, made where it is missing. What an earlier call wrote there is whole until this
+                one has written everything.
+
+        Raises:
+            OSError: The system refused.
+        """
+        state.write(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: PathLike,
+        encoder: TextEncoder | None = None,
+        response_encoder: TextEncoder | None = None,
+        on_event: EventHook | None = None,
+    ) -> Self:
+        """A loop that goes on from `save`.
+
+        Args:
+            path: The directory.
+            encoder: As of the class; of the name that it was saved with.
+            response_encoder: Likewise.
+            on_event: As of the class.
+
+        Raises:
+            FormatError: Not such a directory, damaged, or written by a newer version.
+            ConfigError: Encoders of other names.
+            OSError: It cannot be read.
+        """
+        parts = state.read(path)
+        self = cls(parts.config, encoder, response_encoder, None, on_event)
+        state.restore(self, parts)
+        self._told = self._manager.generation
+        return self
+
     # -- processes and values --
 
     def _before_fork(self) -> None:
         self.pause()
 
     def _after_fork(self, child: bool) -> None:
-        if child:
-            self._deep_lock = threading.Lock()  # whoever held it is not in this process
+        if child:  # whoever held a lock is not in this process
+            self._deep_lock, self._install_lock = threading.Lock(), threading.Lock()
         self.resume()
 
     def __reduce__(self) -> NoReturn:
@@ -346,9 +390,9 @@ class SonaLoop(_core.Sona):
         names = self.modules()
         shown = ", ".join(names[:4]) + (f", ... ({len(names)} modules)" if len(names) > 4 else "")
         sizes = f"{self._lora.param_count:,} parameters, {self._lora.memory_bytes:,} bytes"
-        state = "running" if self.running else "not running"
+        running = "running" if self.running else "not running"
         version = f"version {self._lora.version}"
-        return f"{type(self).__name__}({shown}; {sizes}, {version}, {self._config.consolidation}, {state})"
+        return f"{type(self).__name__}({shown}; {sizes}, {version}, {self._config.consolidation}, {running})"
 
 
 def _observed(self: SonaLoop, *args: Any, **kwargs: Any) -> AdaptationResult:
@@ -356,40 +400,3 @@ def _observed(self: SonaLoop, *args: Any, **kwargs: Any) -> AdaptationResult:
     result = _core.Sona.instant_adapt(self, *args, **kwargs)
     self._tell(result)
     return result
-
-
-def _learner(config: SonaConfig, lora: MicroLoRA | None, encoders: Encoders) -> tuple[SonaConfig, MicroLoRA]:
-    """The live learner, and the settings with the widths that it has."""
-    if lora is not None:
-        _check_same(config.learner, lora.config)
-        dims = _dims(lora)
-        given = None
-        if config.hidden_dim is not None or config.dims is not None:
-            given = config.learner.resolve_dims(config.hidden_dim, config.dims)
-        if given not in (None, dims):
-            raise ConfigError(f"lora: got modules of {dims}, expected {given} as in the config")
-        return (config if given is not None else config.replace(dims=dims)), lora
-    if config.hidden_dim is None and config.dims is None:
-        if encoders.widths is None:
-            raise ConfigError(
-                "config: got neither hidden_dim nor dims, expected one of them, an encoder or a learner"
-            )
-        config = config.replace(dims=dict.fromkeys(config.lora.target_modules, encoders.widths))
-    made = MicroLoRA(config.learner, hidden_dim=config.hidden_dim, dims=config.dims, seed=config.seed)
-    return config, made
-
-
-def _check_same(wanted: LoraConfig, came: LoraConfig) -> None:
-    ours, theirs = wanted.to_dict(), came.to_dict()
-    for free in ("name", "description", "tags"):
-        del ours[free], theirs[free]
-    other = [f"{key} {theirs[key]!r} beside {value!r}" for key, value in ours.items() if theirs[key] != value]
-    if other:
-        raise ConfigError(
-            f"lora: got a learner with {', '.join(other)} in the config, expected the same settings: "
-            "SonaConfig(lora=lora.config)"
-        )
-
-
-def _dims(lora: MicroLoRA) -> dict[str, tuple[int, int]]:
-    return {name: (lora[name].in_features, lora[name].out_features) for name in lora.modules()}

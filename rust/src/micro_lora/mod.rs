@@ -212,6 +212,12 @@ impl MicroLora {
         self.read().learners.iter().map(|l| Arc::clone(l.master())).collect()
     }
 
+    /// The f32 weights of a module, and the mean `|s x A|^2` that its basis was fitted to, where it was.
+    pub fn bottleneck(&self, module: usize) -> (Arc<Layer>, Option<f64>) {
+        let learner = &self.read().learners[module];
+        (Arc::clone(learner.master()), learner.basis_unit)
+    }
+
     /// `(in_features, out_features)` of a module.
     #[inline]
     pub fn shape(&self, module: usize) -> (usize, usize) {

@@ -8,6 +8,7 @@ compile_error!(
 mod adapter;
 mod anchor;
 mod array;
+mod bandit;
 mod calls;
 mod chain;
 mod dataset;
@@ -34,6 +35,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
+    #[pymodule_export]
+    use super::bandit::{PyBandit, PyChoice, off_policy};
     #[pymodule_export]
     use super::chain::PyChain;
     #[pymodule_export]

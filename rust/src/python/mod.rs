@@ -8,6 +8,7 @@ compile_error!(
 mod adapter;
 mod anchor;
 mod array;
+mod bandit;
 mod calls;
 mod chain;
 mod dataset;
@@ -22,6 +23,7 @@ mod long;
 mod machine;
 mod merge;
 mod micro_lora;
+mod sona;
 mod step;
 mod swap;
 mod train;
@@ -33,6 +35,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
+    #[pymodule_export]
+    use super::bandit::{PyBandit, PyChoice, off_policy};
     #[pymodule_export]
     use super::chain::PyChain;
     #[pymodule_export]
@@ -56,6 +60,8 @@ mod _core {
     use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::sona::{PyAdaptation, PySona};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

@@ -61,7 +61,7 @@ mod _core {
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
-    use super::sona::{PyAdaptation, PySona};
+    use super::sona::{PyAdaptation, PySona, sona_config};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

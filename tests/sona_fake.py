@@ -3,7 +3,8 @@
 import json
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Result:
     loss_before: float | None = None
     loss_after: float | None = None
     version: int = 0
+    outcome: str = "event"
 
 
 @dataclass
@@ -74,29 +76,32 @@ class Sona:
             event = s.events + 1
             low = quality is not None and quality < s.settings["quality_threshold"]
             if low and isinstance(feedback, ml.Target):
-                s.events, s.skipped = event, {**s.skipped, "quality": s.skipped.get("quality", 0) + 1}
-                return Result(False, "instant", notes=("quality below the threshold",), event=event)
+                reason = "quality is under quality_threshold"
+                s.skipped[reason] = s.skipped.get(reason, 0) + 1
+                return Result(False, "instant", notes=(reason,))
             sample = (event, x, feedback, base, module, quality, 1.0)
-            every = round(1 / s.settings["holdout"]) if s.settings["holdout"] else 0
-            if every and event % every == 0:
-                s.held.append(sample)
-                step = None
+            step = None
+            if self.is_held(event):
+                s.skipped["held out"] = s.skipped.get("held out", 0) + 1
             else:
                 names = [module] if module else s.lora.modules()
                 for name in names:
                     step = s.lora.instant(x, feedback, name, base)
-                s.window.append(sample)
-                s.train.append(sample)
                 s.applied += 1
-                if len(s.window) > s.settings["max_pending_samples"]:
-                    s.window.pop(0)
-                    s.overflow += 1
+            s.window.append(sample)
+            if len(s.window) > s.settings["max_pending_samples"]:
+                s.window.pop(0)
+                s.overflow += 1
             s.events, s.quality = event, s.quality + (1.0 if quality is None else quality)
         if step is None:
             return Result(False, "instant", notes=("held out",), event=event)
         return Result(
             step.applied, "instant", 1.0, 0.0, 1, (), event, step.loss_before, step.loss_after, s.lora.version
         )
+
+    def is_held(self, event):
+        share = self._fake.settings["holdout"]
+        return bool(share) and event % round(1 / share) == 0
 
     def forward(self, x, module=None, out=None):
         return self._fake.lora.forward(x, module, out)
@@ -115,6 +120,8 @@ class Sona:
             if s.paused or not s.window or not (force or (due and late)):
                 return None
             s.last, n = time.monotonic(), len(s.window)
+            for sample in s.window:
+                (s.held if self.is_held(sample[0]) else s.train).append(sample)
             before, after = self.evaluate(s.slow), self.evaluate()
             s.window.clear()
             s.first = before if s.first is None else s.first
@@ -123,12 +130,14 @@ class Sona:
                 s.refused += 1
                 s.lora.restore(s.slow)
                 notes = ("the held-out loss rose",)
-                return Result(False, "background", 1.0, 0.0, n, notes, None, before, after, s.lora.version)
+                done = Result(False, "background", 1.0, 0.0, n, notes, None, before, after, s.lora.version)
+                return replace(done, outcome="rolled_back")
             s.accepted += 1
             s.slow = s.lora.adapter()
             s.manager._publish(s.slow, None, False)
             delta = float("nan") if after is None else before - after
-            return Result(True, "background", 1.0, delta, n, (), None, before, after, s.lora.version)
+            done = Result(True, "background", 1.0, delta, n, (), None, before, after, s.lora.version)
+            return replace(done, outcome="accepted")
 
     def pause(self):
         self._fake.paused += 1
@@ -183,8 +192,11 @@ class Sona:
                 s.manager._publish(s.slow, None, False)
                 s.quality, s.deep = 0.0, s.deep + 1
             delta = float("nan") if before is None else before - after
-            notes = () if ok else ("the held-out loss rose",)
-            return Result(ok, "deep", 1.0, delta, samples_used, notes, None, before, after, s.lora.version)
+            notes = () if ok else ("refused: the held-out loss rose",)
+            done = Result(ok, "deep", 1.0, delta, samples_used, notes, None, before, after, s.lora.version)
+            if not ok:
+                return replace(done, outcome="kept", quality_delta=0.0, loss_after=before, samples_used=0)
+            return replace(done, outcome="accepted")
 
     def adapter(self, config_json=None, metadata_json=None):
         return _core.MicroLora.adapter(self._fake.lora, config_json, metadata_json)
@@ -195,17 +207,57 @@ class Sona:
     def ensemble(self):
         return self._fake.settings.get("_members", [])
 
-    def to_bytes(self):
-        return self._fake.lora.snapshot().to_bytes()
+    def to_bytes(self, config_json=None):
+        text = (config_json or "").encode()
+        return (
+            b"FAKE"
+            + len(text).to_bytes(4, "little")
+            + text
+            + _core.MicroLora.snapshot(self._fake.lora).to_bytes()
+        )
 
     def restore(self, data):
-        self._fake.lora.restore(ml.Snapshot(data))
+        size = int.from_bytes(data[4:8], "little")
+        _core.MicroLora.restore(self._fake.lora, _core.Snapshot(data[8 + size :]))
+        self._fake.slow = self._fake.lora.adapter()
+
+    def open_dir(self, dir, config_json, journal=None):
+        file = Path(dir) / "state.safetensors"
+        found = file.exists()
+        if found:
+            self.restore(file.read_bytes())
+        self._fake.place = file, config_json
+        Path(dir).mkdir(exist_ok=True)
+        self.checkpoint()
+        return json.dumps({"found": found, "replayed": 0, "exact": True, "warnings": []})
+
+    def checkpoint(self):
+        if getattr(self._fake, "place", None) is None:
+            raise ml.exceptions.ConfigError("checkpoint: got a loop without a state directory")
+        file, text = self._fake.place
+        return file.write_bytes(self.to_bytes(text))
+
+    def close(self):
+        self._fake.place = None
+
+    def audit_json(self):
+        return "[]"
+
+
+def sona_config(data):
+    size = int.from_bytes(data[4:8], "little")
+    if data[:4] != b"FAKE" or not 0 < size <= len(data) - 8:
+        raise ml.exceptions.FormatError("state: truncated")
+    return data[8 : 8 + size].decode()
 
 
 def install():
     """Puts the stand-ins where the core has none."""
-    if not hasattr(_core, "Sona"):
+    import os
+
+    if not hasattr(_core.Sona, "stats") or os.environ.get("MICROLORA_FAKE"):
         _core.Sona = Sona
+        _core.sona_config = sona_config
         _core.AdaptationResult = Result
 
 

@@ -180,6 +180,7 @@ def test_cancelling_a_deep_run_stops_it_and_changes_nothing():
     async def run():
         sona = loop(training=AdapterTrainingConfig(epochs=2000, early_stopping_patience=0))
         feed(sona, 200)
+        sona.maybe_background(force=True)
         before = sona.lora.version, sona.manager.generation
         front = AsyncSona(sona)
         begun = threading.Event()

@@ -34,6 +34,7 @@ def narrow(**changes):
 def test_training_moves_a_and_lowers_the_held_out_loss():
     sona = narrow()
     feed(sona, 300)
+    sona.maybe_background(force=True)
     a, _ = weights(sona)
     before = sona.evaluate()
     heard = []
@@ -43,6 +44,7 @@ def test_training_moves_a_and_lowers_the_held_out_loss():
     assert result.applied
     assert result.loop_type == "deep"
     assert heard == [result]
+    assert result.outcome == "accepted"
     assert not np.array_equal(weights(sona)[0], a)
     assert result.loss_before == pytest.approx(before)
     assert sona.evaluate() == pytest.approx(result.loss_after)
@@ -70,6 +72,7 @@ def test_it_asks_for_training_when_enough_quality_has_come():
 def test_no_held_out_sample_is_ever_trained_on(monkeypatch):
     sona = loop(training=QUICK)
     x, t = feed(sona, 200)
+    sona.maybe_background(force=True)
     held = {x.tobytes() for _, x, *_ in sona.samples(True)}
     assert len(held) == 20
     seen = []
@@ -116,12 +119,13 @@ def test_training_stops_early():
 def test_a_result_that_raises_the_held_out_loss_is_refused(caplog):
     sona = loop(training=QUICK, holdout=0.2)
     feed(sona, 400)
+    sona.maybe_background(force=True)
     before = state(sona)
     x, t = stream(600, 7)
     result = sona.deep_optimize((x, -30.0 * t))
-    assert not result.applied
-    assert result.loss_after > result.loss_before
-    assert result.quality_delta < 0
+    assert (result.applied, result.outcome, result.quality_delta) == (False, "kept", 0.0)
+    assert result.loss_after == result.loss_before
+    assert any(note.startswith("refused") for note in result.notes)
     assert state(sona) == before
     assert any(r.name == "microlora.sona.deep" and r.levelname == "WARNING" for r in caplog.records)
 
@@ -129,6 +133,7 @@ def test_a_result_that_raises_the_held_out_loss_is_refused(caplog):
 def test_cancelling_leaves_everything_as_it_was():
     sona = loop(training=QUICK)
     feed(sona, 200)
+    sona.maybe_background(force=True)
     before, stats = state(sona), sona.stats()
     token = ml.CancelToken()
     seen = []
@@ -190,6 +195,7 @@ BAD = [
 def test_what_cannot_be_trained_is_refused(options, error, message):
     sona = loop(training=QUICK)
     feed(sona, 30)
+    sona.maybe_background(force=True)
     before = state(sona)
     with pytest.raises(error) as caught:
         sona.deep_optimize(**options)

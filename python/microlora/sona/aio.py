@@ -150,7 +150,7 @@ class AsyncSona:
                 _log.exception("%r: a consolidation failed; the next try is in %.1f s", self._sona, pause)
             else:
                 failures = 0
-                if result is not None and GOES_ON in result.notes:
+                if result is not None and result.outcome == GOES_ON:
                     pause = _SHORTEST
             await asyncio.sleep(pause)
 

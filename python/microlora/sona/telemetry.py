@@ -34,6 +34,7 @@ ROOT = "microlora"
 FIELDS = (
     "loop_type",
     "applied",
+    "outcome",
     "latency_us",
     "quality_delta",
     "samples_used",

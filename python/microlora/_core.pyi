@@ -681,7 +681,7 @@ class Choice:
         """Name of the chosen arm."""
     @property
     def propensity(self) -> float:
-        """Probability that this arm would be chosen here: ``(1 - epsilon) / ties + epsilon / n`` of the best."""
+        """Probability of the choice: ``epsilon / n``, on the best arms plus ``(1 - epsilon) / ties``."""
     @property
     def scores(self) -> list[float]:
         """Expected reward plus exploration bonus of every arm that was asked for, in their order."""

@@ -6,7 +6,7 @@ refused. Nobody may write to an array while a call reads it. In every formula x 
 (x A) B``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, NoReturn, Self, final
 
@@ -17,6 +17,7 @@ from typing_extensions import disjoint_base
 from microlora.progress import CancelToken, Progress
 
 __all__ = [
+    "AdaptationResult",
     "Adapter",
     "Bandit",
     "Chain",
@@ -33,6 +34,7 @@ __all__ = [
     "Preference",
     "Reward",
     "Snapshot",
+    "Sona",
     "StepResult",
     "SwapHandle",
     "Target",
@@ -248,6 +250,139 @@ class StepResult:
     @property
     def version(self) -> int:
         """Version of the learner after the step."""
+
+@final
+class AdaptationResult:
+    """What one turn of a loop did."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights changed by it."""
+    @property
+    def loop_type(self) -> Literal["instant", "background", "deep"]:
+        """Which loop."""
+    @property
+    def latency_us(self) -> float:
+        """Time that it took, microseconds."""
+    @property
+    def quality_delta(self) -> float:
+        """Loss before less loss after: of the event, or of the held-out samples; NaN where not measured."""
+    @property
+    def samples_used(self) -> int:
+        """Samples that it learned from."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say, and why something was skipped or refused."""
+    @property
+    def event(self) -> int | None:
+        """Number of the event; None for the other loops."""
+    @property
+    def loss_before(self) -> float | None:
+        """Loss before; None where not measured."""
+    @property
+    def loss_after(self) -> float | None:
+        """Loss after; None where not measured."""
+    @property
+    def version(self) -> int:
+        """Version of the live learner afterwards."""
+
+@disjoint_base
+class Sona:
+    """The compiled part of :class:`microlora.SonaLoop`: a learner, its memory and its consolidations."""
+
+    def __new__(cls, lora: MicroLora, manager: HotSwap, settings_json: str) -> Self: ...
+    def _adapt_text(
+        self, query: str, response: object, quality: float | None = None, module: str | None = None
+    ) -> AdaptationResult:
+        """What `instant_adapt` does with a text; refused here, where there is no encoder."""
+    def instant_adapt(
+        self,
+        x: ArrayLike | str,
+        feedback: FeedbackBase | str,
+        quality: float | None = None,
+        module: str | None = None,
+        base: ArrayLike | None = None,
+    ) -> AdaptationResult:
+        """Learns from one event; the next ``forward`` sees it.
+
+        Args:
+            x: float32 (in_features,): the layer's input; or a text, where there is an encoder.
+            feedback: A `Target`, `Gradient`, `Reward`, `Preference` or `Contrastive`; or the text of the
+                response, for a text, which ``quality`` then rewards. Prefer a target where there is one: a
+                scalar teaches about a tenth.
+            quality: How good it was, 0 to 1. A target below ``quality_threshold`` is passed over.
+            module: Name of the module; None is every module whose widths fit.
+            base: float32 (out_features,): output of the frozen layer; see :meth:`MicroLora.instant`.
+
+        Returns:
+            What was done; ``notes`` say why an event was skipped.
+
+        Raises:
+            NonFiniteError: NaN or infinity, or a quality of NaN.
+            FeedbackError: A quality out of its range, or feedback that gives no direction.
+            MicroLoraError: As :meth:`MicroLora.instant`. Nothing changes and nothing is counted then.
+        """
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """``dY(x)`` of the live weights; see :meth:`MicroLora.forward`."""
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)`` of the live weights; see :meth:`MicroLora.forward_add`."""
+    def modules(self) -> list[str]:
+        """Module names, in order."""
+    def maybe_background(self, force: bool = False) -> AdaptationResult | None:
+        """Consolidates if it is due, within ``max_ms``; None where it is not."""
+    def run_background(self, callback: Callable[[AdaptationResult], object], interval_ms: float) -> None:
+        """Consolidates until `stop_background`, with the GIL released; ``callback`` hears of each end."""
+    def stop_background(self) -> None:
+        """Ends `run_background`."""
+    def pause(self) -> None:
+        """Lets no consolidation begin or go on, and waits for the one that works: before a fork."""
+    def resume(self) -> None:
+        """Undoes `pause`: after a fork, in parent and child."""
+    def stats(self) -> dict[str, Any]:
+        """Counters and measurements."""
+    def samples(
+        self, held_out: bool
+    ) -> list[
+        tuple[
+            int,
+            NDArray[np.float32],
+            FeedbackBase,
+            NDArray[np.float32] | None,
+            str | None,
+            float | None,
+            float,
+        ]
+    ]:
+        """What is remembered: ``(event, x, feedback, base, module, quality, weight)`` of each sample.
+
+        Args:
+            held_out: The samples that no loop trains on, or the others.
+        """
+    def evaluate(self, adapter: Adapter | None = None) -> float | None:
+        """Held-out loss of the live weights or of an adapter's; None without held-out samples."""
+    def install(self, adapter: Adapter, samples_used: int, gate: bool) -> AdaptationResult:
+        """Makes an adapter's weights the live ones, if the gate lets them pass; the rules start afresh."""
+    def adapter(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
+        """The live weights."""
+    def consolidated(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
+        """The last accepted weights."""
+    def ensemble(self) -> list[tuple[Adapter, NDArray[np.float32]]]:
+        """Members and centroids; none unless ``consolidation`` is ``"ensemble"``."""
+    def warm_up(self, x: ArrayLike) -> float:
+        """Chooses A from these inputs now; see :meth:`MicroLora.fit_input_basis`."""
+    def to_bytes(self) -> bytes:
+        """The whole state."""
+    def restore(self, data: bytes) -> None:
+        """Goes on bit for bit from `to_bytes`, whole or not at all.
+
+        Raises:
+            FormatError: Not a state, damaged, or of a newer version.
+            ConfigError: Of other modules or settings.
+        """
 
 @disjoint_base
 class Adapter:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Order = NDArray[np.int64]
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "rows_of", "rows_of_events"]
 
 
 # Squares of such numbers, summed over any width, stay far from the end of float32.
@@ -137,6 +137,20 @@ def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
         raise ConfigError(f"{name}: got no samples, expected one or more")
     if not len(rows):
         raise ConfigError(f"{name}: got no sample of quality {threshold:g} or more, expected some")
+    return rows
+
+
+def rows_of_events(events: list[InEvent], threshold: float) -> Rows:
+    """The rows of events that may have a base of their own, in their order.
+
+    Raises:
+        ConfigError: None, or none of enough quality.
+    """
+    if not events:
+        raise ConfigError("events: got none, expected one or more")
+    rows = _of_samples(events, [""] * len(events), threshold)
+    if not len(rows):
+        raise ConfigError(f"events: got none of quality {threshold:g} or more, expected some")
     return rows
 
 

@@ -19,6 +19,7 @@ from microlora.progress import CancelToken, Progress
 __all__ = [
     "AdaptationResult",
     "Adapter",
+    "Bandit",
     "Chain",
     "Choice",
     "Contrastive",
@@ -55,6 +56,7 @@ __all__ = [
     "merge_mask",
     "merge_methods",
     "num_threads",
+    "off_policy",
     "probe_fma_gflops",
     "probe_forward_ns",
     "probe_read_gbps",
@@ -289,28 +291,6 @@ class AdaptationResult:
     @property
     def version(self) -> int:
         """Version of the live learner afterwards."""
-
-@final
-class Choice:
-    """What a bandit chose; equal and picklable by content."""
-
-    @property
-    def id(self) -> int:
-        """Number of the choice, from 1; the reward names it."""
-    @property
-    def arm(self) -> int:
-        """Position of the chosen arm in the arms that were asked for."""
-    @property
-    def name(self) -> str:
-        """Name of the chosen arm."""
-    @property
-    def propensity(self) -> float:
-        """Probability that this arm would be chosen here."""
-    @property
-    def scores(self) -> list[float]:
-        """Expected reward plus exploration bonus of every arm that was asked for."""
-    def __eq__(self, value: object, /) -> bool: ...
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
 
 @disjoint_base
 class Sona:
@@ -907,6 +887,161 @@ class SwapHandle:
     @property
     def out_features(self) -> int:
         """Width of the output."""
+
+@final
+class Choice:
+    """What a :class:`Bandit` chose."""
+
+    @property
+    def id(self) -> int:
+        """Number of the choice, from 1; the reward names it."""
+    @property
+    def arm(self) -> int:
+        """Position of the chosen arm in the arms that were asked for."""
+    @property
+    def name(self) -> str:
+        """Name of the chosen arm."""
+    @property
+    def propensity(self) -> float:
+        """Probability of the choice: ``epsilon / n``, on the best arms plus ``(1 - epsilon) / ties``."""
+    @property
+    def scores(self) -> list[float]:
+        """Expected reward plus exploration bonus of every arm that was asked for, in their order."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]: ...
+    @staticmethod
+    def _from_fields(fields: tuple[int, int, str, float, list[float]]) -> Choice:
+        """What pickling calls."""
+
+@final
+class Bandit:
+    """Bottleneck LinUCB: chooses among named arms for an input and learns from the reward alone.
+
+    LinUCB with one model per arm (Li et al. 2010, arXiv 1003.0146) on ``u = s x A`` of a module instead of x:
+    ridge regression of the reward on u, one recursive least-squares step per reward, and the arm with the
+    largest ``theta . u + alpha sqrt(u P u)`` is chosen. An arm is made when it is first asked for. The
+    module's B plays no part and is not changed; fit A to inputs first (`MicroLora.fit_input_basis`).
+
+    The arms belong to one A. When the module's A has other numbers than at the last choice, they start again
+    and learn the last ``history`` rewarded inputs in the new bottleneck; older ones are forgotten.
+    ``restarts`` counts that. Any number of threads may call it.
+
+    Args:
+        lora: The learner; its instant update must leave A alone (``InstantConfig.train`` is ``"b"``).
+        module: Name of the module; None where there is only one.
+        alpha: Weight of the exploration bonus, in units of the rewards; 0 is greedy. Default 0.3, for rewards
+            between 0 and 1.
+        ridge: Ridge of every arm, in units of the mean ``|u|^2`` (of the first input where A is not fitted).
+            Default 1.
+        epsilon: Share of choices drawn evenly from all arms, 0 to 1: off-policy evaluation of other policies
+            needs some. Default 0.
+        max_arms: Arms that may be named, 1 or more; an arm takes ``8 rank^2`` bytes. Default 256.
+        max_open: Choices that may wait for a reward, 1 or more; the oldest is given up beyond it. Default
+            1000.
+        history: Rewarded choices kept with their inputs (``4 in_features`` bytes each). Default 1000; with 0
+            nothing is logged, and another A starts from nothing.
+        seed: Seed of ties and exploration. They are drawn by the number of the choice, so that the same
+            history gives the same choices.
+
+    Raises:
+        ConfigError: A setting out of its range, or a learner that moves A.
+        UnknownModuleError: The learner has no such module.
+
+    Example:
+        >>> import numpy as np, microlora as ml
+        >>> from microlora import _core
+        >>> lora = ml.MicroLoRA(ml.LoraConfig(rank=4, target_modules=["q_proj"]), hidden_dim=64)
+        >>> bandit = _core.Bandit(lora)
+        >>> choice = bandit.choose(np.ones(64, np.float32), ["short answer", "long answer"])
+        >>> bandit.reward(choice, 1.0)
+        0.0
+    """
+
+    def __new__(
+        cls,
+        lora: MicroLora,
+        module: str | None = None,
+        *,
+        alpha: float | None = None,
+        ridge: float | None = None,
+        epsilon: float | None = None,
+        max_arms: int | None = None,
+        max_open: int | None = None,
+        history: int | None = None,
+        seed: int | None = None,
+    ) -> Self: ...
+    def choose(self, x: ArrayLike, arms: Sequence[str]) -> Choice:
+        """Chooses one of the named arms for an input.
+
+        Args:
+            x: float32 (in_features,): the module's input.
+            arms: Their names, each once; new ones are made.
+
+        Returns:
+            The choice; ties are drawn evenly.
+
+        Raises:
+            ConfigError: No arms, an arm twice, an empty name, or more arms than ``max_arms``.
+            DTypeError: ``arms`` is not a sequence of str, or ``x`` not floating point.
+            ShapeError: ``x`` of another shape.
+            NonFiniteError: NaN or infinity in ``x``. Nothing changes in any of these cases.
+        """
+    def reward(self, choice: Choice | int, reward: float) -> float:
+        """Gives a choice its reward; its arm learns at once.
+
+        Args:
+            choice: A `Choice`, or its id; rewards may come late and in any order.
+            reward: A finite number; larger is better.
+
+        Returns:
+            The reward that was expected of the arm there, before this one.
+
+        Raises:
+            UnknownChoiceError: The choice has its reward, was given up (``max_open``) or never was.
+            NonFiniteError: The reward is NaN or infinite.
+            ConfigError: The reward is beyond 1e18. Nothing changes in any of these cases.
+        """
+    def log(self) -> list[tuple[int, str, float, float]]:
+        """The latest rewarded choices, oldest first: ``(id, name of the arm, propensity, reward)``.
+
+        At most ``history`` of them; see `off_policy`.
+        """
+    def arms(self) -> dict[str, tuple[int, float]]:
+        """``{name: (rewards, mean reward)}`` of every arm that was asked for; NaN without a reward."""
+    def to_bytes(self) -> bytes:
+        """Everything as safetensors bytes: `from_bytes` goes on bit for bit."""
+    @staticmethod
+    def from_bytes(lora: MicroLora, data: bytes, module: str | None = None) -> Bandit:
+        """Takes what `to_bytes` gave.
+
+        Args:
+            lora: A learner whose module has the same rank and width; where its A has other numbers the arms
+                learn again at the next choice.
+            data: The bytes.
+            module: Name of the module; None where there is only one.
+
+        Raises:
+            FormatError: Bytes of anything else, or damaged ones.
+            ShapeError: A bandit of another rank or width.
+        """
+    @property
+    def settings(self) -> dict[str, float | int]:
+        """Settings, by name."""
+    @property
+    def module(self) -> str:
+        """Name of the module that it reads."""
+    @property
+    def waiting(self) -> int:
+        """Choices that wait for a reward."""
+    @property
+    def dropped(self) -> int:
+        """Choices that were given up because more than ``max_open`` waited."""
+    @property
+    def restarts(self) -> int:
+        """How often the arms were learned again because the module's A had changed."""
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes resident: arms, waiting choices and log."""
 
 @disjoint_base
 class Generation:
@@ -1718,4 +1853,30 @@ def sona_config(data: bytes) -> str | None:
 
     Raises:
         FormatError: Not such a state, or one of a newer version.
+    """
+
+def off_policy(
+    propensities: Sequence[float], rewards: Sequence[float], probabilities: Sequence[float]
+) -> dict[str, float]:
+    """What another policy would have earned on logged choices.
+
+    Inverse propensity scores (Horvitz and Thompson 1952) and their self-normalised form (Swaminathan and
+    Joachims, NeurIPS 2015), with weights ``probability / propensity``. Unbiased only where every arm that the
+    policy takes had a chance in the log (``epsilon`` above 0): otherwise ``weight`` is far from 1.
+
+    Args:
+        propensities: (n,) in (0, 1]: with which probability each logged arm was chosen.
+        rewards: (n,): what it earned.
+        probabilities: (n,) in [0, 1]: with which probability the other policy would choose that arm there.
+
+    Returns:
+        ``ips`` and ``snips``, the policy's mean reward, each with its standard error (``ips_error``,
+        ``snips_error``); ``weight``, the mean weight; ``effective``, the effective sample size; ``events``,
+        their number n.
+
+    Raises:
+        ShapeError: Nothing logged, or lengths that differ.
+        ConfigError: Numbers out of their ranges, or a policy that takes none of the logged arms.
+        NonFiniteError: A reward that is NaN or infinite.
+        DTypeError: Anything but sequences of numbers.
     """

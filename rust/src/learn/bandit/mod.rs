@@ -272,7 +272,11 @@ impl Bandit {
             return Err(Error::non_finite("reward"));
         }
         if reward.abs() > LIMIT {
-            return Err(Error::config("reward", reward, format!("a number within {LIMIT:e} of zero")));
+            return Err(Error::config(
+                "reward",
+                format!("{reward:e}"),
+                format!("a number within {LIMIT:e} of zero"),
+            ));
         }
         let Some(Open { arm, propensity, u, x }) = self.open.remove(&choice) else {
             return Err(self.unknown(choice));

@@ -5,8 +5,8 @@
 //!
 //! The best of many noisy ratings is mostly lucky (`E[max]` is above the mean even where all are equal), so
 //! qualities are shrunk before they are compared: a thing rated n times (the same bottleneck and equal feedback)
-//! with mean q counts as `(n q + 2 m) / (n + 2)`, m being the mean of the window, as if two ratings of average
-//! luck had come before. One lucky rating then does not beat three good ones (James & Stein 1961 in the
+//! with mean q counts as `(n q + 3 m) / (n + 3)`, m being the mean of the window, as if three ratings of average
+//! luck had come before: one lucky rating does not beat several good ones (James & Stein 1961 in the
 //! empirical-Bayes form of Efron & Morris 1975). Samples without quality count as m.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use super::strategy::Plan;
 use super::{Problem, Rows};
 
 /// Ratings of average luck that every thing starts with.
-const PRIOR: f64 = 2.0;
+const PRIOR: f64 = 3.0;
 
 pub(super) fn plan(p: &Problem) -> Plan {
     let chosen = best(&p.window, p.settings.best_share);

@@ -78,7 +78,8 @@ def test_text_and_vector_teach_the_same():
             a = plain.instant_adapt("how?", "so", quality)
             b = await front.instant_adapt("how?", "so", quality)
             assert (a.applied, a.loss_after) == (b.applied, b.loss_after)
-        assert str(plain.stats()) == str(front.stats())
+        for name in ("instant_count", "instant_applied", "accumulated_quality", "version"):
+            assert getattr(plain.stats(), name) == getattr(front.stats(), name)
         with pytest.raises(ex.ConfigError, match="base: got one with a text"):
             await front.instant_adapt("how?", "so", 0.5, base=np.ones(WIDTH, np.float32))
         with pytest.raises(ex.NonFiniteError):

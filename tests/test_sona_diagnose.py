@@ -121,7 +121,7 @@ LISTS = [
         {"stats": ROSE, "config": {"replay_ratio": 0}},
     ),
     ("it was better once", "heldout_rising", "instant_lr", {"stats": {"heldout_loss_least": 0.3}}),
-    ("the gate refuses", "heldout_rising", "instant_lr", {"stats": {"refused": 30, "accepted": 10}}),
+    ("the gate rolls back", "heldout_rising", "instant_lr", {"stats": {"refused": 11, "rolled_back": 11}}),
     # High latency
     ("reduce rank", "high_latency", "lora.rank", {"stats": {"instant_p50_us": 1500.0}, "config": BIG}),
     (
@@ -184,8 +184,8 @@ SILENT = [
     {"samples": rewards([0.85] * 19)},
     {"samples": rewards([0.85] * 39 + [0.9])},
     {"stats": {"heldout_loss_last": 1.09, "heldout_loss_least": 0.8}},
-    {"stats": {"refused": 20, "accepted": 20}},
-    {"stats": {"background_count": 3, "refused": 3}},
+    {"stats": {"refused": 40, "rolled_back": 10, "accepted": 0}},
+    {"stats": {"background_count": 3, "refused": 3, "rolled_back": 3}},
     {"stats": {"nlms_steps": 19, "nlms_halvings": 19}},
     {"stats": {"nlms_steps": 440, "nlms_halvings": 200, "refused_steps": 20}},
     {"stats": {"instant_p50_us": 999.0}},

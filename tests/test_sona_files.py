@@ -1,19 +1,25 @@
 """A loop on disk: what comes back, what is refused, and that a save is whole or not at all."""
 
+import contextlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import microlora as ml
 from microlora import _core
 from microlora import exceptions as ex
 from microlora.sona import JournalConfig, SonaLoop, state
 from microlora.training import AdapterTrainingConfig, TrainingConfig
 from sona_support import Words, config, feed, loop, stream
-from support import close
+from support import TESTS, close
 
 QUICK = AdapterTrainingConfig(epochs=2, training=TrainingConfig(learning_rate=0.02))
 
@@ -198,6 +204,71 @@ def test_a_deep_run_writes_what_it_holds_on_to_at_once(tmp_path):
     sona.close()
     again = SonaLoop.open(tmp_path / "d")
     assert again._fisher == sona._fisher
+    again.close()
+
+
+KILLED = """
+import os, signal, sys
+import microlora as ml
+from microlora.sona import JournalConfig, SonaLoop
+from sona_support import config, stream
+sona = SonaLoop.open(sys.argv[1], config(), journal=JournalConfig())
+x, t = stream(300, 1)
+for i in range(300):
+    sona.instant_adapt(x[i], ml.Target(t[i]))
+    if i % 100 == 60:
+        sona.maybe_background(force=True)
+    if i == 150:
+        sona.checkpoint()
+open(sys.argv[2], "wb").write(sona.lora["q_proj"].lora_b.tobytes())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_is_gone_on_with_bit_for_bit(tmp_path):
+    code = [sys.executable, "-c", KILLED, str(tmp_path / "d"), str(tmp_path / "b")]
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(code, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with SonaLoop.open(tmp_path / "d", journal=JournalConfig()) as sona:
+        assert sona.opened.found
+        assert sona.opened.replayed > 100
+        assert sona.opened.exact
+        assert weights(sona).tobytes() == (tmp_path / "b").read_bytes()
+        assert sona.stats().instant_count == 300
+        assert [line["event"] for line in sona.audit() if line["kind"] == "event"][-1] == 300
+        x, t = stream(1, 9)
+        before = weights(sona)
+        event = sona.instant_adapt(x[0], ml.Target(t[0])).event
+        assert event == 301
+        sona.forget(event)
+        close(weights(sona), before, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with SonaLoop.open(tmp_path / "d", config()):
+        with pytest.raises(BlockingIOError, match="in use"):
+            SonaLoop.open(tmp_path / "d")
+        SonaLoop.load(tmp_path / "d")
+    SonaLoop.open(tmp_path / "d").close()
+
+
+def test_a_forked_child_does_not_write_into_its_parents_journal(tmp_path):
+    with SonaLoop.open(tmp_path / "d", config(), journal=JournalConfig()) as sona:
+        feed(sona, 10)
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(Exception):
+                feed(sona, 5, seed=3)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        feed(sona, 10, seed=1)
+        kept = weights(sona)
+        lines = sona.audit()
+        assert [line["event"] for line in lines if line["kind"] == "event"] == list(range(1, 21))
+    again = SonaLoop.open(tmp_path / "d")
+    assert again.opened.warnings == ()
+    assert (weights(again) == kept).all()
     again.close()
 
 

@@ -284,10 +284,10 @@ def test_a_loop_is_collected_when_nobody_holds_it():
 
 
 def test_not_due_is_none():
-    sona = loop(background_min_samples=10)
+    sona = loop(background_min_samples=10, gate_min_samples=1)
     feed(sona, 9)
     assert sona.maybe_background() is None
-    x, t = stream(2, 5)
+    x, t = stream(3, 5)
     for row, target in zip(x, t, strict=True):
         sona.instant_adapt(row, ml.Target(target))
     assert sona.maybe_background() is not None

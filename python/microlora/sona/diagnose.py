@@ -124,14 +124,14 @@ def _rising(facts: Facts) -> Said:
     first, last = stats.heldout_loss_first, stats.heldout_loss_last
     least = stats.heldout_loss_least
     rose = math.isfinite(first) and math.isfinite(last) and (last > 1.1 * first or last > 1.5 * least)
-    refused = stats.background_count >= 4 and stats.refused > 0.5 * stats.background_count
-    if not (rose or refused):
+    back = stats.background_count >= 4 and stats.rolled_back > 0.25 * stats.background_count
+    if not (rose or back):
         return
     evidence = {
         "first": first,
         "least": least,
         "last": last,
-        "refused": stats.refused,
+        "rolled_back": stats.rolled_back,
         "of": stats.background_count,
     }
     if config.consolidation not in (Consolidation.EWC_MERGE, Consolidation.ENSEMBLE):

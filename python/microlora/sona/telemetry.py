@@ -4,7 +4,7 @@
 logger                          what it tells
 ==============================  ===================================================
 ``microlora.sona.instant``      every event (DEBUG; costs nothing where it is off)
-``microlora.sona.background``   consolidations (INFO), those refused (WARNING)
+``microlora.sona.background``   consolidations (INFO), those rolled back (WARNING)
 ``microlora.sona.deep``         deep runs (INFO), those refused (WARNING)
 ``microlora.sona.journal``      what was recovered, written and compacted
 ==============================  ===================================================
@@ -44,6 +44,8 @@ FIELDS = (
     "loss_after",
     "version",
 )
+# A consolidation that is refused for live weights that pass by themselves is nothing to worry about.
+_TROUBLE = (("background", "rolled_back"), ("background", "cancelled"), ("deep", "kept"))
 _LEVELS = {
     "trace": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -63,10 +65,11 @@ def logger(loop_type: str) -> logging.Logger:
 
 def report(result: AdaptationResult | DeepResult) -> None:
     """Logs what a loop did, if anyone listens at that level."""
+    what = result.outcome
     if result.loop_type == "instant":
-        level = logging.DEBUG
+        level, what = logging.DEBUG, "learned" if result.applied else "skipped"
     else:
-        level = logging.INFO if result.applied else logging.WARNING
+        level = logging.WARNING if (result.loop_type, what) in _TROUBLE else logging.INFO
     log = logger(result.loop_type)
     if not log.isEnabledFor(level):
         return
@@ -75,7 +78,7 @@ def report(result: AdaptationResult | DeepResult) -> None:
         level,
         "%s %s: %d samples, %.1f us, quality delta %.4g%s",
         result.loop_type,
-        "applied" if result.applied else "not applied",
+        what,
         result.samples_used,
         result.latency_us,
         result.quality_delta,

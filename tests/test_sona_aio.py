@@ -177,6 +177,31 @@ def test_the_task_outlives_a_consolidation_that_fails(monkeypatch, caplog):
     assert threading.main_thread() not in calls
 
 
+def test_stopping_waits_for_what_is_under_way(monkeypatch):
+    sona = loop()
+    inside, go, over = threading.Event(), threading.Event(), []
+
+    def works(force=False):
+        inside.set()
+        assert go.wait(20)
+        over.append(True)
+
+    monkeypatch.setattr(sona, "maybe_background", works)
+
+    async def run():
+        front = AsyncSona(sona)
+        front.start()
+        await until(inside.is_set)
+        stopping = asyncio.create_task(front.stop())
+        await asyncio.sleep(0.02)
+        assert not stopping.done()
+        go.set()
+        await stopping
+        assert over == [True]
+
+    asyncio.run(run())
+
+
 def test_cancelling_a_deep_run_stops_it_and_changes_nothing():
     async def run():
         sona = loop(training=AdapterTrainingConfig(epochs=2000, early_stopping_patience=0))

@@ -102,7 +102,7 @@ def test_a_response_is_rewarded_by_its_quality():
     x, e = ml.encoders.encode_checked(words, ["how?", "like this"])
     for quality in (0.9, 0.2, 0.7):
         a = texts.instant_adapt("how?", "like this", quality)
-        b = vectors.instant_adapt(x, ml.Reward(quality, e), quality, base=x)
+        b = vectors.instant_adapt(x, ml.Reward(quality, e), quality)
         assert a.applied == b.applied
         assert a.loss_after == b.loss_after
     assert (texts.lora["q_proj"].lora_b == vectors.lora["q_proj"].lora_b).all()

@@ -201,7 +201,7 @@ class SonaLoop(_core.Sona):
         """Learns from texts; called by `instant_adapt` where ``x`` is a text.
 
         A text as ``response`` is a `Reward` of ``quality`` for its embedding; feedback such as ``Target(t)``
-        is taken as it is. For a module as wide as its input the embedding itself is the frozen layer's
+        is taken as it is, and for a module as wide as its input the embedding itself is the frozen layer's
         output.
         """
         event = self._encoders.event(query, response, quality)

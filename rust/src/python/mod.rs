@@ -22,6 +22,7 @@ mod long;
 mod machine;
 mod merge;
 mod micro_lora;
+mod replay;
 mod step;
 mod swap;
 mod train;
@@ -56,6 +57,8 @@ mod _core {
     use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::replay::PyReplayMemory;
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

@@ -30,7 +30,7 @@ class Method:
         native: Keywords of `EwcPlusPlus`; None without a penalty.
         while_training: Native takes its importance from the training batches, not from a pass afterwards.
         memory: Rows that replay remembers.
-        logit_weight: Of the distance between a remembered row's output and what it was (DER++), per benchmark.
+        logit_weight: DER++: of the distance of a remembered row's output to what it was, per benchmark.
         joint: All tasks at once: the upper bound.
     """
 
@@ -89,15 +89,15 @@ _ALL = (
     Method("delta-online", "ΔW-EWC online", _both(100), penalties.DeltaEwcOnline, _DELTA),
     Method("replay50", "replay, 50 rows", memory=50),
     Method("replay200", "replay, 200 rows", memory=200),
-    Method("der++", "DER++, 200 rows", memory=200, logit_weight=_both(1)),
+    Method("der++", "DER++, 200 rows", memory=200, logit_weight=_both(0.5)),
     Method(
         "der++delta",
         "DER++, 200 rows, with ΔW-EWC online",
-        _both(100),
+        _both(10),
         penalties.DeltaEwcOnline,
         _DELTA,
         memory=200,
-        logit_weight=_both(1),
+        logit_weight=_both(0.5),
     ),
     Method("joint", "all tasks at once (upper bound)", joint=True),
 )

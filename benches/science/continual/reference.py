@@ -71,7 +71,9 @@ class Learner:
                     penalty.moved(loss, before, f.flat)
 
     def _darken(self, g: Floats, z: Floats, rows: Ints, first: int) -> None:
-        """Adds logit_weight/2 |z - stored|^2 of the old half: a sum of two means, of which backward takes one."""
+        """Adds logit_weight/2 |z - stored|^2 of the old half; means of both halves are summed, as backward
+        takes one over all.
+        """
         half = len(rows) // 2
         weight = np.float32(self.method.logit_weight[self.setup.data])
         g[half:] += weight * (z[half:] - self.stored[rows[half:] - first])

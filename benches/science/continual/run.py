@@ -148,7 +148,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="continual.run", description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=(*DATASETS, "both"), default="both")
     parser.add_argument("--seeds", type=seeds, default=list(SEEDS), help="such as 20-29 or 20,22")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--engine", choices=(*ENGINES, "both"), default="both")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

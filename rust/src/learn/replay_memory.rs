@@ -131,7 +131,8 @@ impl ReplayMemory {
     /// Resident bytes of the rows.
     pub fn memory_bytes(&self) -> usize {
         let k = &self.kept;
-        4 * (k.x.len() + k.targets.len() + k.outputs.len() + k.weights.len()) + 8 * (k.labels.len() + k.rows())
+        4 * (k.x.len() + k.targets.len() + k.outputs.len() + k.weights.len())
+            + 8 * (k.labels.len() + k.rows())
     }
 
     /// Whether there are rows, and weights that let them act.
@@ -195,8 +196,11 @@ impl ReplayMemory {
                 last[slot] = Some((row, place));
             }
         }
-        let taken: Vec<(usize, usize, u64)> =
-            last.iter().enumerate().filter_map(|(slot, l)| l.map(|(row, place)| (slot, row, place))).collect();
+        let taken: Vec<(usize, usize, u64)> = last
+            .iter()
+            .enumerate()
+            .filter_map(|(slot, l)| l.map(|(row, place)| (slot, row, place)))
+            .collect();
         let kept = Arc::clone(&self.kept);
         self.kept = Arc::new(fill(kept, filled, &taken, trainee, data, ws)?);
         (self.choose, self.seen) = (choose, seen);

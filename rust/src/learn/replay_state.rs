@@ -44,7 +44,10 @@ fn integers(name: &str, v: impl Iterator<Item = i64>) -> Tensor {
 /// The numbers of a float tensor of `rows` rows.
 fn read_floats(t: &Tensor, rows: usize) -> Result<Vec<f32>> {
     if t.dtype != TensorDtype::F32 || t.shape.len() != 2 || t.shape[0] != rows || t.shape[1] == 0 {
-        return Err(bad(format!("{} has shape {:?} of {:?}, expected F32 of {rows} rows", t.name, t.shape, t.dtype)));
+        return Err(bad(format!(
+            "{} has shape {:?} of {:?}, expected F32 of {rows} rows",
+            t.name, t.shape, t.dtype
+        )));
     }
     let number = |c: &[u8]| f32::from_le_bytes([c[0], c[1], c[2], c[3]]);
     let v: Vec<f32> = t.data.chunks_exact(4).map(number).collect();
@@ -121,13 +124,20 @@ impl ReplayMemory {
         let seed = self.settings.seed;
         for (name, rng, stream) in [("choose", state.choose, CHOOSE), ("draw", state.draw, DRAW)] {
             if (rng.seed, rng.stream) != (seed, stream) {
-                return Err(bad(format!("{name}: stream {} of seed {}, expected {stream} of {seed}", rng.stream, rng.seed)));
+                return Err(bad(format!(
+                    "{name}: stream {} of seed {}, expected {stream} of {seed}",
+                    rng.stream, rng.seed
+                )));
             }
         }
         let kept = read_kept(&file.tensors, &state)?;
         let full = state.seen.min(self.settings.capacity as u64);
         if kept.rows() as u64 != full {
-            return Err(bad(format!("{} rows after {} that were seen, expected {full}", kept.rows(), state.seen)));
+            return Err(bad(format!(
+                "{} rows after {} that were seen, expected {full}",
+                kept.rows(),
+                state.seen
+            )));
         }
         self.kept = Arc::new(kept);
         self.seen = state.seen;

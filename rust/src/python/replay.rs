@@ -129,6 +129,23 @@ impl PyReplayMemory {
         Ok(())
     }
 
+    /// Refuses rows that cannot stand beside those that are kept.
+    #[pyo3(signature = (target, x, y, *, modules=None))]
+    fn check(
+        &self,
+        target: &Bound<'_, PyAny>,
+        x: &Bound<'_, PyAny>,
+        y: &Bound<'_, PyAny>,
+        modules: Option<Vec<String>>,
+    ) -> PyResult<()> {
+        let target = Target::of(target)?;
+        let held = Rows::of(x, y, None, None)?;
+        let trainee = target.trainee(modules, held.widths())?;
+        let memory = self.lock().clone();
+        memory.check(&*trainee, &held.data())?;
+        Ok(())
+    }
+
     /// The same rows and draws in another object.
     fn copy(&self) -> Self {
         PyReplayMemory { inner: Mutex::new(self.lock().clone()) }

@@ -11,8 +11,8 @@ use super::dataset::{Rows, Target, integers};
 use super::error::ConfigError;
 use super::long::long_call;
 use super::micro_lora::PyMicroLora;
-use crate::error::Error;
 use super::replay::PyReplayMemory;
+use crate::error::Error;
 use crate::learn::train::{Past, Plan, Workspace, evaluate as core_evaluate, step_pending, train};
 use crate::learn::{Method, OptimSettings, Optimizer, StepOptions};
 

@@ -21,6 +21,7 @@ BUILTIN = {
     "LayoutError": ValueError,
     "ConfigError": ValueError,
     "UnknownModuleError": KeyError,
+    "UnknownChoiceError": KeyError,
     "UnknownPresetError": KeyError,
     "FeedbackError": ValueError,
     "FormatError": ValueError,

@@ -58,6 +58,10 @@ class UnknownModuleError(_NamedKeyError):
     """The adapter has no module of that name; the message lists those it has."""
 
 
+class UnknownChoiceError(_NamedKeyError):
+    """No choice of that number waits for its reward; nothing was learned."""
+
+
 class UnknownPresetError(_NamedKeyError):
     """There is no preset of that name; the message carries the nearest names."""
 

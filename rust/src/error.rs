@@ -76,6 +76,14 @@ pub enum Error {
         /// Names the adapter has.
         have: String,
     },
+    /// A reward for a choice that does not wait for one.
+    #[error("choice: got {got}, expected one that waits for its reward ({why})")]
+    UnknownChoice {
+        /// Number that came.
+        got: u64,
+        /// Why it does not wait.
+        why: String,
+    },
     /// Feedback that gives no direction.
     #[error("feedback: {0}")]
     Feedback(String),

@@ -199,6 +199,18 @@ impl Feedback {
         Ok(Feedback::Contrastive { rows, width, tau })
     }
 
+    /// Bytes of its arrays.
+    pub fn memory_bytes(&self) -> usize {
+        let numbers = match self {
+            Feedback::Target { target, .. } => target.len(),
+            Feedback::Gradient { gradient } => gradient.len(),
+            Feedback::Reward { response, .. } => response.len(),
+            Feedback::Preference { chosen, .. } => 2 * chosen.len(),
+            Feedback::Contrastive { rows, .. } => rows.len(),
+        };
+        4 * numbers + std::mem::size_of::<Self>()
+    }
+
     /// Width of the output this feedback is about.
     pub fn width(&self) -> usize {
         match self {

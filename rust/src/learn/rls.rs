@@ -89,6 +89,12 @@ pub(crate) fn step(
     if let Some(base) = event.base {
         k.axpy(-1.0, base, &mut scratch.y);
     }
+    if event.weight != 1.0 {
+        // Weighted least squares: both sides of the event's equation by the root of its weight.
+        let root = event.weight.sqrt();
+        k.scale(root, &mut scratch.u);
+        k.scale(root, &mut scratch.y);
+    }
     let unit = learner.basis_unit.unwrap_or(norm2);
     let fresh = learner.rls.is_none();
     let rls = learner.rls.get_or_insert_with(|| Rls::new(rank, settings.rho * unit));
@@ -119,6 +125,7 @@ pub(crate) fn step(
     learner.bounds[1] += f64::from(gain) * f64::from(error2).sqrt();
 
     let left = 1.0 - step;
+    let error2 = error2 / event.weight;
     Ok(StepResult {
         loss_before: Some(0.5 * error2),
         loss_after: Some(0.5 * error2 * left * left),

@@ -13,6 +13,7 @@ import_exception!(microlora.exceptions, SampleError);
 import_exception!(microlora.exceptions, ConfigError);
 import_exception!(microlora.exceptions, LayoutError);
 import_exception!(microlora.exceptions, UnknownModuleError);
+import_exception!(microlora.exceptions, UnknownChoiceError);
 import_exception!(microlora.exceptions, FeedbackError);
 import_exception!(microlora.exceptions, FormatError);
 import_exception!(microlora.exceptions, UnsupportedVariantError);
@@ -32,6 +33,7 @@ impl From<Error> for PyErr {
             Error::Layout { .. } => LayoutError::new_err(text),
             Error::Config { .. } => ConfigError::new_err(text),
             Error::UnknownModule { .. } => UnknownModuleError::new_err(text),
+            Error::UnknownChoice { .. } => UnknownChoiceError::new_err(text),
             Error::Feedback(_) => FeedbackError::new_err(text),
             Error::Format { .. } => FormatError::new_err(text),
             Error::Unsupported { .. } => UnsupportedVariantError::new_err(text),

@@ -8,6 +8,7 @@ compile_error!(
 mod adapter;
 mod anchor;
 mod array;
+mod bandit;
 mod calls;
 mod chain;
 mod dataset;
@@ -22,7 +23,8 @@ mod long;
 mod machine;
 mod merge;
 mod micro_lora;
-mod replay;
+mod replay_memory;
+mod sona;
 mod step;
 mod swap;
 mod train;
@@ -34,6 +36,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
+    #[pymodule_export]
+    use super::bandit::{PyBandit, PyChoice, off_policy};
     #[pymodule_export]
     use super::chain::PyChain;
     #[pymodule_export]
@@ -58,7 +62,8 @@ mod _core {
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
-    use super::replay::PyReplayMemory;
+    use super::replay_memory::PyReplayMemory;
+    use super::sona::{PyAdaptation, PySona};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

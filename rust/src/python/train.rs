@@ -11,7 +11,7 @@ use super::dataset::{Rows, Target, integers};
 use super::error::ConfigError;
 use super::long::long_call;
 use super::micro_lora::PyMicroLora;
-use super::replay::PyReplayMemory;
+use super::replay_memory::PyReplayMemory;
 use crate::error::Error;
 use crate::learn::train::{Past, Plan, Workspace, evaluate as core_evaluate, step_pending, train};
 use crate::learn::{Method, OptimSettings, Optimizer, StepOptions};

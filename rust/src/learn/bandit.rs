@@ -1,1 +1,0 @@
-//! Bottleneck LinUCB: which of some arms to choose, learned from scalar rewards.

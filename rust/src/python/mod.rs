@@ -63,6 +63,7 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
+    #[pymodule_export]
     use super::sona::{PyAdaptation, PySona};
     #[pymodule_export]
     use super::step::PyStepResult;

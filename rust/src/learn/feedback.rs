@@ -199,6 +199,17 @@ impl Feedback {
         Ok(Feedback::Contrastive { rows, width, tau })
     }
 
+    /// What it is called.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Feedback::Target { .. } => "target",
+            Feedback::Gradient { .. } => "gradient",
+            Feedback::Reward { .. } => "reward",
+            Feedback::Preference { .. } => "preference",
+            Feedback::Contrastive { .. } => "contrastive",
+        }
+    }
+
     /// Bytes of its arrays.
     pub fn memory_bytes(&self) -> usize {
         let numbers = match self {

@@ -64,7 +64,7 @@ mod _core {
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]
-    use super::sona::{PyAdaptation, PySona};
+    use super::sona::{PyAdaptation, PySona, sona_config};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

@@ -1,19 +1,23 @@
 //! `Sona`: the three loops for Python; the public class subclasses it and adds text, threads and files.
 
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
 
 use super::adapter::PyAdapter;
 use super::array::{input, new_rows, new_vector, output, read_only};
+use super::bandit::PyChoice;
 use super::calls;
 use super::error::ConfigError;
 use super::feedback::{extract, wrap};
 use super::micro_lora::PyMicroLora;
 use super::swap::PyHotSwap;
 use crate::adapter::Adapter;
-use crate::sona::{Adaptation, Event, Settings, Sona};
+use crate::journal::{Fsync, Options, Retain};
+use crate::sona::{Adaptation, Event, Forgotten, Settings, Sona, config_of};
 
 /// Result of one turn of a loop.
 #[pyclass(name = "AdaptationResult", module = "microlora", frozen)]
@@ -387,6 +391,131 @@ impl PySona {
         Ok(py.detach(|| self.inner.warm_up(x))?)
     }
 
+    /// Chooses one of some named arms for an input: bottleneck LinUCB (arXiv 1003.0146).
+    ///
+    /// Args:
+    ///     x: float32 (in_features,).
+    ///     arms: Their names.
+    ///     module: Whose bottleneck to choose by; None takes the first.
+    #[pyo3(signature = (x, arms, module = None))]
+    fn choose(&self, x: &Bound<'_, PyAny>, arms: Vec<String>, module: Option<&str>) -> PyResult<PyChoice> {
+        let m = module.map_or(Ok(0), |name| self.inner.lora().find(name))?;
+        let x = input("x", x, Some(self.shapes[m].0), false)?;
+        let arms: Vec<&str> = arms.iter().map(String::as_str).collect();
+        Ok(PyChoice(self.inner.choose(m, x.as_slice(), &arms)?))
+    }
+
+    /// Says what a choice earned.
+    ///
+    /// Args:
+    ///     choice: Its ``id``.
+    ///     reward: A finite number.
+    ///
+    /// Returns:
+    ///     The reward that was expected.
+    fn reward(&self, choice: u64, reward: f64) -> PyResult<f64> {
+        Ok(self.inner.reward(choice, reward)?.expected)
+    }
+
+    /// ``(arm, propensity, reward)`` of the last choices that were settled.
+    fn choices(&self) -> Vec<(String, f64, f64)> {
+        self.inner.choices()
+    }
+
+    /// The whole loop as bytes.
+    #[pyo3(signature = (config_json = None))]
+    fn to_bytes<'py>(&self, py: Python<'py>, config_json: Option<String>) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = py.detach(|| self.inner.to_bytes(config_json))?;
+        Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// Goes on from the bytes of a loop with the same modules, shapes and settings.
+    fn restore(&self, py: Python<'_>, data: &[u8]) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.restore(data))?)
+    }
+
+    /// Opens a state directory, and from now on writes there.
+    ///
+    /// Args:
+    ///     dir: The directory; made where there is none.
+    ///     config_json: The settings that go into the state.
+    ///     journal: ``(fsync, value, segment_bytes, retain_bytes)``; None does not journal. ``fsync`` is
+    ///         ``"never"``, ``"always"``, ``"events"`` (every ``value``) or ``"interval"`` (``value`` seconds).
+    ///
+    /// Returns:
+    ///     What was found, as JSON.
+    #[pyo3(signature = (dir, config_json, journal = None))]
+    fn open_dir(
+        &self,
+        py: Python<'_>,
+        dir: PathBuf,
+        config_json: Option<String>,
+        journal: Option<(String, f64, usize, Option<u64>)>,
+    ) -> PyResult<String> {
+        let options = journal.map(|(fsync, value, segment_bytes, retain)| -> PyResult<Options> {
+            let fsync = match fsync.as_str() {
+                "never" => Fsync::Never,
+                "always" => Fsync::Always,
+                "events" => Fsync::Events(value as u32),
+                "interval" => Fsync::Interval(Duration::from_secs_f64(value)),
+                other => {
+                    return Err(ConfigError::new_err(format!(
+                        "fsync: got {other:?}, expected never, always, events or interval"
+                    )));
+                }
+            };
+            let retain = retain.map_or(Retain::All, Retain::Bytes);
+            Ok(Options { fsync, segment_bytes, retain })
+        });
+        let options = options.transpose()?;
+        let opened = py.detach(|| self.inner.open(&dir, options, config_json))?;
+        serde_json::to_string(&opened).map_err(|e| ConfigError::new_err(e.to_string()))
+    }
+
+    /// Saves the state in its directory; returns its bytes.
+    fn checkpoint(&self, py: Python<'_>) -> PyResult<u64> {
+        Ok(py.detach(|| self.inner.checkpoint())?)
+    }
+
+    /// Writes the journal through to the disk.
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.sync())?)
+    }
+
+    /// Leaves the state directory; the journal is synced first.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.inner.close())?)
+    }
+
+    /// Takes an event out of what was learned from it.
+    ///
+    /// Args:
+    ///     event: Its number.
+    ///     how: ``"replay"``, ``"downdate"``, or None for the first of them that is possible.
+    ///
+    /// Returns:
+    ///     Which it was.
+    #[pyo3(signature = (event, how = None))]
+    fn forget(&self, py: Python<'_>, event: u64, how: Option<&str>) -> PyResult<&'static str> {
+        let how = match how {
+            None => None,
+            Some("replay") => Some(Forgotten::Replay),
+            Some("downdate") => Some(Forgotten::Downdate),
+            Some(other) => {
+                return Err(ConfigError::new_err(format!(
+                    "how: got {other:?}, expected replay, downdate or None"
+                )));
+            }
+        };
+        Ok(py.detach(|| self.inner.forget(event, how))?.as_str())
+    }
+
+    /// What the journal holds, as JSON.
+    fn audit_json(&self, py: Python<'_>) -> PyResult<String> {
+        let all = py.detach(|| self.inner.audit())?;
+        serde_json::to_string(&all).map_err(|e| ConfigError::new_err(e.to_string()))
+    }
+
     /// Whether forward adds anything; learning goes on.
     #[getter]
     fn get_enabled(&self) -> bool {
@@ -403,4 +532,10 @@ impl PySona {
     fn version(&self) -> u64 {
         self.inner.lora().version()
     }
+}
+
+/// The configuration that a loop's state was saved with, as JSON.
+#[pyfunction]
+pub(super) fn sona_config(data: &[u8]) -> PyResult<Option<String>> {
+    Ok(config_of(data)?)
 }

@@ -8,6 +8,7 @@ use super::finish::Decision;
 use super::gather::{Gathered, Shape, gram};
 use super::held_out::{Sum, losses, masters};
 use super::members::Members;
+use super::records::{Ended, kind};
 use super::result::{Adaptation, Loop, Outcome};
 use super::window::Pending;
 use super::{Accepted, Back, Sona};
@@ -22,8 +23,6 @@ pub(super) struct Task {
     pub spent: Duration,
     /// Its window.
     pub taken: Vec<Pending>,
-    /// Number of the window's last event; later ones are replayed on the result.
-    pub up_to: u64,
     /// The live learners as the window left them, `[member][module]`.
     pub live: Vec<Vec<Learner>>,
     /// The same as they were last accepted; a new member starts where its nearest stood.
@@ -59,6 +58,7 @@ impl Sona {
     /// A journal that cannot be written.
     pub fn maybe_background(&self, force: bool) -> Result<Option<Adaptation>> {
         let _inside = self.gate.enter();
+        self.tend_journal()?;
         let back = &mut *self.back();
         let started = Instant::now();
         if back.task.is_none() && !self.begin(back, force)? {
@@ -143,6 +143,7 @@ impl Sona {
 
     /// Takes the window and what the live learners are at this event.
     pub(super) fn begin_now(&self, back: &mut Back, inner: &mut super::Inner, warm_up: bool) -> Result<()> {
+        inner.record(kind::BEGIN, &[&[u8::from(warm_up)]])?;
         let up_to = inner.next - 1;
         let members = (*self.members.load_full()).clone();
         let live = members.loras.iter().map(|l| l.inspect(<[Learner]>::to_vec)).collect::<Vec<_>>();
@@ -153,7 +154,6 @@ impl Sona {
         back.task = Some(Task {
             spent: Duration::ZERO,
             taken,
-            up_to,
             live,
             slow: back.slow.clone(),
             bank: back.bank.clone(),
@@ -184,11 +184,28 @@ impl Sona {
             back.task = Some(task);
             return Ok(None);
         }
-        let Some(&(member, module)) = task.jobs.get(task.at) else {
+        if task.at == task.jobs.len() {
             return self.judge(back, task).map(Some);
-        };
-        let step = match task.run.take() {
-            None => self.start_job(back, &mut task, member, module).map(|run| task.run = run),
+        }
+        let step = self.work(back, &mut task);
+        back.task = Some(task);
+        step.map(|()| None)
+    }
+
+    /// All the work of a task at once, up to the gate.
+    pub(super) fn work_out(&self, back: &Back, task: &mut Task) -> Result<()> {
+        self.prepare(task)?;
+        while task.at < task.jobs.len() {
+            self.work(back, task)?;
+        }
+        Ok(())
+    }
+
+    /// A piece of the job that the task is at.
+    fn work(&self, back: &Back, task: &mut Task) -> Result<()> {
+        let (member, module) = task.jobs[task.at];
+        match task.run.take() {
+            None => self.start_job(back, task, member, module).map(|run| task.run = run),
             Some(mut run) => match run.advance() {
                 Ok(None) => {
                     task.run = Some(run);
@@ -203,9 +220,7 @@ impl Sona {
                 }
                 Err(e) => Err(e),
             },
-        };
-        back.task = Some(task);
-        step.map(|()| None)
+        }
     }
 
     /// Counts the window's patterns, and gives new ones a member where there is an ensemble.
@@ -323,7 +338,7 @@ impl Sona {
     }
 
     /// The gate: held-out loss of the accepted, the live and the candidate weights.
-    fn judge(&self, back: &mut Back, task: Task) -> Result<Adaptation> {
+    pub(super) fn judge(&self, back: &mut Back, task: Task) -> Result<Adaptation> {
         let layers: Vec<_> = task.live[0].iter().map(|l| &**l.master()).collect();
         let [accepted, none] = task.contrast.map(|s| s.mean().unwrap_or(0.0));
         // A window on which the accepted weights do worse than none says the opposite of what was learned: a
@@ -377,22 +392,22 @@ impl Sona {
                 Decision::Accept
             }
         };
-        let (spent, used) = (task.spent, task.used);
-        let (before, after) = match decision {
+        let (loss_before, loss_after) = match decision {
             Decision::Accept => (live.mean(), candidate.mean()),
             Decision::Keep => (live.mean(), live.mean()),
             Decision::RollBack => (live.mean(), slow.mean()),
         };
+        let ended = Ended {
+            decision,
+            loss_before,
+            loss_after,
+            used: if decision == Decision::Accept { task.used } else { 0 },
+            ungated: verdict == Verdict::Unmeasured,
+            members: task.members.loras.len(),
+        };
         notes.extend(task.notes.iter().cloned());
-        let mut done = self.finish(back, task, decision)?;
-        done.latency_ns += spent.as_nanos() as u64;
+        let mut done = self.finish(back, task, &ended)?;
         done.notes.splice(0..0, notes.into_iter().map(Into::into));
-        done.ungated = verdict == Verdict::Unmeasured;
-        if done.outcome != Outcome::Cancelled {
-            (done.loss_before, done.loss_after) = (before, after);
-            done.quality_delta = before.unwrap_or(f64::NAN) - after.unwrap_or(f64::NAN);
-            done.samples_used = if decision == Decision::Accept { used } else { 0 };
-        }
         Ok(done)
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::instant::relearn;
 use super::members::Members;
+use super::records::{Ended, b_factors, kind, pack};
 use super::result::{Adaptation, Loop, Outcome};
 use super::window::Pending;
 use super::{Accepted, Back, Sona};
@@ -16,7 +17,8 @@ use crate::learn::learner::{Event as Step, Touched};
 use super::background::Task;
 
 /// What the gate found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Decision {
     /// The candidate serves.
     Accept,
@@ -38,7 +40,8 @@ impl Sona {
     ///
     /// # Errors
     /// A journal that cannot be written; the consolidation is cancelled then.
-    pub(super) fn finish(&self, back: &mut Back, task: Task, decision: Decision) -> Result<Adaptation> {
+    pub(super) fn finish(&self, back: &mut Back, task: Task, ended: &Ended) -> Result<Adaptation> {
+        let decision = ended.decision;
         let now = self.members.load_full();
         let mut accepted: Vec<Accepted> = match decision {
             Decision::RollBack => back.slow.clone(),
@@ -71,17 +74,33 @@ impl Sona {
         }
         let members = if decision == Decision::Accept { &task.members } else { &*now };
         let mut done = Adaptation::new(Loop::Background, outcome(decision));
-        if decision == Decision::Keep {
-            self.inner().taken_through = None;
-            done.version = self.lora.version();
+        let learners: Vec<Vec<Learner>> = accepted.iter().map(|a| a.learners.clone()).collect();
+        let factors = if decision == Decision::Accept { &learners[..] } else { &[] };
+        let payload = pack(ended, b_factors(factors))?;
+        let served = if decision == Decision::Keep {
+            let inner = &mut *self.inner();
+            inner.record(kind::DONE, &[&payload]).map(|()| {
+                inner.taken_through = None;
+                // Live is what was accepted and the window on top, if nothing left the window since.
+                inner.complete = !inner.overflowed;
+                Some(self.lora.version())
+            })
         } else {
-            let learners = accepted.iter().map(|a| a.learners.clone()).collect();
-            match self.serve(members, learners) {
-                Some(version) => done.version = version,
-                None => return self.cancel(task, None),
-            }
             done.applied = true;
+            self.serve(members, learners, Some((kind::DONE, &payload)))
+        };
+        match served {
+            Ok(Some(version)) => done.version = version,
+            Ok(None) => return self.cancel(task, None),
+            Err(e) => {
+                self.cancel(task, Some(e.to_string()))?;
+                return Err(e);
+            }
         }
+        done.latency_ns = task.spent.as_nanos() as u64;
+        (done.loss_before, done.loss_after) = (ended.loss_before, ended.loss_after);
+        done.quality_delta = ended.loss_before.unwrap_or(f64::NAN) - ended.loss_after.unwrap_or(f64::NAN);
+        (done.samples_used, done.ungated) = (ended.used, ended.ungated);
         back.slow = accepted;
         if decision != Decision::RollBack {
             back.bank = task.bank;
@@ -96,17 +115,30 @@ impl Sona {
 
     /// Learns the window again on learners that nobody reads yet, then lets them serve. `None`: events were
     /// pushed out of the window before they could be learned again.
-    pub(super) fn serve(&self, members: &Members, mut learners: Vec<Vec<Learner>>) -> Option<u64> {
+    /// The record is written with the exchange.
+    ///
+    /// # Errors
+    /// A journal that cannot be written; the learners of before serve on.
+    pub(super) fn serve(
+        &self,
+        members: &Members,
+        mut learners: Vec<Vec<Learner>>,
+        record: Option<(u8, &[u8])>,
+    ) -> Result<Option<u64>> {
         let mut done = 0;
         for turn in 0.. {
             let chunk: Vec<Pending> = {
                 let inner = &mut *self.inner();
                 if inner.overflowed {
-                    return None;
+                    return Ok(None);
                 }
                 if inner.window.len() - done <= LAST || turn == MOST_CHUNKS {
                     inner.window.iter().skip(done).for_each(|p| self.learn_again(members, &mut learners, p));
+                    if let Some((kind, payload)) = record {
+                        inner.record(kind, &[payload])?;
+                    }
                     inner.taken_through = None;
+                    inner.complete = true;
                     let mut version = 0;
                     for (lora, learners) in members.loras.iter().zip(&mut learners).rev() {
                         version = lora.exchange(learners);
@@ -114,7 +146,7 @@ impl Sona {
                     if self.settings.is_ensemble() {
                         self.members.store(Arc::new(members.clone()));
                     }
-                    return Some(version);
+                    return Ok(Some(version));
                 }
                 inner.window.iter().skip(done).take(CHUNK).cloned().collect()
             };
@@ -139,12 +171,15 @@ impl Sona {
     /// Gives a consolidation up: its window goes back where there is room, live weights stay as they are.
     pub(super) fn cancel(&self, task: Task, error: Option<String>) -> Result<Adaptation> {
         let inner = &mut *self.inner();
+        // A journal that cannot be written has said so already.
+        drop(inner.record(kind::CANCELLED, &[]));
         inner.taken_through = None;
         inner.overflowed = false;
         let room = self.settings.max_pending_samples.saturating_sub(inner.window.len());
         let mut taken = task.taken;
         let lost = taken.len().saturating_sub(room);
         inner.stats.counts.dropped += lost as u64;
+        inner.complete &= lost == 0;
         inner.window.put_back(taken.split_off(lost));
         let why = error.unwrap_or_else(|| {
             "more than max_pending_samples events came while it ran; the live weights have learned them"
@@ -157,7 +192,7 @@ impl Sona {
 
     /// Makes the accepted weights the active generation of the hot-swap manager; an ensemble has no single one.
     pub(super) fn publish(&self, back: &Back) -> Result<()> {
-        if back.slow.len() > 1 {
+        if back.slow.len() > 1 || back.quiet {
             return Ok(());
         }
         let layers = back.slow[0].learners.iter().map(|l| Arc::clone(l.layer()));

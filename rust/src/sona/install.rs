@@ -7,6 +7,7 @@ use nalgebra::DMatrix;
 use super::gather::{Gathered, Shape, gram};
 use super::held_out::masters;
 use super::members::Members;
+use super::records::kind;
 use super::result::{Adaptation, Loop, Outcome};
 use super::{Accepted, Back, Sona};
 use crate::adapter::Adapter;
@@ -73,7 +74,8 @@ impl Sona {
             done.quality_delta = mean(live_loss) - mean(new_loss);
             done.samples_used = samples_used;
             done.applied = true;
-            done.version = self.serve_trained(back, new)?;
+            let bytes = crate::format::to_bytes(&adapter.to_parts())?;
+            done.version = self.serve_trained(back, new, Some((kind::DEEP, &bytes)))?;
         }
         done.latency_ns = started.elapsed().as_nanos() as u64;
         self.inner().stats.counts.turn(&done);
@@ -81,7 +83,12 @@ impl Sona {
     }
 
     /// Serves learners with new factors; their rules know as much as the reservoir does.
-    pub(super) fn serve_trained(&self, back: &mut Back, mut learners: Vec<Learner>) -> Result<u64> {
+    pub(super) fn serve_trained(
+        &self,
+        back: &mut Back,
+        mut learners: Vec<Learner>,
+        record: Option<(u8, &[u8])>,
+    ) -> Result<u64> {
         let outs = self.outs();
         let mut accepted = Accepted::new(learners.clone());
         for (m, learner) in learners.iter_mut().enumerate() {
@@ -114,7 +121,7 @@ impl Sona {
                 inner.overflowed = false;
             }
             // Events that leave a full window meanwhile have to be missed: the run was long, they are few.
-            if let Some(version) = self.serve(&one, vec![learners.clone()]) {
+            if let Some(version) = self.serve(&one, vec![learners.clone()], record)? {
                 break version;
             }
         };

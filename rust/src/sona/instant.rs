@@ -116,6 +116,7 @@ impl Sona {
         inner.next = event + 1;
         if inner.window.len() > self.settings.max_pending_samples {
             inner.overflowed |= inner.taken_through.is_some();
+            inner.complete = false;
             inner.stats.counts.dropped += 1;
             inner.window.drop_oldest();
         }

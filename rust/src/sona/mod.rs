@@ -4,8 +4,8 @@
 //! what the live learner became with the last accepted weights, rehearses the reservoir, and lets a gate
 //! compare losses on events that nothing was ever trained on. What fails the gate does not serve.
 //!
-//! Two locks: `inner` for what an event touches, held for about a microsecond; `back` for what only the
-//! background and deep loops touch. Whoever needs both takes `back` first.
+//! Locks, taken in this order: `back` for what only the background and deep loops touch; `place`, the directory;
+//! `bandit`; `inner` for what an event touches, held for about a microsecond.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +16,7 @@ use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::learn::Learner;
+use crate::learn::bandit::LiveBandit;
 use crate::learn::consolidate;
 use crate::micro_lora::MicroLora;
 use crate::replay::{self, HoldOut, PatternBank, Reservoir};
@@ -23,28 +24,38 @@ use crate::swap::HotSwap;
 
 mod absorb;
 mod background;
+mod choose;
 mod finish;
+mod forget;
 mod gather;
 mod held_out;
 mod install;
 mod instant;
 mod members;
 mod pause;
+mod records;
+mod recover;
 mod report;
 mod result;
 mod settings;
+mod state;
 mod stats;
 mod warm_up;
 mod window;
 
+pub use forget::{Audit, Forgotten};
 pub use instant::Event;
 pub use pause::Gate as PauseGate;
 pub use report::Report;
 pub use result::{Adaptation, Loop, Outcome};
 pub use settings::Settings;
 
+pub use recover::{Opened, Places};
+pub use state::{STATE_VERSION, config_of};
+
 use background::Task;
 use members::Members;
+use records::Recorder;
 use stats::Stats;
 use window::Window;
 
@@ -62,6 +73,11 @@ struct Inner {
     taken_through: Option<u64>,
     /// Events after that were pushed out of the window before they could be replayed.
     overflowed: bool,
+    /// Whether live weights are the accepted ones and the window learned on top, nothing else.
+    complete: bool,
+    /// Number of the last record.
+    sequence: u64,
+    recorder: Option<Recorder>,
 }
 
 /// One member as it was last accepted.
@@ -92,6 +108,8 @@ struct Back {
     task: Option<Task>,
     started: Option<std::time::Instant>,
     warm: bool,
+    /// Nothing is published while a journal is replayed.
+    quiet: bool,
 }
 
 /// An adapter that learns while it serves.
@@ -104,6 +122,8 @@ pub struct Sona {
     hot: Arc<HotSwap>,
     inner: Mutex<Inner>,
     back: Mutex<Back>,
+    bandit: Mutex<Option<LiveBandit>>,
+    place: Mutex<Option<Places>>,
     /// Set to end `run_background`.
     stop: AtomicBool,
     /// Closed around a fork.
@@ -158,6 +178,9 @@ impl Sona {
                 stats: Stats::new(),
                 taken_through: None,
                 overflowed: false,
+                complete: true,
+                sequence: 0,
+                recorder: None,
             }),
             back: Mutex::new(Back {
                 reservoir,
@@ -167,7 +190,10 @@ impl Sona {
                 started: None,
                 // An A that a learned B was made for stays.
                 warm: settings.warmup_inputs == 0 || !untouched,
+                quiet: false,
             }),
+            bandit: Mutex::new(None),
+            place: Mutex::new(None),
             stop: AtomicBool::new(false),
             gate: PauseGate::default(),
             lora,
@@ -178,6 +204,14 @@ impl Sona {
     // A panic leaves counters that are off by one at worst: learners are exchanged whole.
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn bandit(&self) -> MutexGuard<'_, Option<LiveBandit>> {
+        self.bandit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place(&self) -> MutexGuard<'_, Option<Places>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn back(&self) -> MutexGuard<'_, Back> {

@@ -1,7 +1,5 @@
 //! What the journal holds of a loop: events as they came, and what the other loops made, as weights.
 
-use std::path::{Path, PathBuf};
-
 use serde::{Deserialize, Serialize};
 
 use super::Inner;
@@ -29,14 +27,11 @@ pub(super) mod kind {
     pub const CHOICE: u8 = 7;
     /// A reward for a choice.
     pub const REWARD: u8 = 8;
-    /// An event was taken out of what was learned.
-    pub const FORGOTTEN: u8 = 9;
 }
 
 /// Writes records down; absent where nothing is kept.
 pub(super) struct Recorder {
     pub journal: Journal,
-    pub dir: PathBuf,
 }
 
 /// How a consolidation ended.
@@ -112,14 +107,4 @@ pub(super) fn factor(rest: &mut &[u8], rank: usize, len: usize) -> Result<Factor
 /// B of the f32 weights of learners.
 pub(super) fn b_factors<'a>(members: &'a [Vec<Learner>]) -> impl Iterator<Item = &'a Factor> {
     members.iter().flatten().map(|l| &*l.master().b)
-}
-
-/// Where the state is saved.
-pub(super) fn state_file(dir: &Path) -> PathBuf {
-    dir.join("state.safetensors")
-}
-
-/// Where the state lies that the journal begins with.
-pub(super) fn begin_file(dir: &Path) -> PathBuf {
-    dir.join("begin.safetensors")
 }

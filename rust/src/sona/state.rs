@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::{self, AdapterParts, Tensor, TensorDtype};
 use crate::journal::event;
 use crate::learn::Learner;
+use crate::learn::bandit::LiveBandit;
 use crate::micro_lora::MicroLora;
 use crate::replay::{PatternBank, Reservoir};
 use crate::snapshot::Snapshot;
@@ -32,7 +33,13 @@ struct Document {
     next: u64,
     /// Records of the journal that are in this state.
     sequence: u64,
+    /// Number of the journal's directory; 0 outside one.
+    journal: u64,
     warm: bool,
+    /// Whether live weights are the accepted ones with the window on top.
+    complete: bool,
+    /// Module of the bandit, where there is one.
+    bandit: Option<usize>,
     enabled: bool,
     members: usize,
     /// Accepted events of every module, and quality, of each member.
@@ -60,7 +67,8 @@ struct Copied {
 }
 
 impl Sona {
-    fn copy_state(&self, back: &Back, config: Option<String>) -> Copied {
+    fn copy_state(&self, back: &Back, config: Option<String>, journal: u64) -> Copied {
+        let bandit = self.bandit();
         let inner = self.inner();
         let members = self.members.load_full();
         let task = back.task.iter().flat_map(|t| &t.taken);
@@ -73,7 +81,10 @@ impl Sona {
             settings: self.settings.clone(),
             next: inner.next,
             sequence: inner.sequence(),
+            journal,
             warm: back.warm,
+            complete: inner.complete && back.task.is_none(),
+            bandit: bandit.as_ref().map(LiveBandit::module),
             enabled: self.lora.enabled(),
             members: members.loras.len(),
             accepted: back.slow.iter().map(|a| (a.events.clone(), a.quality)).collect(),
@@ -84,6 +95,9 @@ impl Sona {
         drop(inner);
         let mut tensors = back.reservoir.to_tensors("reservoir");
         tensors.extend(back.bank.to_tensors("patterns"));
+        if let Some(b) = &*bandit {
+            tensors.extend(b.to_tensors("bandit"));
+        }
         let centroids = members.centroids.clone();
         Copied { document, live, slow: back.slow.clone(), window, centroids, tensors }
     }
@@ -94,12 +108,12 @@ impl Sona {
     /// Those of the writer.
     pub fn to_bytes(&self, config: Option<String>) -> Result<Vec<u8>> {
         let back = self.back();
-        self.bytes_of(&back, config)
+        self.bytes_of(&back, config, 0)
     }
 
-    pub(super) fn bytes_of(&self, back: &Back, config: Option<String>) -> Result<Vec<u8>> {
+    pub(super) fn bytes_of(&self, back: &Back, config: Option<String>, journal: u64) -> Result<Vec<u8>> {
         let Copied { document, live, slow, window, centroids, tensors: mut extra } =
-            self.copy_state(back, config);
+            self.copy_state(back, config, journal);
         for (i, s) in live.iter().enumerate() {
             extra.push(bytes_tensor(format!("sona/live/{i}"), s.to_bytes()?));
         }
@@ -145,10 +159,11 @@ impl Sona {
     pub fn restore(&self, bytes: &[u8]) -> Result<()> {
         let _inside = self.gate.enter();
         let mut back = self.back();
-        self.restore_into(&mut back, bytes)
+        self.restore_into(&mut back, bytes).map(drop)
     }
 
-    pub(super) fn restore_into(&self, back: &mut Back, bytes: &[u8]) -> Result<()> {
+    /// Returns the number of the journal that goes with the state.
+    pub(super) fn restore_into(&self, back: &mut Back, bytes: &[u8]) -> Result<u64> {
         let read = Read::new(bytes)?;
         let doc = &read.document;
         let (got, want) = (serde_json::to_value(&doc.settings), serde_json::to_value(&self.settings));
@@ -197,6 +212,10 @@ impl Sona {
         for s in &live {
             self.lora.check_same(&s.adapter)?;
         }
+        let bandit = doc
+            .bandit
+            .map(|m| LiveBandit::from_tensors(&self.lora, m, "bandit", &read.tensors))
+            .transpose()?;
         // Nothing failed: from here on it is taken.
         let mut loras = vec![Arc::clone(&self.lora)];
         for s in &live[1..] {
@@ -213,8 +232,9 @@ impl Sona {
         inner.set_sequence(doc.sequence);
         inner.window = window;
         inner.stats.counts = doc.counts.clone();
-        (inner.taken_through, inner.overflowed) = (None, false);
-        Ok(())
+        (inner.taken_through, inner.overflowed, inner.complete) = (None, false, doc.complete);
+        *self.bandit() = bandit;
+        Ok(doc.journal)
     }
 
     /// Learners of a snapshot in the order of this loop's modules.
@@ -238,6 +258,11 @@ pub fn config_of(bytes: &[u8]) -> Result<Option<String>> {
 pub(super) fn origin_of(bytes: &[u8]) -> Result<(String, String)> {
     let read = Read::new(bytes)?;
     Ok((read.document.isa, read.document.build))
+}
+
+/// Number of the last record that is in a state.
+pub(super) fn sequence_of(bytes: &[u8]) -> Result<u64> {
+    Ok(Read::new(bytes)?.document.sequence)
 }
 
 struct Read {

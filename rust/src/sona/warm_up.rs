@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::background::Task;
 use super::gather::concerns;
+use super::records::{kind, pack};
 use super::result::{Adaptation, Loop, Outcome};
 use super::{Accepted, Back, Sona};
 use crate::error::{Error, Result};
@@ -11,6 +12,15 @@ use crate::factor::Factor;
 use crate::layer::Layer;
 use crate::learn::{Learner, basis};
 use crate::rng::Rng;
+
+/// How an A came about.
+#[derive(serde::Serialize, serde::Deserialize)]
+pub(super) struct Started {
+    /// From the window's inputs, not from inputs that were given.
+    pub from_events: bool,
+    /// Mean `|u|^2` that each module's A was scaled to.
+    pub units: Vec<Option<f64>>,
+}
 
 /// Stream of the basis's draws.
 const STREAM: u64 = 1 << 62;
@@ -39,7 +49,7 @@ impl Sona {
                 }
             }
         }
-        self.start_over(back, learners, Some(task), notes)
+        self.start_over(back, learners, Some(task), notes, true)
     }
 
     /// A learner with an A chosen from inputs, which has learned nothing.
@@ -78,18 +88,23 @@ impl Sona {
             learners.push(learner);
         }
         let task = back.task.take();
-        self.start_over(back, learners, task, Vec::new())?;
+        self.start_over(back, learners, task, Vec::new(), false)?;
         Ok(least)
     }
 
     /// Lets learners without history serve, once the window is learned again on them.
-    fn start_over(
+    pub(super) fn start_over(
         &self,
         back: &mut Back,
         learners: Vec<Learner>,
         task: Option<Task>,
         notes: Vec<String>,
+        from_events: bool,
     ) -> Result<Adaptation> {
+        let payload = pack(
+            &Started { from_events, units: learners.iter().map(|l| l.basis_unit).collect() },
+            learners.iter().map(|l| &*l.master().a),
+        )?;
         {
             let inner = &mut *self.inner();
             if let Some(task) = task {
@@ -100,8 +115,10 @@ impl Sona {
         }
         let members = self.members.load_full();
         let mut done = Adaptation::new(Loop::Background, Outcome::WarmedUp);
-        let Some(version) = self.serve(&members, vec![learners.clone()]) else {
+        let record = Some((kind::STARTED, &payload[..]));
+        let Some(version) = self.serve(&members, vec![learners.clone()], record)? else {
             let mut inner = self.inner();
+            drop(inner.record(kind::CANCELLED, &[]));
             inner.taken_through = None;
             inner.overflowed = false;
             done.outcome = Outcome::Cancelled;
@@ -122,7 +139,7 @@ fn learned(l: &Learner) -> bool {
 }
 
 /// The same A with a B of zeros, and rules without history.
-fn blank(live: &Learner) -> Learner {
+pub(super) fn blank(live: &Learner) -> Learner {
     let layer = live.layer();
     let b = Factor::zeros(layer.rank(), layer.out_features(), layer.b.dtype());
     let (a, b) = ((*layer.a).clone(), b);

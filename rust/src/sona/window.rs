@@ -25,6 +25,15 @@ pub(super) struct Incoming<'a> {
     pub weight: f32,
 }
 
+impl<'a> Incoming<'a> {
+    /// A sample that comes again.
+    pub fn of(s: &'a Sample) -> Self {
+        let Sample { x, base, feedback, module, quality, weight, .. } = s;
+        let (module, quality, weight) = (*module, *quality, *weight);
+        Incoming { x, base: base.as_deref(), feedback, module, quality, weight }
+    }
+}
+
 /// Events in the order of their coming.
 #[derive(Debug, Default)]
 pub(super) struct Window {

@@ -32,6 +32,7 @@ __all__ = [
     "ModuleHandle",
     "Optimizer",
     "Preference",
+    "ReplayMemory",
     "Reward",
     "Snapshot",
     "Sona",
@@ -1378,6 +1379,7 @@ class Optimizer:
         ewc: Any = None,
         ewc_every: int = 1,
         accumulate_fisher: bool = False,
+        replay: ReplayMemory | None = None,
         progress: Progress | None = None,
         cancel: CancelToken | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -1397,7 +1399,10 @@ class Optimizer:
             max_grad_norm: Global norm that the mean gradient is clipped to.
             ewc: Penalty against forgetting.
             ewc_every: It acts in every n-th step, n-fold.
-            accumulate_fisher: Adds the batches' squared gradients to the penalty's importance.
+            accumulate_fisher: Adds the batches' squared gradients to the penalty's importance; those of
+                replayed rows are not in it.
+            replay: Rows of earlier tasks: as many as a batch has are drawn and join it. Losses that are
+                returned are those of the data alone.
             progress: Called with (steps done, steps, what).
             cancel: Ends the call between two steps; what was done stays.
 
@@ -1408,8 +1413,8 @@ class Optimizer:
         Raises:
             SampleError: A row that cannot be learned from; its step changed nothing.
             ShapeError: Widths that do not fit.
-            ConfigError: Settings out of range, rows that do not exist.
-            NonFiniteError: A step that would overflow; it changed nothing.
+            ConfigError: Settings out of range, rows that do not exist, a memory of other rows than these.
+            NonFiniteError: A step that would overflow, or a replayed row that does; it changed nothing.
             CancelledError: The token was set.
         """
     def to_bytes(self) -> bytes:
@@ -1420,6 +1425,96 @@ class Optimizer:
         Raises:
             FormatError: Other bytes, or a newer version.
             ConfigError: Other settings or shapes. Nothing changes then.
+        """
+
+@final
+class ReplayMemory:
+    """A uniform draw of the rows of earlier tasks, each with what the adapter answered to it.
+
+    See `microlora.ReplayConfig` for the loss, the paper and the meaning of the weights.
+
+    Args:
+        capacity: Rows that are kept at most.
+        label_weight: Weight of the replayed rows' own loss, 0 to 1e6.
+        logit_weight: Weight of the distance to what was answered, 0 to 1e6.
+        seed: Of what is kept and of what is drawn.
+
+    Raises:
+        ConfigError: A weight out of its range.
+    """
+
+    def __new__(cls, *, capacity: int, label_weight: float, logit_weight: float, seed: int) -> Self: ...
+    def __len__(self) -> int:
+        """Rows that are kept."""
+    @property
+    def capacity(self) -> int:
+        """Rows that are kept at most."""
+    @property
+    def seen(self) -> int:
+        """Rows that were offered so far."""
+    @property
+    def memory_bytes(self) -> int:
+        """Resident bytes of the rows."""
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """int64 (rows,): number of each row in the stream, from 0."""
+    @property
+    def x(self) -> NDArray[np.float32]:
+        """float32 (rows, in), read-only: inputs."""
+    @property
+    def y(self) -> NDArray[Any]:
+        """Labels, int64 (rows,); or float32 (rows, out): targets less the frozen layer's output."""
+    @property
+    def outputs(self) -> NDArray[np.float32]:
+        """float32 (rows, out), read-only: what was answered; of several modules side by side."""
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """float32 (rows,): weight of each row's loss."""
+    def offer(
+        self,
+        target: MicroLora | Chain,
+        x: ArrayLike,
+        y: ArrayLike,
+        rows: ArrayLike | None = None,
+        *,
+        modules: Sequence[str] | None = None,
+        weights: ArrayLike | None = None,
+        base: ArrayLike | None = None,
+    ) -> None:
+        """Shows rows as the next of the stream; each row of the stream is kept with the same probability.
+
+        Args:
+            target: The learner or chain, whose present answers are stored.
+            x: float32 (n, in).
+            y: Targets or labels, as in `Optimizer.train`.
+            rows: Integers: which rows, in the order of the stream; None takes all.
+            modules: Modules that answer; None takes those whose widths fit.
+            weights: float32 (n,): weight of each row's loss.
+            base: float32 (n, out): outputs of the frozen layer.
+
+        Raises:
+            ConfigError: Rows that do not exist, or of other widths or modules than those that are kept.
+            ShapeError: Widths that do not fit.
+            SampleError: A row that is not finite. Nothing changes in any of these cases.
+        """
+    def check(
+        self, target: MicroLora | Chain, x: ArrayLike, y: ArrayLike, *, modules: Sequence[str] | None = None
+    ) -> None:
+        """Refuses rows that could not join those that are kept, or the other way round.
+
+        Raises:
+            ConfigError: Other widths, labels instead of targets, or other modules.
+        """
+    def copy(self) -> ReplayMemory:
+        """The same rows and draws in another object."""
+    def to_bytes(self) -> bytes:
+        """Rows, settings and where the draws stand, for :meth:`restore`."""
+    def restore(self, data: bytes) -> None:
+        """Goes on where :meth:`to_bytes` stood, bit for bit.
+
+        Raises:
+            FormatError: Other bytes, or a newer version.
+            ConfigError: Other settings. Nothing changes then.
         """
 
 def evaluate(

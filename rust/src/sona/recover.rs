@@ -159,13 +159,13 @@ impl Sona {
                 self.compare(opened, &header.isa, &header.build);
             }
         }
-        if let Some(task) = back.task.take() {
-            // Killed in the middle of a consolidation: its window waits again.
-            self.cancel(task, None)?;
-        }
         journal.prepare()?;
         if places.options.is_some() {
             self.inner().recorder = Some(Recorder { journal });
+        }
+        if let Some(task) = back.task.take() {
+            // Killed in the middle of a consolidation: its window waits again.
+            self.cancel(task, None)?;
         }
         Ok(())
     }
@@ -229,21 +229,18 @@ impl Sona {
             kind::STARTED => {
                 let (started, mut rest): (Started, &[u8]) = unpack(&record.payload)?;
                 let task = back.task.take();
-                if let (Mode::Anew, true, Some(task)) = (mode, started.from_events, task) {
+                if mode == Mode::Anew && started.from_events {
+                    let task = task.ok_or_else(|| bad("a warm-up without its window"))?;
                     self.warm_up_from(back, task)?;
                     return Ok(());
                 }
                 let live = self.lora.inspect(<[Learner]>::to_vec);
                 let mut learners = Vec::new();
-                for live in &live {
+                for (live, unit) in live.iter().zip(started.units) {
                     let (rank, width) = (live.layer().rank(), live.layer().in_features());
-                    learners.push(with_a(
-                        live,
-                        factor(&mut rest, rank, width)?,
-                        started.units[learners.len()],
-                    )?);
+                    learners.push(with_a(live, factor(&mut rest, rank, width)?, unit)?);
                 }
-                self.start_over(back, learners, None, Vec::new(), started.from_events)?;
+                self.start_over(back, learners, task, Vec::new(), started.from_events)?;
             }
             kind::DEEP => {
                 let adapter = Adapter::from_parts(&format::from_bytes(&record.payload, true)?.parts)?;

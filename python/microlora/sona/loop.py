@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
-from collections.abc import Callable, Sequence
-from types import MethodType, TracebackType
+from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import microlora._core as _core
 from microlora._core import AdaptationResult
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.hot_swap import HotSwapManager
 from microlora.micro_lora import MicroLoRA
-from microlora.sona import making, processes, state, telemetry
-from microlora.sona.background import GOES_ON, Background
+from microlora.sona import making, processes, state
+from microlora.sona.background import Background
 from microlora.sona.config import SonaConfig
 from microlora.sona.journal import JournalConfig
 from microlora.sona.state import Opened
 from microlora.sona.stats import SonaStats
 from microlora.sona.text import Encoders
+from microlora.sona.watch import EventHook, Watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,12 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SonaLoop"]
 
-EventHook = Callable[["AdaptationResult | DeepResult"], object]
 
-_log = logging.getLogger("microlora.sona")
-
-
-class SonaLoop(_core.Sona):
+class SonaLoop(Watched):
     """An adapter that learns from every event, consolidates in the background and trains on what is kept.
 
     * **instant**: `instant_adapt` learns from one event in microseconds; the next `forward` sees it.
@@ -75,11 +70,8 @@ class SonaLoop(_core.Sona):
 
     _config: SonaConfig
     _lora: MicroLoRA
-    _manager: HotSwapManager
     _encoders: Encoders
     _background: Background
-    _on_event: EventHook | None
-    _told: int
     _deep_lock: threading.Lock
     _install_lock: threading.Lock
     _fisher: bytes | None
@@ -292,50 +284,6 @@ class SonaLoop(_core.Sona):
 
         return deep_optimize(self, samples, distill, progress, cancel, base)
 
-    # -- who is told --
-
-    @property
-    def on_event(self) -> EventHook | None:
-        """Called with every result; None tells nobody."""
-        return self._on_event
-
-    @on_event.setter
-    def on_event(self, hook: EventHook | None) -> None:
-        if not (hook is None or callable(hook)):
-            raise DTypeError(f"on_event: got {type(hook).__name__}, expected a function or None")
-        self._on_event = hook
-        self.observe()
-
-    def observe(self) -> bool:
-        """Looks again whether anyone wants to hear of single events, and returns it.
-
-        `instant_adapt` is the core's own, and costs nothing more, unless there is a hook or the logger
-        ``microlora.sona.instant`` is enabled for DEBUG; that is looked at when the loop is made, when the
-        hook changes, and here.
-        """
-        wanted = self._on_event is not None or telemetry.logger("instant").isEnabledFor(logging.DEBUG)
-        if wanted:
-            self.__dict__["instant_adapt"] = MethodType(_observed, self)
-        else:
-            self.__dict__.pop("instant_adapt", None)
-        return wanted
-
-    def _done(self, result: AdaptationResult | DeepResult) -> None:
-        generation = self._manager.generation
-        if generation != self._told:
-            before, self._told = self._told, generation
-            self._manager._tell((before, generation))
-        if result.outcome != GOES_ON:
-            self._tell(result)
-
-    def _tell(self, result: AdaptationResult | DeepResult) -> None:
-        telemetry.report(result)
-        if self._on_event is not None:
-            try:
-                self._on_event(result)
-            except Exception:
-                _log.exception("on_event failed after an event of the %s loop", result.loop_type)
-
     # -- files --
 
     def save(self, path: PathLike) -> None:
@@ -483,10 +431,3 @@ class SonaLoop(_core.Sona):
         running = "running" if self.running else "not running"
         version = f"version {self._lora.version}"
         return f"{type(self).__name__}({shown}; {sizes}, {version}, {self._config.consolidation}, {running})"
-
-
-def _observed(self: SonaLoop, *args: Any, **kwargs: Any) -> AdaptationResult:
-    """`instant_adapt` with somebody who listens."""
-    result = _core.Sona.instant_adapt(self, *args, **kwargs)
-    self._tell(result)
-    return result

@@ -188,6 +188,7 @@ SILENT = [
     {"stats": {"background_count": 3, "refused": 3, "rolled_back": 3}},
     {"stats": {"nlms_steps": 19, "nlms_halvings": 19}},
     {"stats": {"nlms_steps": 440, "nlms_halvings": 200, "refused_steps": 20}},
+    {"stats": {"held_out_samples": 3, "rolled_back": 1}},
     {"stats": {"instant_p50_us": 999.0}},
     {"stats": {"background_avg_latency_us": 40_000.0}},
     {"stats": {"background_avg_latency_us": 60_000.0}, "config": {"background_interval_ms": 0.0}},

@@ -59,6 +59,11 @@ def test_a_refused_one_is_a_warning_with_its_reason(caplog):
     record = records(caplog, "background")[-1]
     assert record.levelno == logging.WARNING
     assert result.notes[0] in record.getMessage()
+    with caplog.at_level(logging.INFO, "microlora.sona.background"):
+        for row, target in zip(x, t, strict=True):
+            sona.instant_adapt(row, ml.Target(-20.0 * target))
+        assert sona.maybe_background(force=True).outcome == "rolled_back"
+    assert records(caplog, "background")[-1].levelno == logging.INFO
 
 
 def test_events_are_told_only_where_someone_listens(caplog):

@@ -221,7 +221,9 @@ def _overflow(facts: Facts) -> Said:
 
 def _blind(facts: Facts) -> Said:
     stats, config = facts.stats, facts.config
-    if stats.held_out_samples < config.gate_min_samples and stats.instant_count >= 10 * ENOUGH:
+    # A window that is rolled back takes its held-out samples with it: that is another trouble.
+    few = stats.held_out_samples < config.gate_min_samples and not stats.rolled_back
+    if few and stats.instant_count >= 10 * ENOUGH:
         yield (
             "holdout",
             "too few held-out samples to judge a consolidation by: raise it, or lower gate_min_samples",

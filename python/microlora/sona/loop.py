@@ -100,7 +100,7 @@ class SonaLoop(Watched):
         manager = HotSwapManager(lora)
         self = super().__new__(cls, lora, manager, config.core_json())
         self._config, self._lora, self._manager, self._encoders = config, lora, manager, encoders
-        self._on_event, self._told = on_event, manager.generation
+        self._on_event, self._told, self._outcomes = on_event, manager.generation, {}
         self._deep_lock, self._install_lock, self._fisher = threading.Lock(), threading.Lock(), None
         self._opened = None
         self._background = Background(self)

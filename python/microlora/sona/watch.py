@@ -30,6 +30,7 @@ class Watched(_core.Sona):
     _manager: HotSwapManager
     _on_event: EventHook | None
     _told: int
+    _outcomes: dict[str, str]
 
     @property
     def on_event(self) -> EventHook | None:
@@ -66,7 +67,9 @@ class Watched(_core.Sona):
             self._tell(result)
 
     def _tell(self, result: AdaptationResult | DeepResult) -> None:
-        telemetry.report(result)
+        again = self._outcomes.get(result.loop_type) == result.outcome
+        self._outcomes[result.loop_type] = result.outcome
+        telemetry.report(result, again)
         if self._on_event is not None:
             try:
                 self._on_event(result)

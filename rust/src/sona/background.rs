@@ -14,8 +14,8 @@ use super::window::Pending;
 use super::{Accepted, Back, Sona};
 use crate::error::Result;
 use crate::factor::Factor;
-use crate::learn::Learner;
 use crate::learn::consolidate::{self, Problem, Run, Side, Verdict};
+use crate::learn::{Learner, Rule};
 use crate::replay::PatternBank;
 
 /// A consolidation under way.
@@ -262,7 +262,12 @@ impl Sona {
             task.live.push(task.live[near].clone());
             task.slow.push(Accepted::new(task.slow[near].learners.clone()));
         }
-        task.members.centroids = task.bank.centroids()[..count * width].to_vec();
+        task.members.centroids.clear();
+        for c in task.bank.centroids()[..count * width].chunks_exact(width) {
+            // The bank holds running means of directions, members hold directions.
+            let norm = self.kernels.dot(c, c).sqrt().max(f32::MIN_POSITIVE);
+            task.members.centroids.extend(c.iter().map(|v| v / norm));
+        }
         Ok(())
     }
 
@@ -337,6 +342,12 @@ impl Sona {
         Run::new(self.kernels, problem).map(Some)
     }
 
+    /// Whether the instant rule keeps every event in its state (recursive least squares that forget nothing).
+    fn accumulates(&self) -> bool {
+        let instant = &self.lora.settings().instant;
+        instant.rule != Rule::Nlms && instant.forgetting == 1.0
+    }
+
     /// The gate: held-out loss of the accepted, the live and the candidate weights.
     pub(super) fn judge(&self, back: &mut Back, task: Task) -> Result<Adaptation> {
         let layers: Vec<_> = task.live[0].iter().map(|l| &**l.master()).collect();
@@ -376,6 +387,18 @@ impl Sona {
                 ));
                 Decision::Keep
             }
+            // Squares of few events fit their noise, and the recursion needs more of them: taking them away
+            // would keep it there. Only what says the opposite of what was learned is taken away.
+            Verdict::RollBack if !contradicts && self.accumulates() => {
+                notes.push(format!(
+                    "refused: held-out loss {:.4e} against {:.4e} of the last accepted weights; the live weights \
+                     ({:.4e}) go on, for nothing contradicts them and more events will tell",
+                    mean(candidate),
+                    mean(slow),
+                    mean(live)
+                ));
+                Decision::Keep
+            }
             Verdict::RollBack => {
                 notes.push(format!(
                     "refused: held-out loss {:.4e} (live {:.4e}) against {:.4e} of the last accepted weights, \
@@ -403,6 +426,7 @@ impl Sona {
             loss_after,
             used: if decision == Decision::Accept { task.used } else { 0 },
             ungated: verdict == Verdict::Unmeasured,
+            distrusted: decision == Decision::RollBack && contradicts,
             members: task.members.loras.len(),
         };
         notes.extend(task.notes.iter().cloned());

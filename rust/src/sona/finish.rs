@@ -24,7 +24,7 @@ pub(super) enum Decision {
     Accept,
     /// The live weights stay, and count as accepted.
     Keep,
-    /// The last accepted weights serve again; the window is not rehearsed.
+    /// The last accepted weights serve again.
     RollBack,
 }
 
@@ -102,9 +102,11 @@ impl Sona {
         done.quality_delta = ended.loss_before.unwrap_or(f64::NAN) - ended.loss_after.unwrap_or(f64::NAN);
         (done.samples_used, done.ungated) = (ended.used, ended.ungated);
         back.slow = accepted;
-        if decision != Decision::RollBack {
+        if !ended.distrusted {
             back.bank = task.bank;
             self.absorb(back, members, &task.taken, &task.route);
+        }
+        if decision != Decision::RollBack {
             if let Err(e) = self.publish(back) {
                 done.notes.push(format!("not published: {e}").into());
             }

@@ -42,6 +42,8 @@ pub(super) struct Ended {
     pub loss_after: Option<f64>,
     pub used: usize,
     pub ungated: bool,
+    /// Whether the window contradicted what was accepted, so that it is not rehearsed either.
+    pub distrusted: bool,
     /// Factors that follow: members, and modules of each.
     pub members: usize,
 }

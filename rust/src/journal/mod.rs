@@ -188,37 +188,38 @@ impl Journal {
             header: found.headers.newest.clone().unwrap_or_else(|| header.clone()),
             headers: found.headers.needed,
         };
+        let durable = options.fsync != Fsync::Never;
         let mut sealed = found.sealed;
         let mut next = found.next;
-        let mut current = None;
-        if let Some(open) = found.open {
-            let mut segment = Segment::resume(&open.path, open.number, open.head, &open.scan)?;
-            if (&open.header.build, &open.header.isa) == (&header.build, &header.isa)
-                && segment.fits(record::size(0))
-            {
-                current = Some(segment);
-            } else if segment.fits(0) {
-                sealed.push(segment.seal(found.last_us));
-                next = open.number + 1;
-            } else {
-                return Err(Error::format(open.path.display(), "no room for the seal of the segment"));
-            }
+        let mut open = None;
+        if let Some(last) = found.open {
+            let ours = (&last.header.build, &last.header.isa) == (&header.build, &header.isa);
+            next = last.number + 1;
+            open = Some((ours, Segment::resume(&last.path, last.number, last.head, &last.scan)?));
         }
-        let durable = options.fsync != Fsync::Never;
         let needed = found.needed.unwrap_or(next);
-        let fresh = current.is_none();
-        let current = match current {
-            Some(segment) => segment,
-            None => {
-                let placed = Spare::make(dir, options.segment_bytes, durable)?.place(dir, next)?;
-                let capacity = placed.capacity() as u64;
-                placed.begin(&Head {
+        let (fresh, current) = match open {
+            Some((true, segment)) if segment.fits(record::size(0)) => (false, segment),
+            other => {
+                let spare = Spare::make(dir, options.segment_bytes, durable)?;
+                if let Some((_, mut last)) = other {
+                    if !last.fits(0) {
+                        return Err(Error::format(
+                            last.path.display(),
+                            "no room for the seal of the segment",
+                        ));
+                    }
+                    sealed.push(last.seal(found.last_us));
+                }
+                let capacity = spare.capacity() as u64;
+                let head = Head {
                     header: header.clone(),
                     segment: next,
                     capacity,
                     needed,
                     checkpoint: found.checkpoint,
-                })
+                };
+                (true, spare.place(dir, next)?.begin(&head))
             }
         };
         let mut journal = Journal {

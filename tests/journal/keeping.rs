@@ -138,8 +138,8 @@ fn segments_made_in_advance_are_used_or_cleared_away() {
     let (mut journal, _) = open(dir.path(), 4096);
     assert!(journal.wanted().is_none());
     fill(&mut journal, 1..=8);
-    let plan = journal.wanted().expect("a quarter is full");
-    let (first, second) = (plan.clone().make().unwrap(), plan.make().unwrap());
+    let mut make = || journal.wanted().expect("a quarter is full").make().unwrap();
+    let (first, second) = (make(), make());
     assert_eq!(names(dir.path()).len(), 3);
     journal.adopt(first).unwrap();
     journal.adopt(second).unwrap();

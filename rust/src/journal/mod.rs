@@ -30,7 +30,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use iter::{Record, RecordIter};
 pub use lock::DirLock;
-use lock::Process;
 pub use record::{FORMAT, Header};
 use record::{Head, SEAL};
 pub use segment::Spare;
@@ -38,6 +37,7 @@ use segment::{Placed, RESERVE, Sealed, Segment};
 
 use crate::error::{Error, Result};
 use crate::format::atomic::sync_dir;
+use crate::mapping::ForkMark;
 
 const MIN_SEGMENT: usize = 4096;
 const MAX_SEGMENT: usize = 1 << 30;
@@ -122,7 +122,7 @@ pub struct Recovered {
 #[derive(Debug)]
 pub struct Journal {
     lock: Arc<DirLock>,
-    process: Process,
+    owner: ForkMark,
     options: Options,
     header: Header,
     checkpoint: u64,
@@ -131,6 +131,8 @@ pub struct Journal {
     sealed: Vec<Sealed>,
     current: Segment,
     spare: Option<Placed>,
+    /// Written and sealed; taking its map down costs a millisecond, which `append` leaves to others.
+    retired: Option<Segment>,
     last_id: u64,
     last_us: u64,
     clamped: u64,
@@ -143,8 +145,9 @@ pub struct Journal {
 }
 
 /// A segment that is wanted: [`NextSegment::make`] takes milliseconds and needs no journal.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct NextSegment {
+    retired: Option<Segment>,
     dir: PathBuf,
     capacity: usize,
     durable: bool,
@@ -156,6 +159,7 @@ impl NextSegment {
     /// # Errors
     /// What the system says, a full disk for one; nothing is left then.
     pub fn make(self) -> Result<Spare> {
+        drop(self.retired);
         Spare::make(&self.dir, self.capacity, self.durable)
     }
 }
@@ -224,7 +228,7 @@ impl Journal {
         };
         let mut journal = Journal {
             lock: Arc::clone(lock),
-            process: Process::here(),
+            owner: ForkMark::new(),
             options,
             header,
             checkpoint: found.checkpoint,
@@ -233,6 +237,7 @@ impl Journal {
             sealed,
             current,
             spare: None,
+            retired: None,
             last_id: found.last_id,
             last_us: found.last_us,
             clamped: 0,
@@ -354,6 +359,7 @@ impl Journal {
             (self.header.state, self.checkpoint, self.needed) = (old_state, old_checkpoint, old_needed);
             return Err(e);
         }
+        self.retired = None;
         if let Some(s) = self.sealed.last() {
             // The rest is zeros; without it frequent checkpoints cost no room.
             let file = std::fs::File::options().write(true).open(&s.path);
@@ -448,12 +454,16 @@ impl Journal {
     }
 
     /// The segment that will be needed soon, if it is not there yet.
-    pub fn wanted(&self) -> Option<NextSegment> {
+    pub fn wanted(&mut self) -> Option<NextSegment> {
         let soon = self.current.used >= self.current.capacity() / 4;
         let capacity = self.options.segment_bytes;
         let durable = self.options.fsync != Fsync::Never;
-        (soon && self.spare.is_none() && self.failed.is_none() && self.process.is_here())
-            .then(|| NextSegment { dir: self.lock.dir().to_owned(), capacity, durable })
+        (soon && self.spare.is_none() && self.usable().is_ok()).then(|| NextSegment {
+            retired: self.retired.take(),
+            dir: self.lock.dir().to_owned(),
+            capacity,
+            durable,
+        })
     }
 
     /// Takes a segment for later.
@@ -513,13 +523,14 @@ impl Journal {
         let sealed = self.current.seal(self.last_us);
         self.sealed.push(sealed);
         recover::point();
-        self.current = placed.begin(&head(&self.header, capacity));
+        let begun = placed.begin(&head(&self.header, capacity));
+        self.retired = Some(std::mem::replace(&mut self.current, begun));
         recover::point();
         Ok(())
     }
 
     fn usable(&self) -> Result<()> {
-        if !self.process.is_here() {
+        if !self.owner.is_here() {
             let want = "one that this process opened: a forked child inherits its parent's";
             return Err(Error::config("journal", "a journal of another process", want));
         }
@@ -541,7 +552,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        if self.process.is_here() {
+        if self.owner.is_here() {
             if self.options.fsync != Fsync::Never && self.failed.is_none() {
                 let _ = self.sync();
             }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use microlora::Error;
-use microlora::journal::{DirLock, Journal};
+use microlora::journal::{DirLock, Fsync, Header, Journal, Options};
 
 use super::support::*;
 
@@ -133,8 +133,6 @@ fn child_with_a_file_size_limit() {
     fs::write(dir.join("passed"), b"").unwrap();
 }
 
-use microlora::journal::Header;
-
 #[cfg(unix)]
 #[test]
 fn a_full_disk_is_an_error_and_not_a_fault() {
@@ -149,6 +147,22 @@ fn a_full_disk_is_an_error_and_not_a_fault() {
         .unwrap();
     let text = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success() && dir.path().join("passed").exists(), "{:?} {text}", out.status);
+}
+
+/// The file's blocks are taken when it is made: a hole in it would be a fault when the disk is full.
+#[cfg(unix)]
+#[test]
+fn a_segment_has_its_blocks_from_the_start() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { fsync: Fsync::Always, segment_bytes: 1 << 20, ..Options::default() };
+    let (_journal, _) = open_with(dir.path(), options);
+    // What zeros take on this file system.
+    let zeros = fs::File::create(dir.path().join("zeros")).unwrap();
+    (&zeros).write_all(&vec![0; 1 << 20]).unwrap();
+    zeros.sync_all().unwrap();
+    let blocks = |path: &Path| fs::metadata(path).unwrap().blocks();
+    assert!(blocks(&segment(dir.path(), 1)) >= blocks(&dir.path().join("zeros")));
 }
 
 /// Between fork and exec the child tries everything; what it may do comes back as the result of starting it.

@@ -18,6 +18,7 @@ mod compact;
 pub mod event;
 mod iter;
 mod lock;
+mod options;
 mod record;
 mod recover;
 mod segment;
@@ -26,10 +27,11 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 pub use iter::{Record, RecordIter};
 pub use lock::DirLock;
+pub use options::{Fsync, Options, Recovered, Retain};
 pub use record::{FORMAT, Header};
 use record::{Head, SEAL};
 pub use segment::Spare;
@@ -39,84 +41,8 @@ use crate::error::{Error, Result};
 use crate::format::atomic::sync_dir;
 use crate::mapping::ForkMark;
 
-const MIN_SEGMENT: usize = 4096;
-const MAX_SEGMENT: usize = 1 << 30;
 /// Pages that [`Journal::prepare`] keeps writable before the end of the records.
 const AHEAD: usize = 512 << 10;
-
-/// When records are written through to the disk. Against `kill -9` none is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fsync {
-    /// Never by itself; the system writes back within half a minute or so.
-    Never,
-    /// Before every `append` returns.
-    Always,
-    /// With every n-th record.
-    Events(u32),
-    /// With the first record, or call of `prepare`, after this time.
-    Interval(Duration),
-}
-
-/// Which segments stay that are older than the last checkpoint; they serve audits, replay needs none of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retain {
-    /// Every one.
-    All,
-    /// The newest, of at most so many bytes together.
-    Bytes(u64),
-}
-
-/// How a journal is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// When to sync.
-    pub fsync: Fsync,
-    /// Length of a segment's file; a record that is longer gets a segment of its own.
-    pub segment_bytes: usize,
-    /// What a checkpoint deletes.
-    pub retain: Retain,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options { fsync: Fsync::Never, segment_bytes: 16 << 20, retain: Retain::All }
-    }
-}
-
-impl Options {
-    fn check(&self) -> Result<()> {
-        if !(MIN_SEGMENT..=MAX_SEGMENT).contains(&self.segment_bytes) {
-            let want = format!("{MIN_SEGMENT} to {MAX_SEGMENT} bytes");
-            return Err(Error::config("segment_bytes", self.segment_bytes, want));
-        }
-        match self.fsync {
-            Fsync::Events(0) => Err(Error::config("fsync", "0 events", "at least 1")),
-            Fsync::Interval(Duration::ZERO) => Err(Error::config("fsync", "0 s", "more than 0 s")),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// What opening found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recovered {
-    /// Whether there was no journal, and one was made.
-    pub created: bool,
-    /// Good records, in all segments that are kept.
-    pub records: u64,
-    /// Largest id so far, those of compacted records among them; 0 where there is none.
-    pub last_id: u64,
-    /// Id up to which the saved state has everything, as the last checkpoint said.
-    pub checkpoint: u64,
-    /// What was wrong: file, byte, reason, how many bytes were set aside and where.
-    pub warning: Option<String>,
-    /// Bytes that were set aside.
-    pub set_aside: u64,
-    /// The newest header as found; the given one where the journal was made.
-    pub header: Header,
-    /// Every build and ISA that wrote records which replay needs, oldest first.
-    pub headers: Vec<Header>,
-}
 
 /// The journal of a state directory. One writer; wrap it in a mutex to share it.
 #[derive(Debug)]

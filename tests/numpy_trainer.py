@@ -71,10 +71,12 @@ class NumpyOptimizer:
         ewc=None,
         ewc_every=1,
         accumulate_fisher=False,
+        replay=None,
         progress=None,
         cancel=None,
     ):
         assert ewc_every == 1, "the twin's penalty acts in every step"
+        assert replay is None, "the twin remembers no rows"
         assert not accumulate_fisher, "the twin estimates nothing while it trains"
         names = list(target.modules()) if modules is None else list(modules)
         now = {n: (f64(target[n].lora_a), f64(target[n].lora_b)) for n in names}

@@ -107,8 +107,16 @@ def training_configs(draw):
 
 @st.composite
 def run_configs(draw):
-    from microlora.training import AdapterTrainingConfig
+    from microlora.training import AdapterTrainingConfig, ReplayConfig
 
+    weights = st.floats(0.0, 1e6)
+    replay = st.builds(
+        ReplayConfig,
+        capacity=st.integers(0, 2**31 - 1),
+        logit_weight=weights,
+        label_weight=weights,
+        seed=st.integers(0, 2**63 - 1),
+    )
     folder = draw(st.none() | full_texts)
     return AdapterTrainingConfig(
         training=draw(training_configs()),
@@ -121,4 +129,5 @@ def run_configs(draw):
         save_best=draw(st.booleans()),
         output_dir=folder,
         checkpoint_every=None if folder is None else draw(st.none() | st.integers(1, 1000)),
+        replay=draw(st.none() | replay),
     )

@@ -29,6 +29,7 @@ BUILTIN = {
     "DeviceError": RuntimeError,
     "SwapError": RuntimeError,
     "MissingExtraError": ImportError,
+    "EncoderError": RuntimeError,
     "LeakageError": ValueError,
 }
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from microlora import data as data
     from microlora import encoders as encoders
     from microlora import merging as merging
+    from microlora import sona as sona
     from microlora import training as training
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
@@ -49,11 +50,13 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
         AdapterTrainingConfig,
         LearningEvent,
         LearningRateSchedule,
+        ReplayConfig,
         TrainingConfig,
         TrainingPipeline,
         TrainingResult,
@@ -91,9 +94,12 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
     "Snapshot",
+    "SonaConfig",
+    "SonaLoop",
     "StepResult",
     "SyntheticDataGenerator",
     "Target",
@@ -121,6 +127,7 @@ __all__ = [
     "resize",
     "save",
     "set_num_threads",
+    "sona",
     "training",
     "unfuse",
 ]
@@ -148,12 +155,14 @@ _ROOMS = {
         "merge",
         "resize",
     ),
+    "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (
         "training",
         "AdapterTrainer",
         "AdapterTrainingConfig",
         "LearningEvent",
         "LearningRateSchedule",
+        "ReplayConfig",
         "TrainingConfig",
         "TrainingPipeline",
         "TrainingResult",

@@ -6,7 +6,7 @@ refused. Nobody may write to an array while a call reads it. In every formula x 
 (x A) B``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, NoReturn, Self, final
 
@@ -17,6 +17,7 @@ from typing_extensions import disjoint_base
 from microlora.progress import CancelToken, Progress
 
 __all__ = [
+    "AdaptationResult",
     "Adapter",
     "Bandit",
     "Chain",
@@ -31,8 +32,10 @@ __all__ = [
     "ModuleHandle",
     "Optimizer",
     "Preference",
+    "ReplayMemory",
     "Reward",
     "Snapshot",
+    "Sona",
     "StepResult",
     "SwapHandle",
     "Target",
@@ -248,6 +251,139 @@ class StepResult:
     @property
     def version(self) -> int:
         """Version of the learner after the step."""
+
+@final
+class AdaptationResult:
+    """What one turn of a loop did."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights changed by it."""
+    @property
+    def loop_type(self) -> Literal["instant", "background", "deep"]:
+        """Which loop."""
+    @property
+    def latency_us(self) -> float:
+        """Time that it took, microseconds."""
+    @property
+    def quality_delta(self) -> float:
+        """Loss before less loss after: of the event, or of the held-out samples; NaN where not measured."""
+    @property
+    def samples_used(self) -> int:
+        """Samples that it learned from."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say, and why something was skipped or refused."""
+    @property
+    def event(self) -> int | None:
+        """Number of the event; None for the other loops."""
+    @property
+    def loss_before(self) -> float | None:
+        """Loss before; None where not measured."""
+    @property
+    def loss_after(self) -> float | None:
+        """Loss after; None where not measured."""
+    @property
+    def version(self) -> int:
+        """Version of the live learner afterwards."""
+
+@disjoint_base
+class Sona:
+    """The compiled part of :class:`microlora.SonaLoop`: a learner, its memory and its consolidations."""
+
+    def __new__(cls, lora: MicroLora, manager: HotSwap, settings_json: str) -> Self: ...
+    def _adapt_text(
+        self, query: str, response: object, quality: float | None = None, module: str | None = None
+    ) -> AdaptationResult:
+        """What `instant_adapt` does with a text; refused here, where there is no encoder."""
+    def instant_adapt(
+        self,
+        x: ArrayLike | str,
+        feedback: FeedbackBase | str,
+        quality: float | None = None,
+        module: str | None = None,
+        base: ArrayLike | None = None,
+    ) -> AdaptationResult:
+        """Learns from one event; the next ``forward`` sees it.
+
+        Args:
+            x: float32 (in_features,): the layer's input; or a text, where there is an encoder.
+            feedback: A `Target`, `Gradient`, `Reward`, `Preference` or `Contrastive`; or the text of the
+                response, for a text, which ``quality`` then rewards. Prefer a target where there is one: a
+                scalar teaches about a tenth.
+            quality: How good it was, 0 to 1. A target below ``quality_threshold`` is passed over.
+            module: Name of the module; None is every module whose widths fit.
+            base: float32 (out_features,): output of the frozen layer; see :meth:`MicroLora.instant`.
+
+        Returns:
+            What was done; ``notes`` say why an event was skipped.
+
+        Raises:
+            NonFiniteError: NaN or infinity, or a quality of NaN.
+            FeedbackError: A quality out of its range, or feedback that gives no direction.
+            MicroLoraError: As :meth:`MicroLora.instant`. Nothing changes and nothing is counted then.
+        """
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """``dY(x)`` of the live weights; see :meth:`MicroLora.forward`."""
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)`` of the live weights; see :meth:`MicroLora.forward_add`."""
+    def modules(self) -> list[str]:
+        """Module names, in order."""
+    def maybe_background(self, force: bool = False) -> AdaptationResult | None:
+        """Consolidates if it is due, within ``max_ms``; None where it is not."""
+    def run_background(self, callback: Callable[[AdaptationResult], object], interval_ms: float) -> None:
+        """Consolidates until `stop_background`, with the GIL released; ``callback`` hears of each end."""
+    def stop_background(self) -> None:
+        """Ends `run_background`."""
+    def pause(self) -> None:
+        """Lets no consolidation begin or go on, and waits for the one that works: before a fork."""
+    def resume(self) -> None:
+        """Undoes `pause`: after a fork, in parent and child."""
+    def stats(self) -> dict[str, Any]:
+        """Counters and measurements."""
+    def samples(
+        self, held_out: bool
+    ) -> list[
+        tuple[
+            int,
+            NDArray[np.float32],
+            FeedbackBase,
+            NDArray[np.float32] | None,
+            str | None,
+            float | None,
+            float,
+        ]
+    ]:
+        """What is remembered: ``(event, x, feedback, base, module, quality, weight)`` of each sample.
+
+        Args:
+            held_out: The samples that no loop trains on, or the others.
+        """
+    def evaluate(self, adapter: Adapter | None = None) -> float | None:
+        """Held-out loss of the live weights or of an adapter's; None without held-out samples."""
+    def install(self, adapter: Adapter, samples_used: int, gate: bool) -> AdaptationResult:
+        """Makes an adapter's weights the live ones, if the gate lets them pass; the rules start afresh."""
+    def adapter(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
+        """The live weights."""
+    def consolidated(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
+        """The last accepted weights."""
+    def ensemble(self) -> list[tuple[Adapter, NDArray[np.float32]]]:
+        """Members and centroids; none unless ``consolidation`` is ``"ensemble"``."""
+    def warm_up(self, x: ArrayLike) -> float:
+        """Chooses A from these inputs now; see :meth:`MicroLora.fit_input_basis`."""
+    def to_bytes(self) -> bytes:
+        """The whole state."""
+    def restore(self, data: bytes) -> None:
+        """Goes on bit for bit from `to_bytes`, whole or not at all.
+
+        Raises:
+            FormatError: Not a state, damaged, or of a newer version.
+            ConfigError: Of other modules or settings.
+        """
 
 @disjoint_base
 class Adapter:
@@ -1156,6 +1292,7 @@ class Optimizer:
         ewc: Any = None,
         ewc_every: int = 1,
         accumulate_fisher: bool = False,
+        replay: ReplayMemory | None = None,
         progress: Progress | None = None,
         cancel: CancelToken | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -1175,7 +1312,10 @@ class Optimizer:
             max_grad_norm: Global norm that the mean gradient is clipped to.
             ewc: Penalty against forgetting.
             ewc_every: It acts in every n-th step, n-fold.
-            accumulate_fisher: Adds the batches' squared gradients to the penalty's importance.
+            accumulate_fisher: Adds the batches' squared gradients to the penalty's importance; those of
+                replayed rows are not in it.
+            replay: Rows of earlier tasks: as many as a batch has are drawn and join it. Losses that are
+                returned are those of the data alone.
             progress: Called with (steps done, steps, what).
             cancel: Ends the call between two steps; what was done stays.
 
@@ -1186,8 +1326,8 @@ class Optimizer:
         Raises:
             SampleError: A row that cannot be learned from; its step changed nothing.
             ShapeError: Widths that do not fit.
-            ConfigError: Settings out of range, rows that do not exist.
-            NonFiniteError: A step that would overflow; it changed nothing.
+            ConfigError: Settings out of range, rows that do not exist, a memory of other rows than these.
+            NonFiniteError: A step that would overflow, or a replayed row that does; it changed nothing.
             CancelledError: The token was set.
         """
     def to_bytes(self) -> bytes:
@@ -1198,6 +1338,96 @@ class Optimizer:
         Raises:
             FormatError: Other bytes, or a newer version.
             ConfigError: Other settings or shapes. Nothing changes then.
+        """
+
+@final
+class ReplayMemory:
+    """A uniform draw of the rows of earlier tasks, each with what the adapter answered to it.
+
+    See `microlora.ReplayConfig` for the loss, the paper and the meaning of the weights.
+
+    Args:
+        capacity: Rows that are kept at most.
+        label_weight: Weight of the replayed rows' own loss, 0 to 1e6.
+        logit_weight: Weight of the distance to what was answered, 0 to 1e6.
+        seed: Of what is kept and of what is drawn.
+
+    Raises:
+        ConfigError: A weight out of its range.
+    """
+
+    def __new__(cls, *, capacity: int, label_weight: float, logit_weight: float, seed: int) -> Self: ...
+    def __len__(self) -> int:
+        """Rows that are kept."""
+    @property
+    def capacity(self) -> int:
+        """Rows that are kept at most."""
+    @property
+    def seen(self) -> int:
+        """Rows that were offered so far."""
+    @property
+    def memory_bytes(self) -> int:
+        """Resident bytes of the rows."""
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """int64 (rows,): number of each row in the stream, from 0."""
+    @property
+    def x(self) -> NDArray[np.float32]:
+        """float32 (rows, in), read-only: inputs."""
+    @property
+    def y(self) -> NDArray[Any]:
+        """Labels, int64 (rows,); or float32 (rows, out): targets less the frozen layer's output."""
+    @property
+    def outputs(self) -> NDArray[np.float32]:
+        """float32 (rows, out), read-only: what was answered; of several modules side by side."""
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """float32 (rows,): weight of each row's loss."""
+    def offer(
+        self,
+        target: MicroLora | Chain,
+        x: ArrayLike,
+        y: ArrayLike,
+        rows: ArrayLike | None = None,
+        *,
+        modules: Sequence[str] | None = None,
+        weights: ArrayLike | None = None,
+        base: ArrayLike | None = None,
+    ) -> None:
+        """Shows rows as the next of the stream; each row of the stream is kept with the same probability.
+
+        Args:
+            target: The learner or chain, whose present answers are stored.
+            x: float32 (n, in).
+            y: Targets or labels, as in `Optimizer.train`.
+            rows: Integers: which rows, in the order of the stream; None takes all.
+            modules: Modules that answer; None takes those whose widths fit.
+            weights: float32 (n,): weight of each row's loss.
+            base: float32 (n, out): outputs of the frozen layer.
+
+        Raises:
+            ConfigError: Rows that do not exist, or of other widths or modules than those that are kept.
+            ShapeError: Widths that do not fit.
+            SampleError: A row that is not finite. Nothing changes in any of these cases.
+        """
+    def check(
+        self, target: MicroLora | Chain, x: ArrayLike, y: ArrayLike, *, modules: Sequence[str] | None = None
+    ) -> None:
+        """Refuses rows that could not join those that are kept, or the other way round.
+
+        Raises:
+            ConfigError: Other widths, labels instead of targets, or other modules.
+        """
+    def copy(self) -> ReplayMemory:
+        """The same rows and draws in another object."""
+    def to_bytes(self) -> bytes:
+        """Rows, settings and where the draws stand, for :meth:`restore`."""
+    def restore(self, data: bytes) -> None:
+        """Goes on where :meth:`to_bytes` stood, bit for bit.
+
+        Raises:
+            FormatError: Other bytes, or a newer version.
+            ConfigError: Other settings. Nothing changes then.
         """
 
 def evaluate(

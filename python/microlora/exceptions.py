@@ -106,6 +106,10 @@ class MissingExtraError(MicroLoraError, ImportError):
     """A command needs an optional dependency; the message is the pip line that brings it."""
 
 
+class EncoderError(MicroLoraError, RuntimeError):
+    """An encoder of text raised; its own error is the cause, and nothing was learned or counted."""
+
+
 class LeakageError(MicroLoraError, ValueError):
     """Data held out is in the training part as well: a sample, a text or a variation; names both samples."""
 

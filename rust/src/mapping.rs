@@ -1,8 +1,9 @@
-//! Read-only file maps: the one place where the core asks the system for memory it does not own.
+//! File maps: the one place where the core asks the system for memory it does not own.
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A whole file, mapped read-only.
 ///
@@ -27,5 +28,61 @@ impl Deref for Mapping {
 
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// A whole file, mapped for writing: what is stored here is the file's at once, and outlives the process.
+///
+/// For files that one process owns (the journal's segments, under the lock of their directory). A file that
+/// is cut off in place while it is mapped makes later accesses fault (SIGBUS).
+#[derive(Debug)]
+pub struct MappingMut(memmap2::MmapMut);
+
+impl MappingMut {
+    /// Maps `file`, all of it; it must be open for reading and writing, and not be empty.
+    #[allow(unsafe_code)]
+    pub fn open(file: &File) -> io::Result<Self> {
+        // SAFETY: the map is private to this type, its bytes are plain, and the lock of the directory keeps
+        // other processes from writing to the file.
+        unsafe { memmap2::MmapMut::map_mut(file) }.map(MappingMut)
+    }
+
+    /// Stores `word`, little-endian, at byte `at`, in one piece and after everything that was stored before.
+    ///
+    /// # Panics
+    /// `at` is not a multiple of 8, or the word does not fit.
+    #[allow(unsafe_code)]
+    pub fn commit(&mut self, at: usize, word: u64) {
+        let cell: &mut [u8; 8] = (&mut self.0[at..at + 8]).try_into().expect("eight bytes");
+        let cell = cell.as_mut_ptr().cast::<u64>();
+        assert!(cell.is_aligned(), "{at} is not a multiple of 8");
+        // SAFETY: the pointer is aligned, its 8 bytes lie in the map, and `&mut self` makes this the only access.
+        unsafe { AtomicU64::from_ptr(cell) }.store(word.to_le(), Ordering::Release);
+    }
+
+    /// Writes the bytes of `range` to the disk and waits for it.
+    pub fn flush(&self, range: Range<usize>) -> io::Result<()> {
+        self.0.flush_range(range.start, range.len())
+    }
+
+    /// Makes the pages of `range` present and writable, where the system can (Linux 5.14 or newer).
+    pub fn populate(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        let _ = self.0.advise_range(memmap2::Advice::PopulateWrite, range.start, range.len());
+        let _ = range;
+    }
+}
+
+impl Deref for MappingMut {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl DerefMut for MappingMut {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.0
     }
 }

@@ -30,8 +30,8 @@ class Method:
         native: Keywords of `EwcPlusPlus`; None without a penalty.
         while_training: Native takes its importance from the training batches, not from a pass afterwards.
         memory: Rows that replay remembers.
+        logit_weight: DER++: of the distance of a remembered row's output to what it was, per benchmark.
         joint: All tasks at once: the upper bound.
-        missing: Why the row is open.
     """
 
     name: str
@@ -41,15 +41,23 @@ class Method:
     native: dict[str, Any] | None = None
     while_training: bool = False
     memory: int = 0
+    logit_weight: dict[str, float] = field(default_factory=dict)
     joint: bool = False
-    missing: str = ""
+
+    @property
+    def dark(self) -> bool:
+        """Whether what a row's output was counts too."""
+        return bool(self.logit_weight)
 
     def label(self) -> str:
-        """Title with strengths, rotated before permuted."""
-        found = [f"{self.strength[d]:g}" for d in ("rot", "perm") if d in self.strength]
-        if not found:
-            return self.title
-        return f"{self.title} ({found[0] if len(set(found)) == 1 else ' / '.join(found)})"
+        """Title with strengths, rotated before permuted: of replay, then of the penalty."""
+        found = [_shown(s) for s in (self.logit_weight, self.strength) if s]
+        return f"{self.title} ({'; '.join(found)})" if found else self.title
+
+
+def _shown(strength: dict[str, float]) -> str:
+    found = [f"{strength[d]:g}" for d in ("rot", "perm") if d in strength]
+    return found[0] if len(set(found)) == 1 else " / ".join(found)
 
 
 def _both(rot: float, perm: float | None = None) -> dict[str, float]:
@@ -81,7 +89,16 @@ _ALL = (
     Method("delta-online", "ΔW-EWC online", _both(100), penalties.DeltaEwcOnline, _DELTA),
     Method("replay50", "replay, 50 rows", memory=50),
     Method("replay200", "replay, 200 rows", memory=200),
-    Method("der++", "DER++, 200 rows", missing="not yet"),
+    Method("der++", "DER++, 200 rows", memory=200, logit_weight=_both(0.5)),
+    Method(
+        "der++delta",
+        "DER++, 200 rows, with ΔW-EWC online",
+        _both(10),
+        penalties.DeltaEwcOnline,
+        _DELTA,
+        memory=200,
+        logit_weight=_both(0.5),
+    ),
     Method("joint", "all tasks at once (upper bound)", joint=True),
 )
 METHODS = {method.name: method for method in _ALL}

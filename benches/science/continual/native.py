@@ -20,6 +20,11 @@ class NativeLearner(Learner):
 
     def __init__(self, plan: Plan, method: Method) -> None:
         self.plan, self.setup, self.method = plan, plan.setup, method
+        self.memory: Any = None
+        if method.dark:
+            # It keeps and draws rows of its own: the same law as the plan's, other numbers.
+            weights = {"label_weight": 1.0, "logit_weight": method.logit_weight[self.setup.data]}
+            self.memory = _core.ReplayMemory(capacity=method.memory, **weights, seed=plan.seed)
         layers = [(w.T.copy(), b) for w, b in zip(plan.weights, plan.biases, strict=True)]
         rank = self.setup.rank
         self.chain = ml.LoraChain(layers, rank=rank, alpha=SCALING * rank, head="cross_entropy")
@@ -34,6 +39,9 @@ class NativeLearner(Learner):
         if method.native is not None:
             self.ewc = ml.EwcPlusPlus(self.chain, method.strength[self.setup.data], **method.native)
 
+    def feed(self, task: int) -> Feed:
+        return self.plan.feed(task, 0 if self.method.dark else self.method.memory)
+
     def train(self, feed: Feed) -> None:
         optimizer = _core.Optimizer(self.chain, "adamw", weight_decay=0.0)
         for order in feed.orders:
@@ -46,9 +54,12 @@ class NativeLearner(Learner):
                 batch_size=feed.batch,
                 ewc=self.ewc,
                 accumulate_fisher=self.method.while_training,
+                replay=self.memory,
             )
 
     def end_task(self, task: Task) -> None:
+        if self.memory is not None:
+            self.memory.offer(self.chain, task.x, task.y)
         if self.ewc is None:
             return
         if not self.method.while_training and self.ewc.kind in ("delta", "factor", "mas"):

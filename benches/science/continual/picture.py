@@ -31,7 +31,7 @@ def colour(name: str) -> str:
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """One panel per benchmark; native runs alone."""
     mpl.rcParams.update({"svg.hashsalt": "microlora", "font.size": 9})
-    names = [m.name for m in METHODS.values() if not m.missing]
+    names = [m.name for m in METHODS.values()]
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     for axes, (data, title) in zip(figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True):
         for place, name in enumerate(names):

@@ -146,13 +146,18 @@ class Plan:
         orders = list(self._arrays["order"][task].astype(np.int64))
         if not memory or not task:
             return Feed(now.x, now.y, orders, self.setup.batch)
-        slots = self._arrays[f"slots{memory}"][task - 1].astype(np.int64)
+        slots = self.slots(task - 1, memory)
         old = self.tasks()
         x = np.concatenate([now.x, np.stack([old[s // n].x[s % n] for s in slots])])
         y = np.concatenate([now.y, np.array([old[s // n].y[s % n] for s in slots])])
         draws = self._arrays[f"draws{memory}"][task].astype(np.int64) + n
         orders = [_interleave(o, d, self.setup.batch) for o, d in zip(orders, draws, strict=True)]
         return Feed(x, y, orders, 2 * self.setup.batch)
+
+    def slots(self, task: int, memory: int) -> Ints:
+        """Row of the stream in each slot of a memory after a task: ``task * n + i`` is row i of a task."""
+        out: Ints = self._arrays[f"slots{memory}"][task].astype(np.int64)
+        return out
 
     def joint(self) -> Feed:
         """All tasks at once."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .methods import Method
-from .network import Adam, Network, Views, residual
-from .plan import SCALING, Feed, Plan, Task
+from .network import Adam, Floats, Network, Views, residual
+from .plan import SCALING, Feed, Ints, Plan, Task
 
 
 @dataclass
@@ -40,6 +40,12 @@ class Learner:
         for ours, first in zip(self.f.a, plan.factors, strict=True):
             ours[:] = first
         self.penalty = method.penalty(self.net, self.f, method.strength.get(self.setup.data, 0.0))
+        self.method, self.ended = method, 0
+        self.stored = np.zeros((method.memory, self.setup.widths[-1]), np.float32)
+
+    def feed(self, task: int) -> Feed:
+        """Rows and batches of a task, with those that replay remembers."""
+        return self.plan.feed(task, self.method.memory)
 
     def train(self, feed: Feed) -> None:
         """All epochs of a task with an optimiser of its own."""
@@ -50,7 +56,10 @@ class Learner:
             for k in range(0, len(order), feed.batch):
                 rows = order[k : k + feed.batch]
                 trace = self.net.forward(feed.x[rows], f)
-                self.net.backward(trace, residual(trace.z, feed.y[rows]), f, grad, squares)
+                g = residual(trace.z, feed.y[rows])
+                if self.method.dark and self.ended:
+                    self._darken(g, trace.z, rows, len(feed.x) - self.method.memory)
+                self.net.backward(trace, g, f, grad, squares)
                 if squares is not None:
                     penalty.seen(squares, len(rows))
                 if penalty.path:
@@ -61,9 +70,23 @@ class Learner:
                 if penalty.path:
                     penalty.moved(loss, before, f.flat)
 
+    def _darken(self, g: Floats, z: Floats, rows: Ints, first: int) -> None:
+        """Adds logit_weight/2 |z - stored|^2 of the old half; means of both halves are summed, as backward
+        takes one over all.
+        """
+        half = len(rows) // 2
+        weight = np.float32(self.method.logit_weight[self.setup.data])
+        g[half:] += weight * (z[half:] - self.stored[rows[half:] - first])
+        g *= 2
+
     def end_task(self, task: Task) -> None:
         """What was learned on this task is to stay."""
         self.penalty.end_task(self.f, task.x)
+        if self.method.dark:
+            slots = self.plan.slots(self.ended, self.method.memory)
+            new = np.flatnonzero(slots // len(task.x) == self.ended)
+            self.stored[new] = self.net.forward(task.x[slots[new] % len(task.x)], self.f).z
+        self.ended += 1
 
     def accuracy(self, task: Task) -> float:
         """Share of the test rows that are right."""
@@ -82,7 +105,7 @@ def run(plan: Plan, method: Method, learner: type[Learner] = Learner) -> Run:
     tasks = plan.tasks()
     out = Run(np.zeros((1 if method.joint else len(tasks), len(tasks))))
     for i in range(len(out.r)):
-        feed = plan.joint() if method.joint else plan.feed(i, method.memory)
+        feed = plan.joint() if method.joint else one.feed(i)
         t0 = time.perf_counter()
         one.train(feed)
         t1 = time.perf_counter()

@@ -44,7 +44,11 @@ def settings(data: str, method: Method) -> dict[str, Any]:
     out: dict[str, Any] = {"setup": Setup.of(data).digest(), "strength": method.strength.get(data, 0.0)}
     if method.native is not None:
         out["ewc"] = method.native
-    return {**out, "memory": method.memory} if method.memory else out
+    if method.memory:
+        out["memory"] = method.memory
+    if method.dark:
+        out["logit_weight"] = method.logit_weight[data]
+    return out
 
 
 @functools.cache
@@ -141,11 +145,12 @@ def seeds(text: str) -> list[int]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    runnable = [m.name for m in METHODS.values() if not m.missing]
     parser = argparse.ArgumentParser(prog="continual.run", description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=(*DATASETS, "both"), default="both")
     parser.add_argument("--seeds", type=seeds, default=list(SEEDS), help="such as 20-29 or 20,22")
-    parser.add_argument("--methods", nargs="+", choices=runnable, default=runnable, metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--engine", choices=(*ENGINES, "both"), default="both")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -6,28 +6,17 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from microlora._checks import (
-    SCHEMA_KEY,
-    check_document,
-    check_keys,
-    choice,
-    flag,
-    integer,
-    real,
-    text,
-    wrong,
-)
-from microlora._document import Document
+from microlora._checks import check_keys, choice, flag, integer, real, text, wrong
 from microlora.exceptions import ConfigError
 from microlora.training.optimizers import OptimizerSettings, as_optimizer, decay_rate
+from microlora.training.replay import ReplayConfig
 from microlora.training.schedule import LearningRateSchedule, factor, rate
+from microlora.training.settings import MAX_COUNT, Settings
 
 __all__ = ["AdapterTrainingConfig", "TrainingConfig"]
 
-SCHEMA_VERSION = 1
-MAX_COUNT = 2**31 - 1
 EWC_KINDS = ("delta", "factor", "l2", "si", "mas")
 FISHERS = ("auto", "exact", "sample", "empirical")
 STORAGE = ("f16", "bf16")
@@ -38,31 +27,8 @@ DEFAULT_LEARNING_RATE = 2e-3
 DEFAULT_EPOCHS = 3
 
 
-class _Settings(Document):
-    """Fields as JSON, with a schema version."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dict that JSON can hold, with its ``schema_version``."""
-        out: dict[str, Any] = {SCHEMA_KEY: SCHEMA_VERSION}
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            out[item.name] = value.to_dict() if hasattr(value, "to_dict") else value
-        return out
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The config of a dict; keys left out keep their default, no ``schema_version`` means version 1.
-
-        Raises:
-            ConfigError: An unknown key (with the nearest known one), or a value out of its range.
-            FormatError: Written by a newer version of microlora.
-        """
-        names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        return cls(**check_document("config", data, names, SCHEMA_VERSION))
-
-
 @dataclass(frozen=True)
-class TrainingConfig(_Settings):
+class TrainingConfig(Settings):
     """How weights are learned: batches, step sizes, and what earlier tasks may still say.
 
     Attributes:
@@ -251,7 +217,7 @@ class TrainingConfig(_Settings):
 
 
 @dataclass(frozen=True)
-class AdapterTrainingConfig(_Settings):
+class AdapterTrainingConfig(Settings):
     """A whole training run over a dataset.
 
     Attributes:
@@ -273,6 +239,9 @@ class AdapterTrainingConfig(_Settings):
             early stopping ended the run.
         output_dir: Folder of ``best.safetensors`` and of checkpoints; None writes nothing.
         checkpoint_every: Steps between resumable checkpoints in ``output_dir``; None writes none.
+        replay: Rows of earlier tasks that join every batch; None trains on the task's own alone. With replay
+            a ``training.ewc_lambda`` of None means no EWC, which gains nothing beside it (docs/learning.md);
+            a number is followed. Events of `AdapterTrainer.process_event` are neither kept nor joined.
 
     Raises:
         ConfigError: Names the field, the value that came and what was wanted.
@@ -288,6 +257,7 @@ class AdapterTrainingConfig(_Settings):
     save_best: bool = True
     output_dir: str | None = None
     checkpoint_every: int | None = None
+    replay: ReplayConfig | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -316,6 +286,22 @@ class AdapterTrainingConfig(_Settings):
             raise wrong(
                 "checkpoint_every", self.checkpoint_every, "an output_dir to write checkpoints to, or None"
             )
+        if isinstance(self.replay, Mapping):
+            put(self, "replay", ReplayConfig.from_dict(self.replay))
+        if not (self.replay is None or isinstance(self.replay, ReplayConfig)):
+            raise wrong("replay", self.replay, "a ReplayConfig or None")
+
+    @property
+    def replays(self) -> bool:
+        """Whether rows of earlier tasks can have a say."""
+        return self.replay is not None and self.replay.acts
+
+    @property
+    def learning(self) -> TrainingConfig:
+        """``training``, with EWC off where replay stands in for it and no lambda was chosen."""
+        if self.replays and self.training.ewc_lambda is None:
+            return self.training.replace(ewc_lambda=0.0)
+        return self.training
 
     @classmethod
     def quick(cls, **changes: Any) -> AdapterTrainingConfig:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from microlora._core import ReplayMemory
     from microlora.ewc import EwcPlusPlus
     from microlora.progress import CancelToken, Progress
     from microlora.training.config import TrainingConfig
@@ -75,17 +76,20 @@ class Feed(Protocol):
     Attributes:
         estimates: Whether importance can be estimated from any of its rows.
         has_loss: Whether any of its rows has a loss; bare gradients have none.
+        replayable: Whether rows of earlier tasks can join its batches.
         tally: What became of the rows since the epoch began; None where every row teaches.
     """
 
     estimates: bool
     has_loss: bool
+    replayable: bool
     tally: Tally | None
 
     def steps(
         self,
         optimizer: Optimizer,
         ewc: EwcPlusPlus | None,
+        replay: ReplayMemory | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -99,11 +103,17 @@ class Feed(Protocol):
     def accumulate_fisher(self, ewc: EwcPlusPlus, rows: NDArray[np.int64], most: int | None) -> None:
         """Adds the first ``most`` of these rows that can be used to the importance of the present task."""
 
+    def check_replay(self, replay: ReplayMemory) -> None:
+        """Refuses a memory whose rows cannot join these, where ``replayable``."""
+
+    def remember(self, replay: ReplayMemory) -> None:
+        """Shows the rows that count to the memory, where ``replayable``."""
+
 
 class ArrayFeed:
     """Rows of arrays through the core's own loop."""
 
-    estimates = has_loss = True
+    estimates = has_loss = replayable = True
     tally: Tally | None = None
 
     def __init__(
@@ -122,6 +132,7 @@ class ArrayFeed:
         self,
         optimizer: Optimizer,
         ewc: EwcPlusPlus | None,
+        replay: ReplayMemory | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -142,8 +153,25 @@ class ArrayFeed:
             max_grad_norm=self._config.max_grad_norm,
             ewc=ewc,
             ewc_every=self._config.ewc_every,
+            replay=replay,
             progress=progress,
             cancel=cancel,
+        )
+
+    def check_replay(self, replay: ReplayMemory) -> None:
+        x, y = self._rows.arrays
+        replay.check(self._target, x, y, modules=self._modules)
+
+    def remember(self, replay: ReplayMemory) -> None:
+        x, y = self._rows.arrays
+        replay.offer(
+            self._target,
+            x,
+            y,
+            self._rows.kept,
+            modules=self._modules,
+            weights=self._rows.weights,
+            base=self._base,
         )
 
     def evaluate(self, cancel: CancelToken | None) -> float:
@@ -177,10 +205,13 @@ class ArrayFeed:
 class DropoutFeed(ArrayFeed):
     """Rows of arrays for a learner with dropout, which only ``adapt`` applies; validation is without it."""
 
+    replayable = False
+
     def steps(
         self,
         optimizer: Optimizer,
         ewc: EwcPlusPlus | None,
+        replay: ReplayMemory | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -214,6 +245,7 @@ class DropoutFeed(ArrayFeed):
 class EventFeed:
     """Samples with their own feedback through ``adapt``."""
 
+    replayable = False
     tally: Tally | None
 
     def __init__(self, target: Any, rows: Rows, config: TrainingConfig, base: str | None = None) -> None:
@@ -250,6 +282,7 @@ class EventFeed:
         self,
         optimizer: Optimizer,
         ewc: EwcPlusPlus | None,
+        replay: ReplayMemory | None,
         order: NDArray[np.int64],
         lrs: NDArray[np.float64],
         progress: Progress | None,
@@ -289,6 +322,12 @@ class EventFeed:
         for event in islice(usable, most):
             for module in self._modules(event):
                 ewc.accumulate_fisher(event.x, event.feedback, module, event.base)
+
+    def check_replay(self, replay: ReplayMemory) -> None:
+        raise NotImplementedError
+
+    def remember(self, replay: ReplayMemory) -> None:
+        raise NotImplementedError
 
 
 def adapt_rows(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from microlora._core import ReplayMemory
     from microlora.ewc import EwcPlusPlus
     from microlora.progress import CancelToken, Progress
     from microlora.training.config import AdapterTrainingConfig
@@ -72,6 +73,7 @@ class Loop:
     schedule: LearningRateSchedule
     optimizer: Optimizer
     ewc: EwcPlusPlus | None
+    replay: ReplayMemory | None
     callbacks: Callbacks
     progress: Progress | None
     cancel: CancelToken | None
@@ -159,7 +161,7 @@ class Loop:
         before, started = self.optimizer.steps, time.perf_counter()
         try:
             losses, norms = self.feed.steps(
-                self.optimizer, self.ewc, rows, lrs, self._forwarded(), self.cancel
+                self.optimizer, self.ewc, self.replay, rows, lrs, self._forwarded(), self.cancel
             )
         except SampleError as error:
             raise self._named(error) from error
@@ -285,6 +287,8 @@ class Loop:
             parts["start"] = engine.state_bytes(self.start)
         if self.ewc is not None:
             parts["ewc"] = self.ewc.export_state()
+        if self.replay is not None:
+            parts["replay"] = self.replay.to_bytes()
         state = {
             **about,
             "place": dataclasses.asdict(self.place),
@@ -310,6 +314,8 @@ class Loop:
         self.optimizer.restore(parts["optimizer"])
         if self.ewc is not None:
             self.ewc.import_state(parts["ewc"])
+        if self.replay is not None:
+            self.replay.restore(parts["replay"])
         engine.restore(self.target, parts["snapshot"])
         self.place, self.best, self.start, self.stopping = place, best, start, stopping
         self.epochs, self.validations = list(history.epochs), list(history.validations)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     Order = NDArray[np.int64]
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "refuse_shared", "rows_of", "rows_of_events"]
 
 
 # Squares of such numbers, summed over any width, stay far from the end of float32.
@@ -138,6 +138,49 @@ def rows_of(name: str, dataset: Any, threshold: float) -> Rows:
     if not len(rows):
         raise ConfigError(f"{name}: got no sample of quality {threshold:g} or more, expected some")
     return rows
+
+
+def rows_of_events(events: list[InEvent], threshold: float) -> Rows:
+    """The rows of events that may have a base of their own, in their order.
+
+    Raises:
+        ConfigError: None, or none of enough quality.
+    """
+    if not events:
+        raise ConfigError("events: got none, expected one or more")
+    rows = _of_samples(events, [""] * len(events), threshold)
+    if not len(rows):
+        raise ConfigError(f"events: got none of quality {threshold:g} or more, expected some")
+    return rows
+
+
+def refuse_shared(rows: Rows, held: Rows | None) -> None:
+    """Refuses held-out samples that are training data too.
+
+    Raises:
+        ConfigError: Says how many, and which.
+    """
+    if held is None:
+        return
+    if held is rows or held.fingerprint == rows.fingerprint:
+        raise ConfigError("validation: got the training data themselves, expected other samples")
+    if not (rows.named and held.named):
+        known = set(rows.contents())
+        twice = [
+            row for row, digest in zip(held.kept.tolist(), held.contents(), strict=True) if digest in known
+        ]
+        if twice:
+            raise ConfigError(
+                f"validation: got {len(twice)} rows with inputs and targets of training data (first: row "
+                f"{twice[0]}), expected none"
+            )
+        return
+    shared = sorted(set(rows.ids()) & set(held.ids()))
+    if shared:
+        shown = ", ".join(map(repr, shared[:3])) + (", ..." if len(shared) > 3 else "")
+        raise ConfigError(
+            f"validation: got {len(shared)} samples that are training data too ({shown}), expected none"
+        )
 
 
 def _of_arrays(name: str, x: Any, y: Any, weights: Any = None) -> Rows:

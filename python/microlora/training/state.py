@@ -121,7 +121,8 @@ def check_state(path: str, found: Checkpoint, rows: int) -> None:
     if not (closed == 0 and (place.epoch or reason is None)) and not (closed == 1 and reason is not None):
         raise _refuse(f"{path}: history.epochs", f"{len(history.epochs)} epochs", f"{place.epoch}")
     wanted = {"snapshot": True, "optimizer": True, "best": state["best"] is not None}
-    lacks = [name for name, needed in {**wanted, "ewc": state["ewc"] is not None}.items() if needed]
+    wanted |= {"ewc": state["ewc"] is not None, "replay": state["config"].get("replay") is not None}
+    lacks = [name for name, needed in wanted.items() if needed]
     lacks = [name for name in lacks if name not in parts]
     if lacks:
         raise FormatError(f"{path}: a checkpoint without the part {', '.join(lacks)}")

@@ -20,7 +20,7 @@ from microlora.training.events import EventLog
 from microlora.training.feeds import feed_of
 from microlora.training.loop import Loop
 from microlora.training.result import TrainingHistory, TrainingResult
-from microlora.training.rows import Rows, rows_of
+from microlora.training.rows import Rows, refuse_shared, rows_of
 from microlora.training.state import check_state
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class AdapterTrainer(EventLog):
 
     A trainer remembers what it trained: a further `train` of the same learner on other data is a new task, so
     that with ``ewc_lambda`` above 0 the weights are first anchored where the earlier data need them. The
-    same data again go on with the same task.
+    same data again go on with the same task. With ``replay`` it remembers rows of earlier tasks instead.
 
     Args:
         config: Settings; None takes the defaults.
@@ -68,6 +68,7 @@ class AdapterTrainer(EventLog):
             raise DTypeError(f"config: got {type(config).__name__}, expected AdapterTrainingConfig")
         if ewc is not None and not self.config.training.ewc:
             raise ConfigError("ewc: got one with ewc_lambda 0, expected none, or a lambda above 0")
+        self._training = self.config.learning if ewc is None else self.config.training
         self._given_ewc = ewc
         self._written: set[Path] = set()
         super().__init__()
@@ -81,6 +82,8 @@ class AdapterTrainer(EventLog):
         self._optimizer: _core.Optimizer | None = None
         self._task: str | None = None
         self._before_fisher: bytes | None = None
+        self._replay: _core.ReplayMemory | None = None
+        self._before_replay: _core.ReplayMemory | None = None
         self._history = TrainingHistory()
 
     def history(self) -> TrainingHistory:
@@ -91,6 +94,11 @@ class AdapterTrainer(EventLog):
     def ewc(self) -> EwcPlusPlus | None:
         """The EWC penalty of the learner trained last; None where it is off."""
         return self._ewc
+
+    @property
+    def replay(self) -> _core.ReplayMemory | None:
+        """What is remembered of the tasks of the learner trained last; None where replay is off."""
+        return self._replay
 
     def train(
         self,
@@ -139,7 +147,7 @@ class AdapterTrainer(EventLog):
             FormatError: A damaged checkpoint, or one of a newer version.
             OSError: A file could not be written; the one before it is whole.
         """
-        training = self.config.training
+        training = self._training
         engine.learner_of(lora)
         if not (cancel is None or isinstance(cancel, CancelToken)):
             raise DTypeError(f"cancel: got {type(cancel).__name__}, expected a CancelToken or None")
@@ -149,7 +157,7 @@ class AdapterTrainer(EventLog):
         held = None if validation is None else rows_of("validation", validation, training.quality_threshold)
         if hasattr(dataset, "with_validation") and hasattr(validation, "with_validation"):
             dataset.with_validation(validation)  # looks for shared ids, texts and variations
-        _refuse_shared(rows, held)
+        refuse_shared(rows, held)
         names = [modules] if isinstance(modules, str) else None if modules is None else list(modules)
         if base is not None:
             base = choice("base", base, ("input",))
@@ -165,6 +173,13 @@ class AdapterTrainer(EventLog):
                 f"dataset: got no sample that fisher={training.fisher!r} can estimate importance from, "
                 "expected some, or fisher='empirical', or ewc_lambda=0"
             )
+        if self.config.replays and not feed.replayable:
+            raise ConfigError(
+                "replay: got one with samples of their own feedback or a learner with dropout, which are "
+                "shown one by one; expected targets or labels as arrays and no dropout, or replay=None"
+            )
+        if self._target is lora and (memory := self._memory_for(rows)) is not None:
+            feed.check_replay(memory)
         if watched is not None and not watched.has_loss:
             raise ConfigError("validation: got bare gradients alone, expected feedback that has a loss")
         steps_per_epoch = -(-len(rows) // training.step_size)
@@ -191,6 +206,7 @@ class AdapterTrainer(EventLog):
                 schedule=schedule,
                 optimizer=optimizer,
                 ewc=ewc,
+                replay=self._replay,
                 callbacks=watchers,
                 progress=report,
                 cancel=cancel,
@@ -205,7 +221,7 @@ class AdapterTrainer(EventLog):
             if found is not None:
                 with undo:
                     loop.resume(found)
-                self._before_fisher = None
+                self._before_fisher = self._before_replay = None
             try:
                 reason = loop.run()
             except (CancelledError, KeyboardInterrupt) as error:
@@ -257,24 +273,35 @@ class AdapterTrainer(EventLog):
 
     def _begin(self, lora: Any, rows: Rows, *, resumed: bool) -> tuple[EwcPlusPlus | None, _core.Optimizer]:
         """The penalty and the optimiser of this run; other data than the last run's are a new task."""
-        training = self.config.training
+        training = self._training
         if self._target is not lora:
             given, self._given_ewc = self._given_ewc, None
             self._target, self._task, self._before_fisher, self._optimizer = lora, None, None, None
+            self._before_replay = None
             self._ewc = engine.make_ewc(lora, training) if given is None else given
+            self._replay = self.config.replay.memory() if self.config.replay and self.config.replays else None
         elif self._ewc is not None and self._before_fisher is not None and not resumed:
             if self._task == rows.fingerprint:
                 self._ewc.import_state(self._before_fisher)
             else:
                 self._ewc.start_new_task()
-        self._before_fisher, self._task = None, rows.fingerprint
+        if not resumed:
+            self._replay = self._memory_for(rows)
+        self._before_fisher, self._before_replay, self._task = None, None, rows.fingerprint
         if self._optimizer is None or not training.incremental_update:
             self._optimizer = engine.make_optimizer(lora, training)
         return self._ewc, self._optimizer
 
+    def _memory_for(self, rows: Rows) -> _core.ReplayMemory | None:
+        """What is remembered of the tasks before this one; the last run's data go on with its task."""
+        goes_on = self._before_replay is not None and self._task == rows.fingerprint
+        return self._before_replay if goes_on else self._replay
+
     def _about(self, rows: Rows, held: Rows | None, lora: Any, base: str | None) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _PLACES}
+        if not self.config.replays:  # as a checkpoint from before there was replay
+            del config["replay"]
         return {
             "config": config,
             "dataset": rows.fingerprint,
@@ -365,10 +392,14 @@ class AdapterTrainer(EventLog):
         )
 
     def _accumulate(self, loop: Loop, rows: Rows) -> None:
-        """Estimates what this task needs, at the weights that it ended with."""
+        """Estimates what this task needs, and remembers some of it, at the weights that it ended with."""
+        if self._replay is not None:
+            before_replay = self._replay.copy()
+            loop.feed.remember(self._replay)
+            self._before_replay = before_replay
         if self._ewc is None:
             return
-        training = engine.follow_ewc(self._ewc, self.config.training)
+        training = engine.follow_ewc(self._ewc, self._training)
         before = self._ewc.export_state()
         if training.measures_importance:
             order = rows.order(training.seed, self.config.epochs)
@@ -379,7 +410,9 @@ class AdapterTrainer(EventLog):
 class _Undo:
     """Puts a trainer back to what it knew, tasks and moments included, where the block raises."""
 
-    FIELDS = ("_target", "_given_ewc", "_ewc", "_optimizer", "_task", "_before_fisher")
+    FIELDS = (
+        "_target", "_given_ewc", "_ewc", "_optimizer", "_task", "_before_fisher", "_replay", "_before_replay",
+    )  # fmt: skip
 
     def __init__(self, trainer: AdapterTrainer, *, resumed: bool) -> None:
         self._trainer = trainer
@@ -387,6 +420,8 @@ class _Undo:
         # Only resuming overwrites these, and only it may fail after it has.
         penalties = [e for e in (trainer._ewc, trainer._given_ewc) if e is not None] if resumed else []
         self._penalties = [(ewc, ewc.export_state()) for ewc in penalties]
+        if resumed and trainer._replay is not None:
+            self._fields["_replay"] = trainer._replay.copy()
         optimizer = trainer._optimizer if resumed else None
         self._moments = None if optimizer is None else (optimizer, optimizer.to_bytes())
 
@@ -403,30 +438,6 @@ class _Undo:
             ewc.import_state(state)
         if self._moments is not None:
             self._moments[0].restore(self._moments[1])
-
-
-def _refuse_shared(rows: Rows, held: Rows | None) -> None:
-    if held is None:
-        return
-    if held is rows or held.fingerprint == rows.fingerprint:
-        raise ConfigError("validation: got the training data themselves, expected other samples")
-    if not (rows.named and held.named):
-        known = set(rows.contents())
-        twice = [
-            row for row, digest in zip(held.kept.tolist(), held.contents(), strict=True) if digest in known
-        ]
-        if twice:
-            raise ConfigError(
-                f"validation: got {len(twice)} rows with inputs and targets of training data (first: row "
-                f"{twice[0]}), expected none"
-            )
-        return
-    shared = sorted(set(rows.ids()) & set(held.ids()))
-    if shared:
-        shown = ", ".join(map(repr, shared[:3])) + (", ..." if len(shared) > 3 else "")
-        raise ConfigError(
-            f"validation: got {len(shared)} samples that are training data too ({shown}), expected none"
-        )
 
 
 def _refuse_other(path: str, found: checkpoint.Checkpoint, about: dict[str, Any], rows: int) -> None:

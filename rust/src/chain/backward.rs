@@ -7,6 +7,9 @@ use crate::learn::batch::{BadRow, OVERFLOW, unsquared};
 use crate::learn::update::Sums;
 use crate::learn::{Regularizer, Samples};
 
+/// Who sees the samples, and how many of the first rows it sees.
+pub(super) type Observer<'a> = Option<(&'a mut dyn Regularizer, usize)>;
+
 impl Chain {
     /// From `g` = dL/dz of the outputs (per sample, taken over) back to the first layer.
     #[allow(clippy::too_many_arguments)]
@@ -18,7 +21,7 @@ impl Chain {
         g: Vec<f32>,
         pass: &mut Pass,
         mut sums: Option<&mut Sums>,
-        mut observe: Option<&mut dyn Regularizer>,
+        mut observe: Observer<'_>,
     ) -> Result<(), BadRow> {
         let last = self.frozen.len() - 1;
         let mut g = g;
@@ -75,7 +78,7 @@ impl Chain {
         mut g: Vec<f32>,
         pass: &mut Pass,
         sums: Option<&mut Sums>,
-        observe: &mut Option<&mut dyn Regularizer>,
+        observe: &mut Observer<'_>,
     ) -> Result<Option<Vec<f32>>, BadRow> {
         let (frozen, layer) = (&self.frozen[l], &version.layers[l]);
         let (n_in, n_out, rank) = (layer.in_features(), layer.out_features(), layer.rank());
@@ -103,10 +106,10 @@ impl Chain {
             refused = Some(BadRow { row, arg: "y", reason: OVERFLOW });
         }
         let u = std::mem::take(&mut pass.kept[l].u);
-        if let (Some(e), None) = (observe.as_deref_mut(), &refused) {
-            let samples = Samples { x: input, g: &g, u: &u, w: &w };
+        if let (Some((e, rows)), None) = (observe.as_mut(), &refused) {
+            let samples = Samples { x: input, g: &g, u: &u, w: &w }.first(*rows, n);
             if e.observe(k, l, samples).is_err() {
-                refused = Some(unsquared(n, samples));
+                refused = Some(unsquared(*rows, samples));
             }
         }
         if let (Some(sums), None) = (sums, &refused) {

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::learn::batch::{BadRow, NOT_FINITE};
+use crate::learn::batch::{BadRow, NOT_FINITE, Replayed};
 use crate::learn::train::Targets;
 
 /// The loss at the end of a chain.
@@ -42,10 +42,12 @@ pub(crate) fn softmax(row: &mut [f32]) -> f32 {
 }
 
 impl Head {
-    /// Turns outputs into dL/dz, row by row, and appends each row's loss.
+    /// Turns outputs into dL/dz, row by row, and appends each row's loss. The last rows may be replayed ones:
+    /// the distance to what was stored with them counts too, and their losses are left out.
     ///
     /// # Errors
     /// The first row whose target or loss is not finite.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn losses(
         self,
         k: &Kernels,
@@ -53,10 +55,19 @@ impl Head {
         z: &mut [f32],
         y: Targets<'_>,
         weights: Option<&[f32]>,
+        replayed: Option<Replayed<'_>>,
         losses: &mut Vec<f32>,
     ) -> Result<(), BadRow> {
         losses.clear();
+        let fresh = z.len() / width - replayed.map_or(0, |r| r.rows());
+        let mut pull = Vec::new();
         for (row, z) in z.chunks_exact_mut(width).enumerate() {
+            let dark = replayed.filter(|_| row >= fresh).map(|r| (r, row - fresh));
+            if let Some((r, i)) = dark {
+                // Taken here, because the loss puts its gradient where the outputs are.
+                pull.clear();
+                pull.extend(z.iter().zip(r.output(i, 0, width)).map(|(z, s)| z - s));
+            }
             let mut loss = match y {
                 Targets::Labels(labels) => {
                     let label = labels[row] as usize;
@@ -74,15 +85,24 @@ impl Head {
                     0.5 * k.dot(z, z)
                 }
             };
-            if let Some(w) = weights {
-                loss *= w[row];
-                k.scale(w[row], z);
+            let weight = match dark {
+                Some((r, i)) => Some(r.weights[i]),
+                None => weights.map(|w| w[row]),
+            };
+            if let Some(w) = weight {
+                loss *= w;
+                k.scale(w, z);
+            }
+            if let Some((r, _)) = dark {
+                loss += 0.5 * r.logit_weight * k.dot(&pull, &pull);
+                k.axpy(r.logit_weight, &pull, z);
             }
             if !loss.is_finite() {
                 return Err(BadRow { row, arg: "x", reason: "gives a loss that is not finite" });
             }
             losses.push(loss);
         }
+        losses.truncate(fresh);
         Ok(())
     }
 }

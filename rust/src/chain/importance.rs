@@ -76,7 +76,7 @@ impl Chain {
                 passes.gradient(c, &mut g);
                 // With checkpoints a backward gives up its segments, so that forward has to lay them anew.
                 pass.hold = self.segment == 1;
-                self.backward(k, &version, x, g, pass, None, Some(&mut *ewc))?;
+                self.backward(k, &version, x, g, pass, None, Some((&mut *ewc, n)))?;
                 if self.segment > 1 && c + 1 < passes.count() {
                     let again = self.forward_tape(k, &version, x, true, pass)?;
                     pass.give(again);

@@ -271,18 +271,26 @@ impl Trainee for Chain {
         let pass = &mut ws.pass;
         let mut z = self.forward_tape(k, &version, batch.x, learn, pass)?;
         let (width, losses) = (self.out_features(), &mut ws.losses);
-        let outcome = self.head.losses(k, width, &mut z, batch.y, batch.weights, losses);
+        let outcome = self.head.losses(k, width, &mut z, batch.y, batch.weights, batch.replayed, losses);
         if outcome.is_err() || !learn {
             pass.give(z);
             pass.clear();
             return outcome;
         }
-        let n = batch.rows as u64;
-        self.backward(k, &version, batch.x, z, pass, Some(&mut ws.sums), observe)?;
+        let fresh = batch.fresh();
+        self.backward(k, &version, batch.x, z, pass, Some(&mut ws.sums), observe.map(|e| (e, fresh)))?;
         pass.clear();
         for s in ws.sums.iter_mut().flatten() {
-            s.count += n;
+            s.count += fresh as u64;
         }
         Ok(())
+    }
+
+    fn modules(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn outputs(&self, _: &Kernels, x: &[f32], ws: &mut Workspace) -> Result<Vec<f32>, BadRow> {
+        self.forward(x, &mut ws.pass)
     }
 }

@@ -157,7 +157,7 @@ fn add(
         return Err(Error::NonFinite { arg: event.feedback.argument().into(), detail });
     }
     if let Some(Watch { ewc, module, .. }) = watch {
-        let Event { x, feedback, base } = event;
+        let Event { x, feedback, base, .. } = event;
         let (u, g, w) = (&scratch.u[..], &scratch.g[..], &scratch.gain[..]);
         ewc.stage(k, module, &Observed { layer, x, u, g, w, feedback: Some(feedback), base })?;
         ewc.commit(k);

@@ -18,6 +18,34 @@ pub struct Batch<'a> {
     pub base: Option<&'a [f32]>,
     /// Weight of each row's loss, `(n,)`; none are ones.
     pub weights: Option<&'a [f32]>,
+    /// Rows of earlier tasks at the end of `x` and `target`; they have no base, and weights of their own.
+    pub replayed: Option<Replayed<'a>>,
+}
+
+/// Rows of earlier tasks that join a batch (dark experience replay, arXiv 2004.07211). Each adds
+/// `weight loss + logit_weight/2 |y - stored|^2`.
+#[derive(Clone, Copy)]
+pub struct Replayed<'a> {
+    /// Outputs that were stored with them, `(m, stride)`.
+    pub outputs: &'a [f32],
+    /// Numbers from one row's outputs to the next one's.
+    pub stride: usize,
+    /// Weight of each row's own loss, `(m,)`.
+    pub weights: &'a [f32],
+    /// Weight of the distance to the stored outputs.
+    pub logit_weight: f32,
+}
+
+impl<'a> Replayed<'a> {
+    /// How many rows joined.
+    pub fn rows(&self) -> usize {
+        self.weights.len()
+    }
+
+    /// What the module at `offset` answered to row `i`.
+    pub fn output(&self, i: usize, offset: usize, width: usize) -> &'a [f32] {
+        &self.outputs[i * self.stride + offset..][..width]
+    }
 }
 
 /// Buffers of one batch, kept between batches.
@@ -102,7 +130,8 @@ impl Rows {
     }
 }
 
-/// Loss of each row, `weight/2 |base + dY - target|^2`, into `losses`, and dL/dy into `rows.g`.
+/// Loss of each row, `weight/2 |base + dY - target|^2`, into `losses`, and dL/dy into `rows.g`. Rows that were
+/// replayed are in `rows`, but not in `losses`; `offset` is where this module's outputs begin in theirs.
 ///
 /// # Errors
 /// The first row whose input, target or loss is not finite.
@@ -110,19 +139,24 @@ pub(crate) fn squared_error(
     k: &Kernels,
     layer: &Layer,
     batch: Batch<'_>,
+    offset: usize,
     rows: &mut Rows,
     losses: &mut Vec<f32>,
 ) -> Result<(), BadRow> {
     rows.down(k, layer, batch.x)?;
     let n_out = layer.out_features();
+    let fresh = batch.x.len() / layer.in_features() - batch.replayed.map_or(0, |r| r.rows());
+    let (now, before) = batch.target.split_at(fresh * n_out);
     rows.g.clear();
     match batch.base {
-        Some(base) => rows.g.extend(base.iter().zip(batch.target).map(|(b, t)| b - t)),
-        None => rows.g.extend(batch.target.iter().map(|t| -t)),
+        Some(base) => rows.g.extend(base.iter().zip(now).map(|(b, t)| b - t)),
+        None => rows.g.extend(now.iter().map(|t| -t)),
     }
+    rows.g.resize(batch.target.len(), 0.0);
     layer.b.combine_batch(k, &rows.u, &mut rows.g, true);
     losses.clear();
-    for (row, g) in rows.g.chunks_exact_mut(n_out).enumerate() {
+    let (new, old) = rows.g.split_at_mut(fresh * n_out);
+    for (row, g) in new.chunks_exact_mut(n_out).enumerate() {
         let weight = batch.weights.map_or(1.0, |w| w[row]);
         let loss = 0.5 * weight * k.dot(g, g);
         if !loss.is_finite() {
@@ -143,6 +177,19 @@ pub(crate) fn squared_error(
             k.scale(weight, g);
         }
     }
+    let Some(replayed) = batch.replayed else { return Ok(()) };
+    for (i, (y, target)) in old.chunks_exact_mut(n_out).zip(before.chunks_exact(n_out)).enumerate() {
+        let (weight, dark) = (replayed.weights[i], replayed.logit_weight);
+        let mut loss = 0.0;
+        for ((y, t), s) in y.iter_mut().zip(target).zip(replayed.output(i, offset, n_out)) {
+            let (error, pull) = (*y - t, *y - s);
+            loss += weight * error * error + dark * pull * pull;
+            *y = weight * error + dark * pull;
+        }
+        if !loss.is_finite() {
+            return Err(BadRow { row: fresh + i, arg: "x", reason: NOT_FINITE });
+        }
+    }
     Ok(())
 }
 
@@ -154,11 +201,12 @@ pub(crate) fn accumulate(
     k: &Kernels,
     layer: &Layer,
     batch: Batch<'_>,
+    offset: usize,
     rows: &mut Rows,
     losses: &mut Vec<f32>,
     sums: &mut Gradients,
 ) -> Result<(), BadRow> {
-    squared_error(k, layer, batch, rows, losses)?;
+    squared_error(k, layer, batch, offset, rows, losses)?;
     rows.back(k, layer)?;
     rows.add_to(k, batch.x, sums);
     sums.count += losses.len() as u64;

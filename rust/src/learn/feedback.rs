@@ -199,6 +199,29 @@ impl Feedback {
         Ok(Feedback::Contrastive { rows, width, tau })
     }
 
+    /// What it is called.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Feedback::Target { .. } => "target",
+            Feedback::Gradient { .. } => "gradient",
+            Feedback::Reward { .. } => "reward",
+            Feedback::Preference { .. } => "preference",
+            Feedback::Contrastive { .. } => "contrastive",
+        }
+    }
+
+    /// Bytes of its arrays.
+    pub fn memory_bytes(&self) -> usize {
+        let numbers = match self {
+            Feedback::Target { target, .. } => target.len(),
+            Feedback::Gradient { gradient } => gradient.len(),
+            Feedback::Reward { response, .. } => response.len(),
+            Feedback::Preference { chosen, .. } => 2 * chosen.len(),
+            Feedback::Contrastive { rows, .. } => rows.len(),
+        };
+        4 * numbers + std::mem::size_of::<Self>()
+    }
+
     /// Width of the output this feedback is about.
     pub fn width(&self) -> usize {
         match self {

@@ -92,6 +92,8 @@ pub(crate) struct Event<'a> {
     pub x: &'a [f32],
     pub feedback: &'a Feedback,
     pub base: Option<&'a [f32]>,
+    /// Weight of its loss in the one-event update, above 0; a gradient that is accumulated is not scaled.
+    pub weight: f32,
 }
 
 impl Clone for Learner {

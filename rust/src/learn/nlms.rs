@@ -90,7 +90,7 @@ pub(crate) fn step(
     }
     let scale = if event.feedback.is_angular() { k.dot(&scratch.y, &scratch.y) } else { 1.0 };
     let mu = settings.mu.unwrap_or_else(|| event.feedback.default_mu());
-    let mut eta = mu * scale / (curvature + f32::MIN_POSITIVE);
+    let mut eta = event.weight.min(1.0) * mu * scale / (curvature + f32::MIN_POSITIVE);
     result.grad_norm_a = (s2 * x2 * w2).sqrt();
     result.grad_norm_b = (u2 * g2).sqrt();
     if !result.grad_norm_a.is_finite() || !eta.is_finite() {

@@ -18,6 +18,14 @@ pub struct Samples<'a> {
     pub w: &'a [f32],
 }
 
+impl<'a> Samples<'a> {
+    /// The first `some` of `all` samples.
+    pub(crate) fn first(self, some: usize, all: usize) -> Self {
+        let cut = |v: &'a [f32]| &v[..v.len() / all * some];
+        Samples { x: cut(self.x), g: cut(self.g), u: cut(self.u), w: cut(self.w) }
+    }
+}
+
 /// A pair of factors: A's and B's.
 pub type Pair<'a> = (&'a Factor, &'a Factor);
 

@@ -66,6 +66,44 @@ fn check(learner: &mut Learner, k: &Kernels, settings: &Instant, s: &mut Scratch
     learner.guard_weights([0.0, gain * f64::from(error2).sqrt()], arg)
 }
 
+/// Takes one event out of the recursion again: `P^-1 -= w u u^T`, and B with it.
+///
+/// # Errors
+/// An event that the recursion has not seen, as far as numbers can tell. Nothing changes then.
+pub(crate) fn downdate(learner: &mut Learner, k: &Kernels, event: Event<'_>, target: &[f32]) -> Result<()> {
+    let unknown = || Error::Feedback("the learner's recursion has not seen this event".into());
+    let mut u = Vec::new();
+    let norm2 = learner.bottleneck(k, event.x, &mut u)?;
+    if norm2 < TINY {
+        return Ok(());
+    }
+    let root = event.weight.sqrt();
+    k.scale(root, &mut u);
+    let mut wanted = target.to_vec();
+    if let Some(base) = event.base {
+        k.axpy(-1.0, base, &mut wanted);
+    }
+    k.scale(root, &mut wanted);
+    let Some(rls) = &mut learner.rls else { return Err(unknown()) };
+    let r = u.len();
+    let of = |row: &[f64]| row.iter().zip(&u).map(|(p, u)| p * f64::from(*u)).sum::<f64>();
+    let pu: Vec<f64> = rls.p.chunks_exact(r).map(of).collect();
+    let left = 1.0 - pu.iter().zip(&u).map(|(p, u)| p * f64::from(*u)).sum::<f64>();
+    if !(left > 1e-9) {
+        return Err(unknown());
+    }
+    for (row, a) in rls.p.chunks_exact_mut(r).zip(&pu) {
+        row.iter_mut().zip(&pu).for_each(|(p, b)| *p += a * b / left);
+    }
+    // With the gain k = P'u of the new P: B' = B - k (t - u B) / 1, as u P' u = (1 - left) / left.
+    let gain: Vec<f32> = pu.iter().map(|p| (-p / left) as f32).collect();
+    learner.edit(Touched { a: false, b: true }, |layer| {
+        std::sync::Arc::make_mut(&mut layer.b).fit_sweep(k, &u, &gain, &mut wanted)
+    });
+    learner.refresh_bounds();
+    Ok(())
+}
+
 pub(crate) fn step(
     learner: &mut Learner,
     k: &Kernels,
@@ -88,6 +126,12 @@ pub(crate) fn step(
     scratch.y.extend_from_slice(target);
     if let Some(base) = event.base {
         k.axpy(-1.0, base, &mut scratch.y);
+    }
+    if event.weight != 1.0 {
+        // Weighted least squares: both sides of the event's equation by the root of its weight.
+        let root = event.weight.sqrt();
+        k.scale(root, &mut scratch.u);
+        k.scale(root, &mut scratch.y);
     }
     let unit = learner.basis_unit.unwrap_or(norm2);
     let fresh = learner.rls.is_none();
@@ -119,6 +163,7 @@ pub(crate) fn step(
     learner.bounds[1] += f64::from(gain) * f64::from(error2).sqrt();
 
     let left = 1.0 - step;
+    let error2 = error2 / event.weight;
     Ok(StepResult {
         loss_before: Some(0.5 * error2),
         loss_after: Some(0.5 * error2 * left * left),

@@ -6,9 +6,11 @@ use crate::layer::Layer;
 use crate::micro_lora::MicroLora;
 
 use super::accumulate::Gradients;
-use super::batch::{self, BadRow, Batch, Rows};
+use super::batch::{self, BadRow, Batch, Replayed, Rows};
+use super::gathered::Gathered;
 use super::optim::Optimizer;
 use super::regularizer::{Regularizer, Samples};
+use super::replay_memory::ReplayMemory;
 use super::update::StepOptions;
 
 /// What each row should give.
@@ -33,6 +35,24 @@ pub struct Data<'a> {
     pub weights: Option<&'a [f32]>,
     /// Rows.
     pub rows: usize,
+    /// The last rows of x and y are of earlier tasks, without base and weights above; batches only.
+    pub replayed: Option<Replayed<'a>>,
+}
+
+impl Data<'_> {
+    /// Rows that are of this data set.
+    pub fn fresh(&self) -> usize {
+        self.rows - self.replayed.map_or(0, |r| r.rows())
+    }
+}
+
+/// What earlier tasks say in a step.
+#[derive(Default)]
+pub struct Past<'a> {
+    /// A penalty on the weights.
+    pub anchor: Option<&'a mut dyn Regularizer>,
+    /// Rows that join every batch, as many as it has.
+    pub replay: Option<&'a mut ReplayMemory>,
 }
 
 /// How the loop runs.
@@ -102,55 +122,6 @@ impl Workspace {
     }
 }
 
-#[derive(Debug, Default)]
-struct Gathered {
-    x: Vec<f32>,
-    target: Vec<f32>,
-    labels: Vec<i64>,
-    base: Vec<f32>,
-    weights: Vec<f32>,
-}
-
-impl Gathered {
-    /// Copies the rows of `order`; batches are then contiguous whatever the data set is.
-    fn fill(&mut self, data: &Data<'_>, order: &[usize]) {
-        let copy = |to: &mut Vec<f32>, from: &[f32]| {
-            to.clear();
-            let width = from.len() / data.rows;
-            for &row in order {
-                to.extend_from_slice(&from[row * width..(row + 1) * width]);
-            }
-        };
-        copy(&mut self.x, data.x);
-        match data.y {
-            Targets::Values(y) => copy(&mut self.target, y),
-            Targets::Labels(y) => {
-                self.labels.clear();
-                self.labels.extend(order.iter().map(|&row| y[row]));
-            }
-        }
-        if let Some(base) = data.base {
-            copy(&mut self.base, base);
-        }
-        if let Some(weights) = data.weights {
-            copy(&mut self.weights, weights);
-        }
-    }
-
-    fn view(&self, data: &Data<'_>) -> Data<'_> {
-        Data {
-            x: &self.x,
-            y: match data.y {
-                Targets::Values(_) => Targets::Values(&self.target),
-                Targets::Labels(_) => Targets::Labels(&self.labels),
-            },
-            base: data.base.map(|_| &self.base[..]),
-            weights: data.weights.map(|_| &self.weights[..]),
-            rows: self.x.len() / (data.x.len() / data.rows),
-        }
-    }
-}
-
 /// What can be trained: some modules of a learner on their own, or a chain of layers.
 pub trait Trainee: Sync {
     /// The learner that holds the weights.
@@ -175,6 +146,15 @@ pub trait Trainee: Sync {
         ws: &mut Workspace,
         observe: Option<&mut dyn Regularizer>,
     ) -> Result<(), BadRow>;
+
+    /// Names of the modules that answer to an input side by side; none for a chain, which answers once.
+    fn modules(&self) -> Vec<String>;
+
+    /// Answers of the adapter to rows `(n, in)`: `(n, out)`, with as many blocks as there are modules per row.
+    ///
+    /// # Errors
+    /// The first row that is not finite.
+    fn outputs(&self, k: &Kernels, x: &[f32], ws: &mut Workspace) -> Result<Vec<f32>, BadRow>;
 }
 
 /// Modules that each learn the same targets from the same inputs.
@@ -223,27 +203,51 @@ impl Trainee for Modules<'_> {
         mut observe: Option<&mut dyn Regularizer>,
     ) -> Result<(), BadRow> {
         let Targets::Values(target) = batch.y else { unreachable!("checked") };
-        let rows = Batch { x: batch.x, target, base: batch.base, weights: batch.weights };
+        let Data { x, base, weights, replayed, .. } = batch;
+        let rows = Batch { x, target, base, weights, replayed };
         let (layers, _) = self.lora.layers(&self.modules);
-        let mut mean = vec![0.0f32; batch.rows];
+        let (mut mean, mut offset) = (vec![0.0f32; batch.fresh()], 0);
         for (layer, &m) in layers.iter().zip(&self.modules) {
             if learn {
                 let sums = ws.sums[m].get_or_insert_with(|| Box::new(Gradients::new(layer)));
-                batch::accumulate(k, layer, rows, &mut ws.rows, &mut ws.losses, sums)?;
+                batch::accumulate(k, layer, rows, offset, &mut ws.rows, &mut ws.losses, sums)?;
                 if let Some(e) = observe.as_deref_mut() {
-                    let s = Samples { x: batch.x, g: &ws.rows.g, u: &ws.rows.u, w: &ws.rows.w };
-                    e.observe(k, m, s)
-                        .map_err(|_| batch::unsquared(rows.x.len() / layer.in_features(), s))?;
+                    let s = Samples { x, g: &ws.rows.g, u: &ws.rows.u, w: &ws.rows.w };
+                    let s = s.first(batch.fresh(), batch.rows);
+                    e.observe(k, m, s).map_err(|_| batch::unsquared(batch.fresh(), s))?;
                 }
             } else {
-                batch::squared_error(k, layer, rows, &mut ws.rows, &mut ws.losses)?;
+                batch::squared_error(k, layer, rows, offset, &mut ws.rows, &mut ws.losses)?;
             }
             for (mean, loss) in mean.iter_mut().zip(&ws.losses) {
                 *mean += loss / layers.len() as f32;
             }
+            offset += layer.out_features();
         }
         ws.losses = mean;
         Ok(())
+    }
+
+    fn modules(&self) -> Vec<String> {
+        self.modules.iter().map(|&m| self.lora.names()[m].clone()).collect()
+    }
+
+    fn outputs(&self, k: &Kernels, x: &[f32], ws: &mut Workspace) -> Result<Vec<f32>, BadRow> {
+        let (layers, _) = self.lora.layers(&self.modules);
+        let stride: usize = layers.iter().map(|l| l.out_features()).sum();
+        let rows = x.len() / layers[0].in_features();
+        let (mut out, mut offset) = (vec![0.0f32; rows * stride], 0);
+        for layer in &layers {
+            ws.rows.down(k, layer, x)?;
+            let width = layer.out_features();
+            let mut y = vec![0.0f32; rows * width];
+            layer.b.combine_batch(k, &ws.rows.u, &mut y, true);
+            for (to, from) in out.chunks_exact_mut(stride).zip(y.chunks_exact(width)) {
+                to[offset..offset + width].copy_from_slice(from);
+            }
+            offset += width;
+        }
+        Ok(out)
     }
 }
 
@@ -262,7 +266,7 @@ pub type Tick<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
 /// Steps between two ticks: tens of microseconds each, so that signals wait for milliseconds at most.
 const TICK: usize = 64;
 
-fn check_data(trainee: &dyn Trainee, data: &Data<'_>) -> Result<()> {
+pub(super) fn check_data(trainee: &dyn Trainee, data: &Data<'_>) -> Result<()> {
     if data.rows == 0 || data.x.is_empty() {
         return Err(Error::shape("x", "(0, n)", "at least one row"));
     }
@@ -288,18 +292,23 @@ fn check_data(trainee: &dyn Trainee, data: &Data<'_>) -> Result<()> {
 /// Runs the plan's steps. Weights change step by step; a refused row stops before its step.
 ///
 /// # Errors
-/// Data or a plan that do not fit, a row that cannot be learned from, a step that would overflow, a tick that
-/// refuses. What earlier steps did stays done.
+/// Data, a memory or a plan that do not fit, a row that cannot be learned from, a step that would overflow, a
+/// tick that refuses. What earlier steps did stays done.
 pub fn train(
     trainee: &dyn Trainee,
     data: &Data<'_>,
     plan: &Plan<'_>,
     opt: &mut Optimizer,
-    mut anchor: Option<&mut dyn Regularizer>,
+    past: Past<'_>,
     ws: &mut Workspace,
     tick: &mut Tick<'_>,
 ) -> Result<Log> {
     check_data(trainee, data)?;
+    let Past { mut anchor, replay } = past;
+    let mut replay = replay.filter(|r| r.acts());
+    if let Some(memory) = &replay {
+        memory.check(trainee, data)?;
+    }
     let (lora, k) = (trainee.lora(), trainee.lora().kernels());
     let per_step = plan.batch.saturating_mul(plan.accumulation);
     let steps = plan.order.len().div_ceil(per_step.max(1));
@@ -321,6 +330,9 @@ pub fn train(
         for (i, part) in order.chunks(plan.batch).enumerate() {
             let mut gathered = std::mem::take(&mut ws.gathered);
             gathered.fill(data, part);
+            if let Some(memory) = replay.as_deref_mut() {
+                gathered.join(memory, part.len());
+            }
             let observer = anchor.as_deref_mut().filter(|_| plan.observe);
             let outcome = trainee.run(k, gathered.view(data), true, ws, observer.map(|e| e as _));
             ws.gathered = gathered;
@@ -328,6 +340,10 @@ pub fn train(
                 ws.clear();
                 if let Some(e) = anchor.as_deref_mut().filter(|_| plan.observe) {
                     e.discard();
+                }
+                if bad.row >= part.len() {
+                    let detail = " in the loss of a stored row: the weights have grown too large".into();
+                    return Err(Error::NonFinite { arg: "replay".into(), detail });
                 }
                 let row = order[i * plan.batch + bad.row];
                 let (arg, reason) = (bad.arg.to_string(), bad.reason.to_string());
@@ -364,8 +380,8 @@ pub fn train(
     Ok(log)
 }
 
-/// Rows that [`evaluate`] runs at once.
-const BLOCK: usize = 256;
+/// Rows that run at once where nothing is learned.
+pub(super) const BLOCK: usize = 256;
 
 /// Loss of every row; nothing is learned.
 ///

@@ -166,6 +166,11 @@ impl MicroLora {
         self.kernels
     }
 
+    /// What the file that it came from held besides the weights, without modules.
+    pub(crate) fn origin(&self) -> Adapter {
+        self.origin.clone()
+    }
+
     /// Settings it was made with.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -259,7 +264,13 @@ impl MicroLora {
         self.read().learners[module].rls.as_ref().map(|r| r.ridge)
     }
 
-    fn check_event(&self, module: usize, x: &[f32], feedback: &Feedback, base: Option<&[f32]>) -> Result<()> {
+    pub(crate) fn check_event(
+        &self,
+        module: usize,
+        x: &[f32],
+        feedback: &Feedback,
+        base: Option<&[f32]>,
+    ) -> Result<()> {
         let (n_in, n_out) = self.shape(module);
         let check = |arg: &str, got: usize, want: usize| {
             if got == want {
@@ -284,11 +295,15 @@ impl MicroLora {
         feedback: &Feedback,
         base: Option<&[f32]>,
     ) -> Result<StepResult> {
-        self.check_event(module, x, feedback, base)?;
+        self.instant_event(module, Event { x, feedback, base, weight: 1.0 })
+    }
+
+    /// As [`MicroLora::instant`] for an event with a weight.
+    pub(crate) fn instant_event(&self, module: usize, event: Event<'_>) -> Result<StepResult> {
+        self.check_event(module, event.x, event.feedback, event.base)?;
         let state = &mut *self.write();
         let learner = &mut state.learners[module];
-        let mut result =
-            learner.instant(self.kernels, &self.settings.instant, Event { x, feedback, base })?;
+        let mut result = learner.instant(self.kernels, &self.settings.instant, event)?;
         if result.applied {
             state.version += 1;
             state.counters.instant += 1;
@@ -342,7 +357,7 @@ impl MicroLora {
         } else {
             x
         };
-        let event = Event { x, feedback, base };
+        let event = Event { x, feedback, base, weight: 1.0 };
         let mut ewc = ewc.map(|e| e.lock().unwrap_or_else(PoisonError::into_inner));
         let watch = ewc.as_deref_mut().map(|ewc| accumulate::Watch { ewc, module, learns: true });
         let mut result = accumulate::accumulate(learner, self.kernels, &self.settings.instant, event, watch)?;
@@ -375,7 +390,7 @@ impl MicroLora {
         let mut learner = self.read().learners[module].frozen();
         let ewc = &mut *ewc.lock().unwrap_or_else(PoisonError::into_inner);
         let watch = Some(accumulate::Watch { ewc, module, learns: false });
-        let event = Event { x, feedback, base };
+        let event = Event { x, feedback, base, weight: 1.0 };
         accumulate::accumulate(&mut learner, self.kernels, &self.settings.instant, event, watch)
     }
 

@@ -68,7 +68,7 @@ impl MicroLora {
         Ok(())
     }
 
-    fn check_same(&self, adapter: &Adapter) -> Result<()> {
+    pub(crate) fn check_same(&self, adapter: &Adapter) -> Result<()> {
         if adapter.modules.len() != self.names.len() {
             let got: Vec<_> = adapter.modules.iter().map(|(n, _)| n.as_str()).collect();
             return Err(Error::config("modules", got.join(", "), self.names.join(", ")));

@@ -11,6 +11,16 @@ impl MicroLora {
         f(&self.read().learners)
     }
 
+    /// Puts other learners in the place of these and gives those back; the version moves on. A reader waits for
+    /// the exchange of the pointers at most.
+    pub(crate) fn exchange(&self, learners: &mut Vec<Learner>) -> u64 {
+        let state = &mut *self.write();
+        debug_assert_eq!(learners.len(), state.learners.len());
+        std::mem::swap(&mut state.learners, learners);
+        state.version += 1;
+        state.version
+    }
+
     /// Runs one edit of the learners under the lock; the version moves on when it says that weights changed.
     pub(crate) fn edit<R>(&self, f: impl FnOnce(&mut [Learner]) -> Result<(bool, R)>) -> Result<R> {
         let state = &mut *self.write();

@@ -92,6 +92,17 @@ impl Trainee for ChainRef<'_> {
     ) -> Result<(), crate::learn::batch::BadRow> {
         self.0.inner().run(k, batch, learn, ws, observe)
     }
+    fn modules(&self) -> Vec<String> {
+        self.0.inner().modules()
+    }
+    fn outputs(
+        &self,
+        k: &crate::kernels::Kernels,
+        x: &[f32],
+        ws: &mut crate::learn::train::Workspace,
+    ) -> Result<Vec<f32>, crate::learn::batch::BadRow> {
+        self.0.inner().outputs(k, x, ws)
+    }
 }
 
 /// Rows of a data set, held while the core reads them.
@@ -175,6 +186,7 @@ impl<'a> Rows<'a> {
             base: self.base.as_ref().map(Input::as_slice),
             weights: self.weights.as_ref().map(Input::as_slice),
             rows: self.rows,
+            replayed: None,
         }
     }
 }

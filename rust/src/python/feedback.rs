@@ -1,5 +1,7 @@
 //! Feedback classes: immutable values, checked when they are made.
 
+use std::sync::Arc;
+
 use pyo3::PyClass;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -11,7 +13,7 @@ use crate::learn::{Feedback, TargetLoss};
 /// Base of all feedback; made only through its subclasses.
 #[pyclass(name = "FeedbackBase", module = "microlora._core", frozen, subclass)]
 pub(super) struct PyFeedback {
-    pub inner: Feedback,
+    pub inner: Arc<Feedback>,
 }
 
 impl PyFeedback {
@@ -55,7 +57,7 @@ impl PyFeedback {
 
     fn __repr__(&self) -> String {
         let n = self.inner.width();
-        match &self.inner {
+        match &*self.inner {
             Feedback::Target { loss, .. } => format!("Target(<{n}>, loss={:?})", loss.as_str()),
             Feedback::Gradient { .. } => format!("Gradient(<{n}>)"),
             Feedback::Reward { reward, .. } => format!("Reward({reward}, response=<{n}>)"),
@@ -69,7 +71,7 @@ impl PyFeedback {
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
         let py = slf.py();
         let a = |v: &[f32]| PyFeedback::array(py, v);
-        let args = match &slf.get().inner {
+        let args = match &*slf.get().inner {
             Feedback::Target { target, loss } => (a(target)?, loss.as_str()).into_pyobject(py)?.into_any(),
             Feedback::Gradient { gradient } => (a(gradient)?,).into_pyobject(py)?.into_any(),
             Feedback::Reward { reward, response } => (*reward, a(response)?).into_pyobject(py)?.into_any(),
@@ -122,13 +124,29 @@ fn with<T>(child: T, inner: Feedback) -> PyClassInitializer<T>
 where
     T: PyClass<BaseType = PyFeedback>,
 {
-    PyClassInitializer::from(PyFeedback { inner }).add_subclass(child)
+    PyClassInitializer::from(PyFeedback { inner: Arc::new(inner) }).add_subclass(child)
+}
+
+/// A value of the core as its Python class; shared, not copied.
+pub(super) fn wrap(py: Python<'_>, inner: Arc<Feedback>) -> PyResult<Py<PyAny>> {
+    macro_rules! made {
+        ($child:expr) => {
+            Ok(Py::new(py, PyClassInitializer::from(PyFeedback { inner }).add_subclass($child))?.into_any())
+        };
+    }
+    match &*inner {
+        Feedback::Target { .. } => made!(PyTarget),
+        Feedback::Gradient { .. } => made!(PyGradient),
+        Feedback::Reward { .. } => made!(PyReward),
+        Feedback::Preference { .. } => made!(PyPreference),
+        Feedback::Contrastive { .. } => made!(PyContrastive),
+    }
 }
 
 /// Getters that read one variant of the base.
 macro_rules! field {
     ($slf:ident, $variant:ident { $($f:ident),+ } => $body:expr) => {
-        match &$slf.as_super().get().inner {
+        match &*$slf.as_super().get().inner {
             Feedback::$variant { $($f,)+ .. } => $body,
             _ => unreachable!("a subclass holds its own variant"),
         }

@@ -23,6 +23,8 @@ mod long;
 mod machine;
 mod merge;
 mod micro_lora;
+mod replay_memory;
+mod sona;
 mod step;
 mod swap;
 mod train;
@@ -59,6 +61,10 @@ mod _core {
     use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::replay_memory::PyReplayMemory;
+    #[pymodule_export]
+    use super::sona::{PyAdaptation, PySona, sona_config};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

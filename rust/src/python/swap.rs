@@ -76,6 +76,10 @@ pub(super) struct PyHotSwap {
 }
 
 impl PyHotSwap {
+    pub fn inner(&self) -> &Arc<HotSwap> {
+        &self.inner
+    }
+
     fn adapter(adapter: Option<Arc<Adapter>>) -> Option<PyAdapter> {
         adapter.map(|a| PyAdapter::from((*a).clone()))
     }

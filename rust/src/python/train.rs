@@ -11,8 +11,9 @@ use super::dataset::{Rows, Target, integers};
 use super::error::ConfigError;
 use super::long::long_call;
 use super::micro_lora::PyMicroLora;
+use super::replay_memory::PyReplayMemory;
 use crate::error::Error;
-use crate::learn::train::{Plan, Workspace, evaluate as core_evaluate, step_pending, train};
+use crate::learn::train::{Past, Plan, Workspace, evaluate as core_evaluate, step_pending, train};
 use crate::learn::{Method, OptimSettings, Optimizer, StepOptions};
 
 struct Inner {
@@ -120,7 +121,8 @@ impl PyOptimizer {
 
     /// Steps over rows in a given order.
     #[pyo3(signature = (target, x, y, order, lrs, *, batch_size, accumulation=1, modules=None, weights=None,
-        base=None, max_grad_norm=None, ewc=None, ewc_every=1, accumulate_fisher=false, progress=None, cancel=None))]
+        base=None, max_grad_norm=None, ewc=None, ewc_every=1, accumulate_fisher=false, replay=None, progress=None,
+        cancel=None))]
     #[allow(clippy::too_many_arguments)]
     fn train<'py>(
         &self,
@@ -139,6 +141,7 @@ impl PyOptimizer {
         ewc: Option<&Bound<'py, PyAny>>,
         ewc_every: usize,
         accumulate_fisher: bool,
+        replay: Option<&Bound<'py, PyReplayMemory>>,
         progress: Option<Py<PyAny>>,
         cancel: Option<Py<PyAny>>,
     ) -> PyResult<(Losses<'py>, Losses<'py>)> {
@@ -163,11 +166,18 @@ impl PyOptimizer {
         }
         let mut anchor = Anchor::of(ewc, trainee.lora())?;
         let data = rows.data();
+        // A copy that shares the rows, so that no lock is held while a tick waits for the GIL.
+        let mut memory = replay.map(|r| r.get().lock().clone());
         let log = long_call(py, "training", progress, cancel, |tick| {
             let inner = &mut *self.lock();
             let (optimizer, workspace) = (&mut inner.optimizer, &mut inner.workspace);
-            train(&*trainee, &data, &plan, optimizer, anchor.get(), workspace, tick)
-        })?;
+            let past = Past { anchor: anchor.get(), replay: memory.as_mut() };
+            train(&*trainee, &data, &plan, optimizer, past, workspace, tick)
+        });
+        if let (Some(replay), Some(memory)) = (replay, &memory) {
+            replay.get().lock().drew(memory);
+        }
+        let log = log?;
         Ok((log.losses.into_pyarray(py), log.grad_norms.into_pyarray(py)))
     }
 

@@ -1,8 +1,27 @@
 //! Events that are kept: what was seen, what was said of it, and what the adapter answered then.
+//!
+//! [`Reservoir`] is a uniform sample of the whole stream, bounded by count and bytes, with a held-out part that
+//! nothing trains on; [`PatternBank`] names the region of input space that an event lies in.
 
 use std::sync::Arc;
 
 use crate::learn::Feedback;
+
+mod bank;
+mod bank_state;
+mod entry;
+mod holdout;
+mod part;
+mod reservoir;
+mod said;
+mod state;
+mod tensors;
+
+pub use bank::PatternBank;
+pub use entry::Entry;
+pub use holdout::{HoldOut, held_out};
+pub use part::Part;
+pub use reservoir::{Reservoir, Settings};
 
 /// One event as it is kept.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,0 +1,87 @@
+//! Choices among named arms, learned from scalar rewards (bottleneck LinUCB on the first module).
+
+use serde::{Deserialize, Serialize};
+
+use super::Sona;
+use super::records::kind;
+use crate::error::{Error, Result};
+use crate::journal::Record;
+use crate::learn::bandit::{BanditSettings, Choice, LiveBandit, Rewarded};
+
+#[derive(Serialize, Deserialize)]
+struct Asked {
+    module: usize,
+    arms: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Earned {
+    choice: u64,
+    reward: f64,
+}
+
+impl Sona {
+    /// Chooses one of some named arms for an input; what the choice earns is told by [`Sona::reward`].
+    ///
+    /// # Errors
+    /// No arms, an arm twice, too many, a non-finite x, a journal that cannot be written. Nothing changes then.
+    pub fn choose(&self, module: usize, x: &[f32], arms: &[&str]) -> Result<Choice> {
+        let mut bandit = self.bandit();
+        if let Some(b) = bandit.as_ref().filter(|b| b.module() != module) {
+            let names = self.lora.names();
+            return Err(Error::config(
+                "module",
+                &names[module],
+                format!("{}, as the first choice", names[b.module()]),
+            ));
+        }
+        if bandit.is_none() {
+            let settings = BanditSettings { seed: self.settings.seed, ..BanditSettings::default() };
+            *bandit = Some(LiveBandit::new(&self.lora, module, settings)?);
+        }
+        let bandit = bandit.as_mut().expect("it was just made");
+        let choice = bandit.choose(&self.lora, x, arms)?;
+        let asked = Asked { module, arms: arms.iter().map(ToString::to_string).collect() };
+        let head = serde_json::to_vec(&asked).map_err(|e| Error::format("journal", e.to_string()))?;
+        let len = (head.len() as u32).to_le_bytes();
+        self.inner().record(kind::CHOICE, &[&len, &head, bytemuck::cast_slice(x)])?;
+        Ok(choice)
+    }
+
+    /// Says what a choice earned.
+    ///
+    /// # Errors
+    /// A choice that is unknown or settled, a reward that is not finite. Nothing changes then.
+    pub fn reward(&self, choice: u64, reward: f64) -> Result<Rewarded> {
+        let mut bandit = self.bandit();
+        let Some(bandit) = bandit.as_mut() else {
+            return Err(Error::config("choice", choice, "one that choose returned: nothing was chosen yet"));
+        };
+        let done = bandit.reward(choice, reward)?;
+        let earned = serde_json::to_vec(&Earned { choice, reward }).unwrap_or_default();
+        self.inner().record(kind::REWARD, &[&earned])?;
+        Ok(done)
+    }
+
+    /// Choices with their rewards, for off-policy evaluation: `(arm, propensity, reward)`.
+    pub fn choices(&self) -> Vec<(String, f64, f64)> {
+        let bandit = self.bandit();
+        let Some(b) = bandit.as_ref() else { return Vec::new() };
+        b.log().map(|l| (b.bandit().arm_name(l.arm).to_string(), l.propensity, l.reward)).collect()
+    }
+
+    pub(super) fn apply_choice(&self, record: &Record) -> Result<()> {
+        let bad = |e: String| Error::format("journal", format!("record {}: {e}", record.id));
+        if record.kind == kind::REWARD {
+            let earned: Earned = serde_json::from_slice(&record.payload).map_err(|e| bad(e.to_string()))?;
+            return self.reward(earned.choice, earned.reward).map(drop);
+        }
+        let (asked, x): (Asked, &[u8]) = super::records::unpack(&record.payload)?;
+        let x: Vec<f32> = x.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
+        let arms: Vec<&str> = asked.arms.iter().map(String::as_str).collect();
+        if asked.module >= self.lora.names().len() {
+            return Err(bad("a module that the loop lacks".into()));
+        }
+        self.choose(asked.module, &x, &arms).map(drop)
+    }
+}

@@ -305,9 +305,14 @@ impl PySona {
         py.detach(|| self.inner.gate.close());
     }
 
-    /// Ends a pause.
-    fn resume(&self) {
-        self.inner.gate.open();
+    /// Ends a pause; ``child`` says that this is a forked child.
+    #[pyo3(signature = (child = false))]
+    fn resume(&self, child: bool) {
+        if child {
+            self.inner.gate.open_in_child();
+        } else {
+            self.inner.gate.open();
+        }
     }
 
     /// Counts, times (microseconds, of the core's own work) and sizes; None where nothing was measured.

@@ -181,6 +181,7 @@ impl Sona {
         let mut taken = task.taken;
         let lost = taken.len().saturating_sub(room);
         inner.stats.counts.dropped += lost as u64;
+        inner.stats.counts.cancelled += 1;
         inner.complete &= lost == 0;
         inner.window.put_back(taken.split_off(lost));
         let why = error.unwrap_or_else(|| {

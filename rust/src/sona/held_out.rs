@@ -90,6 +90,7 @@ impl Sona {
     /// # Errors
     /// An adapter of other modules or shapes.
     pub fn evaluate(&self, adapter: Option<&Adapter>) -> Result<Option<f64>> {
+        let _inside = self.gate.enter();
         let back = self.back();
         let window: Vec<Pending> = self.inner().window.iter().filter(|p| p.held_out).cloned().collect();
         let names = self.lora.names();

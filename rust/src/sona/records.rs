@@ -27,6 +27,8 @@ pub(super) mod kind {
     pub const CHOICE: u8 = 7;
     /// A reward for a choice.
     pub const REWARD: u8 = 8;
+    /// The event before was refused by the rule: it shaped nothing.
+    pub const REFUSED: u8 = 9;
 }
 
 /// Writes records down; absent where nothing is kept.

@@ -104,6 +104,9 @@ impl Sona {
         back.slow = accepted;
         if !ended.distrusted {
             back.bank = task.bank;
+            for &(from, into) in &task.merged {
+                back.reservoir.merge_patterns(from as u32, into as u32);
+            }
             self.absorb(back, members, &task.taken, &task.route);
         }
         if decision != Decision::RollBack {

@@ -114,9 +114,6 @@ impl Sona {
         if ends {
             // What comes now is not journalled, so the old journal ends here, and a later one begins anew.
             places.journal += 1;
-            opened
-                .warnings
-                .push("opened without a journal: the one that was here is replayed and ends".into());
         }
         let number = places.journal;
         *self.place() = Some(places);

@@ -11,7 +11,18 @@ import pytest
 
 import microlora as ml
 from microlora.sona import JournalConfig, SonaLoop
-from sona_core_support import NAMES, WIDTH, core_config, core_loop, digest, essence, feed, held_out, mixed, targets
+from sona_core_support import (
+    NAMES,
+    WIDTH,
+    core_config,
+    core_loop,
+    digest,
+    essence,
+    feed,
+    held_out,
+    mixed,
+    targets,
+)
 from support import normal, rng
 
 SECONDS = 2.0
@@ -270,7 +281,9 @@ def test_a_fork_leaves_the_parents_journal_alone(tmp_path):
 
 def test_a_result_says_what_the_next_forward_sees():
     """A writer that reads its own write sees it, whatever the background does."""
-    sona = core_loop(target_modules=("q_proj",), rank=WIDTH, background_interval_ms=0.1, max_ms=0.05, holdout=0.0)
+    sona = core_loop(
+        target_modules=("q_proj",), rank=WIDTH, background_interval_ms=0.1, max_ms=0.05, holdout=0.0
+    )
     r = rng(1)
     with sona:
         for _ in range(300):

@@ -271,6 +271,10 @@ impl PySona {
     ///     What it came to; None where no turn was due.
     #[pyo3(signature = (force = false))]
     fn maybe_background(&self, py: Python<'_>, force: bool) -> PyResult<Option<PyAdaptation>> {
+        // Letting the interpreter's lock go costs milliseconds where other threads are busy with Python.
+        if !force && !self.inner.may_be_due() {
+            return Ok(None);
+        }
         Ok(py.detach(|| self.inner.maybe_background(force))?.map(PyAdaptation))
     }
 

@@ -9,6 +9,7 @@ use super::result::{Adaptation, Loop, Outcome};
 use super::stats::{HELD_OUT, UNDER_THRESHOLD};
 use super::window::Incoming;
 use super::{Inner, Sona};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::learn::learner::Event as Step;
 use crate::learn::{Feedback, Learner, Rule, StepResult, TargetLoss};
@@ -36,8 +37,10 @@ pub(super) struct Learned {
     after: f64,
 }
 
-/// Numbers up to this cannot overflow any storage in one step.
+/// Feedback and bottlenecks up to this, and weights up to [`FAR`], cannot overflow any storage in one step.
 const CALM: f64 = 100.0;
+/// Bounds of weights that are far from what float16, and what wider storage, holds.
+const FAR: [f64; 2] = [1e3, 1e9];
 
 impl Sona {
     /// The modules that an event concerns.
@@ -116,11 +119,14 @@ impl Sona {
         // Written down before it is learned, where there is a journal.
         inner.window.push(event, held_out, self.advantage(&e), e);
         let written = inner.record_event();
+        let recorded = written.is_ok();
         let learned = match written.and_then(|()| self.learn(&e, held_out)) {
             Ok(learned) => learned,
             Err(e) => {
-                // On disk it is taken back; a journal that cannot be written says so by itself.
-                drop(inner.record(kind::REFUSED, &[&event.to_le_bytes()]));
+                if recorded {
+                    // On disk it is taken back; a journal that cannot be written says so by itself.
+                    drop(inner.record(kind::REFUSED, &[&event.to_le_bytes()]));
+                }
                 inner.window.drop_newest();
                 return Err(e);
             }
@@ -241,11 +247,13 @@ fn calm(lora: &MicroLora, modules: std::ops::Range<usize>, step: Step<'_>) -> bo
     };
     let mut u = Vec::new();
     // A step divides by |u|: an input that A all but ignores is not calm.
-    let mut felt = |l: &Learner| l.bottleneck(k, step.x, &mut u).is_ok_and(|norm2| norm2 > 1.0 / CALM);
-    let mut learner = |l: &Learner| l.bounds.iter().all(|b| *b < CALM) && felt(l);
-    said && small(step.x)
-        && step.base.is_none_or(small)
-        && lora.inspect(|all| all[modules].iter().all(&mut learner))
+    let mut felt =
+        |l: &Learner| l.bottleneck(k, step.x, &mut u).is_ok_and(|n| (1.0 / CALM..CALM * CALM).contains(&n));
+    let near = |l: &Learner| {
+        let far = FAR[usize::from(l.layer().b.dtype() != Dtype::F16)];
+        l.bounds.iter().all(|b| *b < far)
+    };
+    said && step.base.is_none_or(small) && lora.inspect(|all| all[modules].iter().all(|l| near(l) && felt(l)))
 }
 
 /// Learns again, from an event that was kept: on learners that nobody reads.

@@ -224,18 +224,33 @@ def poison(row: Row, bench: Bench) -> dict[str, Any]:
     }
 
 
+def moved(row: Row, bench: Bench) -> float:
+    """Gain on a second persona at its end, after a first one: `switch` without its curves."""
+    names, gains = bench.task.personas, []
+    for old, new in zip(names, (*names[1:], names[0]), strict=True):
+        loop = bench.loop(row.setting)
+        streams.serve(bench, row.setting, loop, streams.in_turn(bench, (old, new)), streams.right)
+        gains.append(bench.gain(loop, new))
+    return _mean(gains)
+
+
 def settings(row: Row, bench: Bench) -> dict[str, Any]:
-    """What a setting does to four streams: clean, 30 % wrong, personas in turn through one loop, poisoned."""
+    """What a setting does to five streams."""
     noisy = dataclasses.replace(row, options={"share": 0.3, "quality": ""})
-    clean, wrong = uplift(row, bench), noise(noisy, bench)
+    clean, wrong = uplift(dataclasses.replace(row, options={}), bench), noise(noisy, bench)
     turn, bad = shared(row, bench), poison(row, bench)
-    return {
+    found = {
         "clean": clean["all"],
         "noisy": wrong["all"],
         "shared": turn["all"],
+        "switch": moved(row, bench),
         "poison_during": bad["mrr_during"],
         "poison_end": bad["mrr_end"],
-        "all": _mean([clean["all"], wrong["all"], turn["all"], bad["mrr_end"]]),
+    }
+    streams_of = ("clean", "noisy", "shared", "switch", "poison_end")
+    return {
+        **found,
+        "all": _mean(found[name] for name in streams_of),
         "turns": clean["turns"],
         "poison_turns": bad["turns"],
     }

@@ -159,11 +159,23 @@ class Bench:
         """A fresh loop."""
         if setting.constant:
             return Constant(self.task.dim, setting.rank, self.seed)
-        loop = ml.SonaLoop(setting.config(self.task.dim, self.seed))
+        config = setting.config(self.task.dim, self.seed)
+        loop = ml.SonaLoop(config)
         if setting.basis == "log":
-            log = self.task.unlabelled()
-            loop.warm_up(log[self.rng(1).permutation(len(log))[:LOG]])
+            key = config.to_json()
+            if key not in self._warm:
+                log = self.task.unlabelled()
+                loop.warm_up(log[self.rng(1).permutation(len(log))[:LOG]])
+                self._warm.clear()
+                self._warm[key] = loop.to_bytes()
+            else:
+                loop.restore(self._warm[key])
         return loop
+
+    @functools.cached_property
+    def _warm(self) -> dict[str, bytes]:
+        """The loop of the last setting, warmed up: the same for every persona."""
+        return {}
 
     @functools.cached_property
     def unrelated(self) -> Indices:

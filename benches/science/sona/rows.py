@@ -168,42 +168,65 @@ def _poison() -> list[Row]:
         "three loops, no gate": LOOP.but(gate_tolerance=NO_GATE),
         "three loops": LOOP,
         "NLMS, instant": replace(INSTANT, instant={"rule": "nlms"}),
+        "three loops, windows of 50": LOOP.but(background_min_samples=50),
         "NLMS, three loops": replace(LOOP, instant={"rule": "nlms"}),
+        "NLMS, three loops, no gate": replace(LOOP.but(gate_tolerance=NO_GATE), instant={"rule": "nlms"}),
+        "NLMS, three loops, windows of 50": replace(
+            LOOP.but(background_min_samples=50), instant={"rule": "nlms"}
+        ),
     }
     return [Row(POISON, f"poison {title}", title, setting) for title, setting in made.items()]
 
 
-#: One setting changed at a time.
+TOGETHER: tuple[Mapping[str, Any], ...] = (
+    {"gate_tolerance": 0.05, "replay_ratio": 10.0},
+    {"gate_tolerance": 0.05, "gate_min_samples": 16},
+    {"gate_tolerance": 0.05, "replay_ratio": 10.0, "gate_min_samples": 8},
+    {"gate_tolerance": 0.05, "replay_ratio": 10.0, "gate_min_samples": 16},
+    {"gate_tolerance": 0.1, "replay_ratio": 10.0},
+    {"gate_tolerance": 0.1, "replay_ratio": 10.0, "gate_min_samples": 8},
+    {"gate_tolerance": 0.1, "replay_ratio": 10.0, "gate_min_samples": 16},
+)
+#: One setting changed at a time, and a few together.
 CHANGES: tuple[Mapping[str, Any], ...] = (
     {},
     {"gate_tolerance": 0.0},
+    {"gate_tolerance": 0.03},
     {"gate_tolerance": 0.05},
     {"gate_tolerance": 0.1},
     {"gate_tolerance": 0.2},
     {"gate_tolerance": NO_GATE},
     {"gate_min_samples": 8},
     {"gate_min_samples": 16},
-    {"gate_min_samples": 32},
+    {"holdout": 0.2},
+    {"holdout": 0.0},
+    {"background_min_samples": 20},
+    {"background_min_samples": 50},
     {"replay_ratio": 0.0},
     {"replay_ratio": 3.0},
     {"replay_ratio": 10.0},
-    {"replay_ratio": 30.0},
     {"logit_weight": 0.0},
     {"logit_weight": 2.0},
     {"consolidation_steps": 0},
     {"consolidation_steps": 1},
     {"reservoir_capacity": 0},
-    {"background_min_samples": 20},
-    {"background_min_samples": 50},
-    {"holdout": 0.2},
+    *TOGETHER,
 )
+#: Those that are measured with NLMS too, which moves much faster.
+GATES = (*(c for c in CHANGES[:9] if c != {"gate_min_samples": 8}), *TOGETHER)
 
 
 def _settings() -> list[Row]:
-    out = [Row(SETTINGS, "settings instant", "instant alone", INSTANT)]
-    for change in CHANGES:
-        said = ", ".join(f"{key} {'off' if value == NO_GATE else f'{value:g}'}" for key, value in change.items())
-        out.append(Row(SETTINGS, f"settings {said or 'defaults'}", said or "defaults", LOOP.but(**change)))
+    out = []
+    for rule, instant, changes in (("RLS", {}, CHANGES), ("NLMS", {"rule": "nlms"}, GATES)):
+        loop = replace(LOOP, instant=instant)
+        alone = replace(loop, background=False)
+        out.append(Row(SETTINGS, f"settings {rule} instant", "instant alone", alone, {"rule": rule}))
+        for change in changes:
+            said = ", ".join(f"`{k}` {'off' if v == NO_GATE else f'{v:g}'}" for k, v in change.items())
+            title = said or "the defaults"
+            name = f"settings {rule} {title.replace('`', '')}"
+            out.append(Row(SETTINGS, name, title, loop.but(**change), {"rule": rule}))
     return out
 
 

@@ -160,7 +160,7 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science science-learning science-merging docs clean
+.PHONY: science science-learning science-merging science-bandit docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
@@ -185,6 +185,12 @@ science-merging: $(BUILT) $(ORACLE)/.ready ## Merge adapters in every way, here 
 	@$(RUN_ORACLE) -m merging.picture docs/data/merging.jsonl docs/merging.svg
 	@$(RUN_ORACLE) -m merging.personas --out docs/data/merging_personas.jsonl
 	@$(PY) docs/build.py
+
+science-bandit: export PYTHONPATH := benches/science
+science-bandit: export OPENBLAS_NUM_THREADS := 1
+science-bandit: $(BUILT) $(ORACLE)/.ready ## Learn which arm to choose from rewards alone, here and in NumPy
+	@$(RUN_ORACLE) -m bandit.run --out docs/data/bandit.jsonl
+	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build

@@ -1,74 +1,144 @@
-"""What the bandit is for: every shipped way to learn from a bare reward beats chance."""
+"""The bandit benchmark: every shipped way to learn from a bare reward beats chance; the table judges."""
+
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import microlora as ml
-from microlora import _core
-from support import make, rng
+sys.path.insert(0, str(Path(__file__).parent.parent / "benches" / "science"))
+from bandit import native, reference, run, table, task
+from bandit.rows import NATIVE, ROWS
 
 
-def digits(events):
-    datasets = pytest.importorskip("sklearn.datasets", reason="the digits come with scikit-learn")
-    x, y = datasets.load_digits(return_X_y=True)
-    x = np.hstack([x / 16, np.ones((len(x), 1))])
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    r = rng(0)
-    order = np.concatenate([r.permutation(len(y)) for _ in range(2)])[:events]
-    return x, y, order
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
-def earned(decide, x, y, order):
-    """Mean reward of ``decide(x) -> (arm, what takes the reward)``: 1 where the arm is the label."""
-    total = 0.0
-    for i in order:
-        arm, learn = decide(x[i])
-        reward = float(arm == y[i])
-        learn(reward)
-        total += reward
-    return total / len(order)
+def played(name, events=2000, seed=20, noise=0.0):
+    return run.run(ROWS[name], "digits", seed, noise, events)
 
 
-def scalar_paths(lora, x, order, r):
-    """Every shipped way to learn from a bare reward, and the constant gradient that learns nothing."""
-    lora.fit_input_basis(x[order[:200]], "m")
-    eye = np.eye(64, dtype=np.float32)
-    names = [str(i) for i in range(10)]
-    bandit = _core.Bandit(lora, "m")
-
-    def linucb(x):
-        choice = bandit.choose(x, names)
-        return choice.arm, lambda reward: bandit.reward(choice, reward)
-
-    def greedy(feedback):
-        def decide(x):
-            y = lora.forward(x, "m")[:10]
-            best = int(y.argmax() if y.any() and r.random() > 0.1 else r.integers(10))
-            return best, lambda reward: lora.instant(x, feedback(y, best, reward), "m")
-
-        return decide
-
-    return {
-        "bottleneck LinUCB": linucb,
-        "value regression": greedy(lambda y, a, reward: ml.Gradient(eye[a] * np.float32(y[a] - reward))),
-        "advantage regression": greedy(lambda y, a, reward: ml.Reward(reward, response=eye[a])),
-        "constant gradient": greedy(
-            lambda y, a, reward: ml.Gradient(np.full(64, 0.01 * reward**2, np.float32))
-        ),
-    }
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.engine == NATIVE])
+def test_every_shipped_scalar_path_beats_chance(name):
+    line = json.loads(json.dumps(played(name)))
+    assert line["reward"] > 0.2
+    assert line["last"] > line["reward"]
+    assert line["regret"] == round(2000 * (1 - line["reward"]))
 
 
-@pytest.mark.parametrize(
-    ("path", "learns"),
-    [
-        ("bottleneck LinUCB", True),
-        ("value regression", True),
-        ("advantage regression", True),
-        ("constant gradient", False),
-    ],
-)
-def test_every_shipped_scalar_path_beats_chance(path, learns):
-    x, y, order = digits(2000)
-    lora = make(x.shape[1], 64, 16, learned=False, instant=ml.InstantConfig(rule="nlms", mu=0.5))
-    reward = earned(scalar_paths(lora, x, order, rng(1))[path], x, y, order)
-    assert (reward > 0.2) == learns, reward
+@pytest.mark.parametrize("name", ["constant", "chance"])
+def test_a_constant_gradient_stays_at_chance(name):
+    assert played(name)["reward"] < 0.2
+
+
+def test_a_constant_gradient_through_the_shipped_learner_stays_at_chance():
+    class Constant(native.Greedy):
+        def learn(self, reward, label):
+            gradient = np.full(len(self.eye), 0.01 * reward**2, np.float32)
+            self.instant(self.x, native.ml.Gradient(gradient))
+
+    stream = task.Task.of("digits", 20, 2000)
+    assert task.play(Constant(stream, feedback="value", mu=0.5), stream).reward < 0.2
+
+
+def test_both_linucbs_earn_the_same():
+    rewards = [
+        np.mean([played(name, seed=seed)["reward"] for seed in (20, 21, 22)])
+        for name in ("linucb", "linucb-native", "bottleneck-32")
+    ]
+    assert np.ptp(rewards) < 0.04
+
+
+def test_flipped_rewards_are_told_but_not_counted():
+    class Oracle:
+        def __init__(self, labels):
+            self.labels, self.told = iter(labels), []
+
+        def choose(self, x):
+            return next(self.labels)
+
+        def learn(self, reward, label):
+            self.told.append(reward)
+
+    stream = task.Task.of("digits", 20, 1000, noise=0.1)
+    oracle = Oracle(stream.labels.tolist())
+    result = task.play(oracle, stream)
+    assert (result.reward, result.regret) == (1.0, 0)
+    assert 0.85 < np.mean(oracle.told) < 0.95
+
+
+def test_gradients_of_the_reference_are_those_of_their_losses():
+    """REINFORCE's expected gradient is that of the expected reward under the softmax."""
+    stream = task.Task.of("digits", 0, 10)
+    policy = reference.Reinforce(stream, rate=0.1, fitted=True)
+    policy.y = np.linspace(-0.1, 0.2, 10).astype(np.float32)
+    policy.p = policy.softmax().astype(np.float64)
+    value = np.linspace(1, 0, 10) ** 2
+    got = np.zeros(10)
+    for arm in range(10):
+        policy.arm = arm
+        got += policy.p[arm] * policy.gradient(value[arm], value[arm], 0)
+    want = -policy.p * (value - policy.p @ value)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def lines(**changes):
+    """One run of each row and data; all targets are reached."""
+    made = []
+    for name, row in ROWS.items():
+        for data in row.data:
+            for noise in row.noises:
+                reward = 0.7 if row.scalar else 0.1
+                facts = {
+                    "reward": reward,
+                    "last": 0.8,
+                    "regret": 1200,
+                    "us": 2000.0 if "lin" in name else 10.0,
+                }
+                made.append(
+                    {"row": name, "data": data, "seed": 20, "noise": noise, "events": 4000}
+                    | {"settings": row.options, "environment": {}}
+                    | facts
+                    | changes.get(name.replace("-", "_"), {})
+                )
+    return made
+
+
+def verdicts(made):
+    return [t["verdict"] for t in table.summary(made)["targets"]]
+
+
+def test_targets_are_judged():
+    assert verdicts(lines()) == ["ok"] * 7
+    assert verdicts(lines(bottleneck_32={"reward": 0.66}))[0] == "MISSED"
+    assert verdicts(lines(linucb_native={"us": 199.0}))[1] == "MISSED"
+    assert verdicts(lines(value={"reward": 0.6}))[2] == "MISSED"
+    assert verdicts(lines(awr={"reward": 0.11}))[3:5] == ["MISSED"] * 2
+    assert verdicts(lines(advantage={"reward": 0.19}))[3:6] == ["ok", "ok", "MISSED"]
+    assert verdicts(lines(constant={"reward": 0.3}))[6] == "MISSED"
+    none = [line for line in lines() if line["data"] == "digits"]
+    assert verdicts(none)[:2] == ["not run"] * 2
+
+
+def test_the_later_line_of_the_same_settings_wins():
+    other = [
+        line | {"settings": {"rank": 3}, "reward": 0.0} for line in lines() if line["row"] == "bottleneck-16"
+    ]
+    later = [line | {"reward": 0.5} for line in lines() if line["row"] == "bottleneck-16"]
+    found = table.latest([*lines(), *other, *later])
+    assert found["bottleneck-16", "digits", 0.0][0]["reward"] == 0.5
+
+
+def test_runs_that_are_there_are_not_made_again():
+    have = [
+        {"row": row.name, "data": data, "seed": seed, "noise": noise, "events": 4000}
+        | {"code": run.code(row.engine), "settings": row.options}
+        for row, data, seed, noise in run.jobs()
+    ]
+    assert run.missing(have) == []
+    have[0]["code"] = "another"
+    assert len(run.missing(have)) == 1
+    assert len(run.missing([])) == len(have)

@@ -247,7 +247,7 @@ def test_a_fork_pauses_every_loop_and_resumes_it_on_both_sides(monkeypatch):
     calls = []
     sona = loop()
     monkeypatch.setattr(type(sona), "pause", lambda self: self is sona and calls.append("pause"))
-    monkeypatch.setattr(type(sona), "resume", lambda self: self is sona and calls.append("resume"))
+    monkeypatch.setattr(type(sona), "resume", lambda self, child: self is sona and calls.append("resume"))
     pid = os.fork()
     if pid == 0:
         os._exit(calls != ["pause", "resume"])

@@ -351,8 +351,8 @@ class Sona:
         """Ends `run_background` soon."""
     def pause(self) -> None:
         """Waits until no turn is under way and lets none begin: for a fork."""
-    def resume(self) -> None:
-        """Ends a pause, in parent and child."""
+    def resume(self, child: bool = False) -> None:
+        """Ends a pause; ``child`` says that this is a forked child."""
     def stats(self) -> dict[str, Any]:
         """Counts, times (microseconds, of the core's own work) and sizes; None where nothing was measured."""
     def samples(

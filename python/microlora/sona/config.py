@@ -310,7 +310,7 @@ _CHECKS: Mapping[str, Check] = {
     "quality_threshold": _number(0.0, 1.0, "a number from 0 up to, but not including, 1", high_open=True),
     "max_ms": _or_none(_number(0.0, 1e9, "milliseconds above 0, or None", low_open=True)),
     "reservoir_capacity": _count(0),
-    "reservoir_max_bytes": _or_none(_count(0, 2**53)),
+    "reservoir_max_bytes": _or_none(_count(1, 2**53)),
     "reservoir_dtype": lambda name, value: choice(name, value, ("f32", "f16")),
     "reservoir_balance": flag,
     "holdout": _number(0.0, 0.5, "a share from 0 to 0.5"),

@@ -418,7 +418,7 @@ class SonaLoop(Watched):
     def _after_fork(self, child: bool) -> None:
         if child:  # whoever held a lock is not in this process
             self._deep_lock, self._install_lock = threading.Lock(), threading.Lock()
-        self.resume()
+        self.resume(child)
 
     def __reduce__(self) -> NoReturn:
         raise DTypeError("SonaLoop: cannot be pickled or copied: save() it, or take adapter()")

@@ -1,0 +1,1 @@
+"""Contextual bandits from scalar feedback alone: native policies beside NumPy ones."""

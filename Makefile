@@ -190,7 +190,7 @@ science-bandit: export PYTHONPATH := benches/science
 science-bandit: export OPENBLAS_NUM_THREADS := 1
 science-bandit: $(BUILT) $(ORACLE)/.ready ## Learn which arm to choose from rewards alone, here and in NumPy
 	@$(RUN_ORACLE) -m bandit.run --out docs/data/bandit.jsonl
-	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl
+	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl --json docs/data/bandit.json
 
 # All of it, or a part: make science-sona ONLY="switch poison"
 science-sona: export PYTHONPATH := benches/science

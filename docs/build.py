@@ -145,6 +145,20 @@ def sona_facts_block(data: dict[str, Any]) -> str:
     )
 
 
+def bandit_block(data: dict[str, Any]) -> str:
+    """The tables of choices among arms."""
+    parts = []
+    for made in data["tables"]:
+        seeds = f"{len(made['seeds'])} seeds ({made['seeds'][0]} to {made['seeds'][-1]})"
+        parts += [f"{made['title']}, {data['events']:,} events, {seeds}:", table(data["head"], made["rows"])]
+    where = data["environment"]
+    parts += [
+        table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]]),
+        f"One thread on {where['cpu']}; Python {where['python']}, NumPy {where['numpy']} with {where['blas']}.",
+    ]
+    return "\n\n".join(parts)
+
+
 def personas_block(lines: list[dict[str, Any]]) -> str:
     """MRR of merged adapters on every persona, and the share of the own adapters' gain that is kept."""
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -306,6 +320,10 @@ def pages() -> dict[Path, str]:
         sona = inject(sona, "sona-facts", sona_facts_block(measured))
         for name in measured["blocks"]:
             sona = inject(sona, f"sona-{name}", sona_block(measured, name))
+    if (DATA / "bandit.json").exists():
+        sona = inject(sona, "bandit", bandit_block(json.loads((DATA / "bandit.json").read_text("utf-8"))))
+    if (DATA / "sona_soak.json").exists():
+        sona = inject(sona, "soak", json.loads((DATA / "sona_soak.json").read_text("utf-8"))["text"])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))

@@ -260,10 +260,11 @@ def main() -> int:
     args = vars(parser.parse_args())
     out = args.pop("out")
     found = run(Plan(**args), lambda line: print("...", line, file=sys.stderr, flush=True))
+    found["text"] = markdown(found)
     if out:
         with open(out, "w", encoding="utf-8") as f:
             json.dump(found, f, indent=1)
-    print(markdown(found))
+    print(found["text"])
     return 0 if found["memory"]["flat"] and not found["refused_reads"] else 1
 
 

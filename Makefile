@@ -158,6 +158,12 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 	@$(if $(wildcard benches/test_*.py),$(RUN_ORACLE) -m pytest -q benches --benchmark-disable)
 	@$(if $(wildcard benches/table.py),$(RUN_ORACLE) benches/table.py --smoke)
 
+.PHONY: soak
+soak: $(BUILT) ## Two million events over 64 adapters: is memory flat, how slow is the slowest call? About four minutes
+	@mkdir -p docs/data
+	@$(PY) benches/science/sona_soak.py --out docs/data/sona_soak.json
+	@$(PY) docs/build.py
+
 # --- The rest ----------------------------------------------------------------------------------------------
 
 .PHONY: science science-learning science-merging science-bandit docs clean

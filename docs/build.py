@@ -247,7 +247,17 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def performance(data: dict[str, Any]) -> str:
+def soak_block(found: dict[str, Any]) -> str:
+    """Memory and latencies of the long run over many loops."""
+    sys.path.insert(0, str(ROOT / "benches" / "science"))
+    from sona_soak import markdown
+
+    where = found["machine"]
+    cores = f"{where['cores']} cores, {where['isa']}; microlora {where['microlora']}"
+    return f"{markdown(found)}\n\n{where['cpu']}, {cores}, Python {where['python']}."
+
+
+def performance(data: dict[str, Any], soak: dict[str, Any] | None = None) -> str:
     """The whole page of measurements."""
     out = [
         "# Performance",
@@ -271,6 +281,9 @@ def performance(data: dict[str, Any]) -> str:
             "" if row["target"] is None else f"{'at most' if row['below'] else 'at least'} {row['target']:g}x"
         )
         out.append("| " + " | ".join([*c[:4], target, row["verdict"], c[4]]) + " |")
+    if soak is not None:
+        out += ["", "## A soak of the three loops", "", "Written by `make soak`, from a run of its own.", ""]
+        out += [soak_block(soak)]
     return "\n".join(out) + "\n"
 
 
@@ -301,6 +314,8 @@ def pages() -> dict[Path, str]:
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
         training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
+    soak = DATA / "sona_soak.json"
+    soaked = json.loads(soak.read_text(encoding="utf-8")) if soak.exists() else None
     sidecar = (DATA / "sidecar.jsonl").read_text(encoding="utf-8").splitlines()
     fusing = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
     fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
@@ -335,7 +350,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "merging.md": merged,
         ROOT / "docs" / "sona.md": sona,
         ROOT / "docs" / "training.md": training,
-        ROOT / "docs" / "performance.md": performance(data),
+        ROOT / "docs" / "performance.md": performance(data, soaked),
     }
 
 

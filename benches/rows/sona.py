@@ -185,7 +185,9 @@ def readers(report: Report, rounds: int, reads: int = 8_000, each: int = 1_000) 
     off, on_ = quantiles(seen[False]), quantiles(seen[True])
     where = "on another core" if len(cores) > 1 else "on the same core"
     report.add(
-        "background at work meanwhile", f"{busy / 1e6 / wall:.0%} of the time", f"{turns:,.0f} turns {where}"
+        "background meanwhile, wall time of its turns",
+        f"{busy / 1e6 / wall:.0%} of the time",
+        f"{turns:,.0f} turns {where}",
     )
     for name, target in (("p50", None), ("p99", 3.0), ("p99.9", None)):
         without = f"without {duration(off[name])}"
@@ -213,7 +215,7 @@ def consolidation(report: Report, repeats: int) -> None:
         work.append(time.thread_time_ns() - spent)
         accepted += done is not None and done.outcome == "accepted"
     best, usual = min(wall), statistics.median(work)
-    ours = f"{duration(best)} (median of the core's time {duration(usual)}, {accepted} of {repeats} accepted)"
+    ours = f"{duration(best)} (median CPU time {duration(usual)}, {accepted} of {repeats} accepted)"
     report.add("maybe_background, limit 3 ms", ours, "limit 3 ms", best / 3e6, 1.0, below=True)
     text = f"the guide's ~{duration(GUIDE_BACKGROUND)}"
     report.add("maybe_background", duration(best), text, GUIDE_BACKGROUND / best, 10.0)

@@ -52,6 +52,8 @@ class Plan:
         pairs: Blocks with the background on, each after a block with it off.
         off: Events of a block with it off, as a share of one with it on.
         rate: Events a second; 0 writes as fast as it goes.
+        reservoir: Samples that each loop remembers.
+        pending: Events that may wait in each loop.
         threshold: Bytes an event by which the resident size may rise.
     """
 
@@ -61,6 +63,8 @@ class Plan:
     pairs: int = 50
     off: float = 0.2
     rate: float = 16_000.0
+    reservoir: int = 512
+    pending: int = 1000
     threshold: float = 4.0
 
 
@@ -187,7 +191,15 @@ def run(plan: Plan, tell: Any = lambda _line: None) -> dict[str, Any]:
     loops = []
     for i in range(plan.adapters):
         lora = ml.LoraConfig(rank=RANK, alpha=2.0 * RANK, target_modules=("q_proj",))
-        loops.append(SonaLoop(SonaConfig(lora=lora, hidden_dim=WIDTHS[i % len(WIDTHS)], seed=i)))
+        width = WIDTHS[i % len(WIDTHS)]
+        config = SonaConfig(
+            lora=lora,
+            hidden_dim=width,
+            seed=i,
+            reservoir_capacity=plan.reservoir,
+            max_pending_samples=plan.pending,
+        )
+        loops.append(SonaLoop(config))
     writer = Writer(loops, plan.rate)
     background = Background(*loops)
     readers = Readers(loops, writer.inputs, plan.readers)

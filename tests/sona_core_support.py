@@ -1,4 +1,4 @@
-"""What the tests of the loops' core share: streams of every feedback, small loops, their state without clocks."""
+"""What the tests of the loops' core share: streams of every feedback, small loops, state without clocks."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The core of the loops against float64 twins and the bare learner: instant, held out, merged, gated, warmed up."""
+"""The core of the loops against float64 twins and the bare learner: instant, held out, gated, warmed up."""
 
 import math
 
@@ -362,8 +362,8 @@ def test_a_is_chosen_from_the_first_inputs_and_they_are_learned_again(dtype):
         x = np.array([c.x for c in learned if c.module in (None, m)])
         bare.fit_input_basis(x, module=m)
         assert (bare[m].lora_a == sona.lora[m].lora_a).all()
-        close(*(v @ v.T for v in (np.linalg.qr(ref.f64(sona.lora[m].lora_a).T)[0],
-                                  ref.principal_rows(x, 4)[0].T)), 2e-2 if dtype == "bf16" else 2e-3)  # fmt: skip
+        spans = np.linalg.qr(ref.f64(sona.lora[m].lora_a).T)[0], ref.principal_rows(x, 4)[0].T
+        close(*(v @ v.T for v in spans), 2e-2 if dtype == "bf16" else 2e-3)
     for call in learned:
         teach(bare, call)
     for m in NAMES:

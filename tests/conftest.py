@@ -5,8 +5,6 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-import sona_fake  # noqa: F401
-
 settings.register_profile(
     "fast", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

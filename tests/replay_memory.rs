@@ -96,6 +96,8 @@ fn memory_bytes_are_those_of_the_allocator() {
     }
     let before = NOW.load(Relaxed);
     let mut bank = Box::new(PatternBank::new(32, 0.99, 256).unwrap());
-    (0..500).for_each(|e| drop(bank.observe(&sample(e, 256).x, None)));
+    for e in 0..500 {
+        bank.observe(&sample(e, 256).x, None);
+    }
     within("bank", bank.memory_bytes(), NOW.load(Relaxed) - before, 0.01);
 }

@@ -3,7 +3,6 @@
 import numpy as np
 
 import microlora as ml
-import sona_fake  # noqa: F401
 from microlora.sona import SonaConfig, SonaLoop
 from support import normal, rng
 

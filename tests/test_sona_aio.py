@@ -78,7 +78,8 @@ def test_text_and_vector_teach_the_same():
             a = plain.instant_adapt("how?", "so", quality)
             b = await front.instant_adapt("how?", "so", quality)
             assert (a.applied, a.loss_after) == (b.applied, b.loss_after)
-        assert str(plain.stats()) == str(front.stats())
+        for name in ("instant_count", "instant_applied", "accumulated_quality", "version"):
+            assert getattr(plain.stats(), name) == getattr(front.stats(), name)
         with pytest.raises(ex.ConfigError, match="base: got one with a text"):
             await front.instant_adapt("how?", "so", 0.5, base=np.ones(WIDTH, np.float32))
         with pytest.raises(ex.NonFiniteError):
@@ -176,10 +177,36 @@ def test_the_task_outlives_a_consolidation_that_fails(monkeypatch, caplog):
     assert threading.main_thread() not in calls
 
 
+def test_stopping_waits_for_what_is_under_way(monkeypatch):
+    sona = loop()
+    inside, go, over = threading.Event(), threading.Event(), []
+
+    def works(force=False):
+        inside.set()
+        assert go.wait(20)
+        over.append(True)
+
+    monkeypatch.setattr(sona, "maybe_background", works)
+
+    async def run():
+        front = AsyncSona(sona)
+        front.start()
+        await until(inside.is_set)
+        stopping = asyncio.create_task(front.stop())
+        await asyncio.sleep(0.02)
+        assert not stopping.done()
+        go.set()
+        await stopping
+        assert over == [True]
+
+    asyncio.run(run())
+
+
 def test_cancelling_a_deep_run_stops_it_and_changes_nothing():
     async def run():
         sona = loop(training=AdapterTrainingConfig(epochs=2000, early_stopping_patience=0))
         feed(sona, 200)
+        sona.maybe_background(force=True)
         before = sona.lora.version, sona.manager.generation
         front = AsyncSona(sona)
         begun = threading.Event()

@@ -10,7 +10,7 @@ import pytest
 
 import microlora as ml
 from microlora import exceptions as ex
-from microlora.sona import Background
+from microlora.sona import Background, background
 from sona_support import feed, loop
 from support import run_python
 
@@ -127,12 +127,31 @@ def test_a_failing_loop_is_logged_left_alone_for_a_while_and_stops_no_other(capl
     assert waits == sorted(waits)
 
 
+def test_the_pause_after_a_failure_doubles_and_ends_with_a_success(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("microlora.sona.background.time.monotonic", lambda: now[0])
+    bad, failures = Fails(2), {}
+    state = background._State([weakref.ref(bad)], 100.0)
+
+    def calls_at(when):
+        now[0] = when
+        background._round(state, failures)
+        return bad.calls
+
+    assert calls_at(1000.0) == 1
+    assert calls_at(1000.1) == 1
+    assert calls_at(1000.21) == 2
+    assert calls_at(1000.6) == 2
+    assert calls_at(1000.62) == 3
+    assert failures == {}
+    assert calls_at(1000.62) == 4
+
+
 def test_what_goes_on_is_called_again_at_once():
     class Long(Fails):
         def maybe_background(self):
             self.calls += 1
-            note = ("goes on",) if self.calls < 6 else ()
-            return type("R", (), {"notes": note})()
+            return type("R", (), {"outcome": "goes_on" if self.calls < 6 else "accepted"})()
 
     long = Long(0)
     start = time.monotonic()
@@ -171,9 +190,11 @@ sona = loop()
 """
 
 
-def test_the_process_ends_with_the_thread_running():
-    out = run_python(SETUP + "sona.start(); feed(sona, 60); print('end')")
-    assert "end" in out
+def test_the_process_ends_with_the_thread_running_and_stops_it_first():
+    # What was registered before our room runs after it.
+    first = "import atexit\natexit.register(lambda: print('running', sona.running))\n"
+    out = run_python(first + SETUP + "sona.start(); feed(sona, 60); print('end', sona.running)")
+    assert out.split() == ["end", "True", "running", "False"]
 
 
 def test_a_fork_with_the_thread_running():
@@ -226,7 +247,7 @@ def test_a_fork_pauses_every_loop_and_resumes_it_on_both_sides(monkeypatch):
     calls = []
     sona = loop()
     monkeypatch.setattr(type(sona), "pause", lambda self: self is sona and calls.append("pause"))
-    monkeypatch.setattr(type(sona), "resume", lambda self: self is sona and calls.append("resume"))
+    monkeypatch.setattr(type(sona), "resume", lambda self, child: self is sona and calls.append("resume"))
     pid = os.fork()
     if pid == 0:
         os._exit(calls != ["pause", "resume"])
@@ -235,17 +256,22 @@ def test_a_fork_pauses_every_loop_and_resumes_it_on_both_sides(monkeypatch):
     assert calls == ["pause", "resume"]
 
 
-def test_a_deep_run_in_another_thread_does_not_block_the_child():
+def test_locks_that_other_threads_hold_do_not_block_the_child():
     code = """
-assert sona._deep_lock.acquire()
+locks = sona._deep_lock, sona._install_lock, sona._background._lock
+assert all(lock.acquire() for lock in locks)
 pid = os.fork()
 if pid == 0:
     feed(sona, 60)
+    sona.start()
+    sona.stop()
     os._exit(not sona.deep_optimize().training.total_steps)
 assert os.waitpid(pid, 0)[1] == 0
+for lock in locks:
+    lock.release()
 print("ok")
 """
-    assert "ok" in run_python(SETUP + code)
+    assert "ok" in run_python(SETUP + code, timeout=40)
 
 
 def test_subscribers_hear_of_what_the_thread_accepted():

@@ -93,7 +93,7 @@ def test_presets_are_the_table_of_the_guide_in_canonical_units(preset, rank, mod
 def test_minimal_memory_is_rank_one_on_one_module_with_100_pending():
     config = SonaConfig.for_hidden_dim(64, background_min_samples=200).minimal_memory()
     assert (config.lora.rank, config.lora.target_modules) == (1, ("q_proj",))
-    assert (config.max_pending_samples, config.background_min_samples) == (100, 100)
+    assert (config.max_pending_samples, config.background_min_samples, config.warmup_inputs) == (100, 90, 64)
     assert config.learner.param_count(64) == 128
 
 
@@ -170,7 +170,8 @@ BAD = [
     ({"deep_trigger_threshold": 0}, "deep_trigger_threshold: got 0"),
     ({"consolidation": "ewc_murge"}, "consolidation: got 'ewc_murge'"),
     ({"consolidation": 3}, "consolidation: got 3"),
-    ({"max_pending_samples": 9}, "max_pending_samples: got 9, expected background_min_samples (10) or more"),
+    ({"max_pending_samples": 9}, "max_pending_samples: got 9, expected room for background_min_samples (10)"),
+    ({"max_pending_samples": 71}, "max_pending_samples: got 71, expected room for warmup_inputs (64)"),
     ({"quality_threshold": 1.0}, "quality_threshold: got 1.0"),
     ({"quality_threshold": True}, "quality_threshold: got True"),
     ({"max_ms": 0}, "max_ms: got 0"),
@@ -228,7 +229,7 @@ def sona_configs(draw):
         background_min_samples=fewest,
         deep_trigger_threshold=draw(st.floats(1e-3, 1e6)),
         consolidation=draw(st.sampled_from(["EwcMerge", *Consolidation])),
-        max_pending_samples=fewest + draw(st.integers(0, 100)),
+        max_pending_samples=2 * max(fewest, 64) + draw(st.integers(0, 100)),
         quality_threshold=draw(share),
         max_ms=draw(st.none() | st.floats(1e-3, 1e3)),
         reservoir_capacity=draw(st.integers(0, 1000)),

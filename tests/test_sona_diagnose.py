@@ -28,12 +28,12 @@ HEALTHY = {
     "held_out_samples": 50,
     "heldout_loss_first": 1.0,
     "heldout_loss_last": 0.5,
+    "heldout_loss_least": 0.4,
     "prequential_loss_first": 1.0,
     "prequential_loss": 0.5,
     "warmed_up": True,
 }
 NLMS = LoraConfig(target_modules=["q_proj"], instant=InstantConfig(rule="nlms"))
-RLS = LoraConfig(target_modules=["q_proj"], instant=InstantConfig(rule="rls"))
 X = normal(rng(1), 60, WIDTH)
 
 
@@ -89,7 +89,7 @@ LISTS = [
         "quality threshold too high",
         "below_threshold",
         "quality_threshold",
-        {"stats": {"skipped": {"quality": 400}}},
+        {"stats": {"skipped": {"quality is under quality_threshold": 600}}},
     ),
     ("feedback always the same value", "constant_feedback", "quality", {"samples": rewards([0.85] * 40)}),
     (
@@ -120,7 +120,8 @@ LISTS = [
         "replay_ratio",
         {"stats": ROSE, "config": {"replay_ratio": 0}},
     ),
-    ("the gate refuses", "heldout_rising", "instant_lr", {"stats": {"refused": 30, "accepted": 10}}),
+    ("it was better once", "heldout_rising", "instant_lr", {"stats": {"heldout_loss_least": 0.3}}),
+    ("the gate rolls back", "heldout_rising", "instant_lr", {"stats": {"refused": 11, "rolled_back": 11}}),
     # High latency
     ("reduce rank", "high_latency", "lora.rank", {"stats": {"instant_p50_us": 1500.0}, "config": BIG}),
     (
@@ -146,13 +147,13 @@ LISTS = [
         "halved steps",
         "step_too_large",
         "instant_lr",
-        {"stats": {"nlms_halvings": 400}, "config": {"lora": NLMS}},
+        {"stats": {"nlms_steps": 440, "nlms_halvings": 400}},
     ),
     (
         "refused steps",
         "step_too_large",
         "instant_lr",
-        {"stats": {"refused_steps": 50}, "config": {"lora": NLMS}},
+        {"stats": {"nlms_steps": 440, "refused_steps": 50}},
     ),
     (
         "warm-up not reached",
@@ -178,14 +179,16 @@ def test_each_trouble_is_named_with_its_setting_and_nothing_else_is(advice, code
 
 SILENT = [
     {"stats": {"skipped": {"held out": 400}}},
-    {"stats": {"skipped": {"quality": 240}}},
-    {"stats": {"instant_count": 19, "skipped": {"quality": 19}}},
+    {"stats": {"skipped": {"quality is under quality_threshold": 490}}},
+    {"stats": {"instant_count": 0, "skipped": {"quality": 19}}},
     {"samples": rewards([0.85] * 19)},
     {"samples": rewards([0.85] * 39 + [0.9])},
-    {"stats": {"heldout_loss_last": 1.09}},
-    {"stats": {"refused": 20, "accepted": 20}},
-    {"stats": {"background_count": 3, "refused": 3}},
-    {"stats": {"refused_steps": 50}, "config": {"lora": RLS}},
+    {"stats": {"heldout_loss_last": 1.09, "heldout_loss_least": 0.8}},
+    {"stats": {"refused": 40, "rolled_back": 10, "accepted": 0}},
+    {"stats": {"background_count": 3, "refused": 3, "rolled_back": 3}},
+    {"stats": {"nlms_steps": 19, "nlms_halvings": 19}},
+    {"stats": {"nlms_steps": 440, "nlms_halvings": 200, "refused_steps": 20}},
+    {"stats": {"held_out_samples": 3, "rolled_back": 1}},
     {"stats": {"instant_p50_us": 999.0}},
     {"stats": {"background_avg_latency_us": 40_000.0}},
     {"stats": {"background_avg_latency_us": 60_000.0}, "config": {"background_interval_ms": 0.0}},

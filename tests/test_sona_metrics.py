@@ -47,8 +47,10 @@ def test_prometheus_scrapes_a_loop(sona):
     assert value("events_skipped_total", reason="quality") == 2
     assert value("instant_latency_seconds", quantile="0.5") == pytest.approx(3.5e-6)
     assert value("instant_latency_seconds", quantile="0.99") is None
+    assert value("journal_bytes") == 0
     assert value("consolidations_total", outcome="accepted") == 4
-    assert value("consolidations_total", outcome="refused") == 2
+    assert value("consolidations_total", outcome="kept") == 1
+    assert value("consolidations_total", outcome="rolled_back") == 1
     assert value("memory_bytes", part="reservoir") == 234
     assert value("loss_held_out") == 0.25
     assert value("loss_prequential") is None
@@ -140,11 +142,23 @@ def test_every_number_of_the_statistics_is_told_or_left_out_on_purpose():
     told = {key for m in metrics.METRICS for key in dir_of(m)}
     silent = {
         "instant_avg_latency_us",
-        "forward_count",
+        "nlms_steps",
         "nlms_halvings",
         "refused_steps",
         "background_count",
+        "background_p99_us",
+        "refused_in_a_row",
         "unmeasured",
+        "cancelled",
+        "deep_refused",
+        "quality_count",
+        "quality_mean",
+        "quality_min",
+        "quality_max",
+        "members",
+        "heldout_loss_least",
+        "consolidating",
+        "events",
         "reservoir_samples",
         "held_out_samples",
         "patterns",

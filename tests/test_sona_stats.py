@@ -43,7 +43,6 @@ def test_text_says_what_was_measured_and_nothing_else():
     assert "held-out 0.5 -> 0.25" in text
     assert "3,345 bytes" in text
     assert "nan" not in text
-    assert "forward" not in text
     assert "as it came" not in text
 
 

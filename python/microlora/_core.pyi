@@ -66,6 +66,7 @@ __all__ = [
     "save_peft",
     "save_single",
     "set_num_threads",
+    "sona_config",
     "unfuse_model",
     "write_file",
 ]
@@ -258,16 +259,27 @@ class AdaptationResult:
 
     @property
     def applied(self) -> bool:
-        """Whether weights changed by it."""
+        """Whether weights changed."""
     @property
     def loop_type(self) -> Literal["instant", "background", "deep"]:
         """Which loop."""
     @property
+    def outcome(
+        self,
+    ) -> Literal["event", "accepted", "kept", "rolled_back", "goes_on", "cancelled", "warmed_up"]:
+        """What it came to: kept is the live weights where the result was refused; goes_on left work."""
+    @property
     def latency_us(self) -> float:
-        """Time that it took, microseconds."""
+        """Time that it took in the core, microseconds."""
     @property
     def quality_delta(self) -> float:
         """Loss before less loss after: of the event, or of the held-out samples; NaN where not measured."""
+    @property
+    def loss_before(self) -> float | None:
+        """That loss before; None where it was not measured."""
+    @property
+    def loss_after(self) -> float | None:
+        """That loss after; None where it was not measured."""
     @property
     def samples_used(self) -> int:
         """Samples that it learned from."""
@@ -276,13 +288,7 @@ class AdaptationResult:
         """What there is to say, and why something was skipped or refused."""
     @property
     def event(self) -> int | None:
-        """Number of the event; None for the other loops."""
-    @property
-    def loss_before(self) -> float | None:
-        """Loss before; None where not measured."""
-    @property
-    def loss_after(self) -> float | None:
-        """Loss after; None where not measured."""
+        """Number of the event; None where none was kept."""
     @property
     def version(self) -> int:
         """Version of the live learner afterwards."""
@@ -292,10 +298,6 @@ class Sona:
     """The compiled part of :class:`microlora.SonaLoop`: a learner, its memory and its consolidations."""
 
     def __new__(cls, lora: MicroLora, manager: HotSwap, settings_json: str) -> Self: ...
-    def _adapt_text(
-        self, query: str, response: object, quality: float | None = None, module: str | None = None
-    ) -> AdaptationResult:
-        """What `instant_adapt` does with a text; refused here, where there is no encoder."""
     def instant_adapt(
         self,
         x: ArrayLike | str,
@@ -304,16 +306,20 @@ class Sona:
         module: str | None = None,
         base: ArrayLike | None = None,
     ) -> AdaptationResult:
-        """Learns from one event; the next ``forward`` sees it.
+        """Learns from one event at once, and keeps it for the background loop; the next ``forward`` sees it.
+
+        One event in ten (``holdout``) is held out: it is kept to measure with, and no loop trains on it.
 
         Args:
             x: float32 (in_features,): the layer's input; or a text, where there is an encoder.
             feedback: A `Target`, `Gradient`, `Reward`, `Preference` or `Contrastive`; or the text of the
                 response, for a text, which ``quality`` then rewards. Prefer a target where there is one: a
                 scalar teaches about a tenth.
-            quality: How good it was, 0 to 1. A target below ``quality_threshold`` is passed over.
-            module: Name of the module; None is every module whose widths fit.
-            base: float32 (out_features,): output of the frozen layer; see :meth:`MicroLora.instant`.
+            quality: How good it was, 0 to 1. Targets below ``quality_threshold`` are passed over, others
+                weigh ``(quality - threshold) / (1 - threshold)``; other feedback is never dropped.
+            module: Name of the module; None is every module.
+            base: float32 (out_features,): output of the frozen layer; see :meth:`MicroLora.instant`. With a
+                text the embedding is it, for modules as wide as their input.
 
         Returns:
             What was done; ``notes`` say why an event was skipped.
@@ -334,17 +340,21 @@ class Sona:
     def modules(self) -> list[str]:
         """Module names, in order."""
     def maybe_background(self, force: bool = False) -> AdaptationResult | None:
-        """Consolidates if it is due, within ``max_ms``; None where it is not."""
-    def run_background(self, callback: Callable[[AdaptationResult], object], interval_ms: float) -> None:
-        """Consolidates until `stop_background`, with the GIL released; ``callback`` hears of each end."""
+        """One turn of the background loop, where one is due, within ``max_ms``; None where none is."""
+    def run_background(self, callback: Callable[[AdaptationResult], object]) -> None:
+        """Serves the background loop without the GIL until `stop_background`.
+
+        Args:
+            callback: Gets the result of every turn; False ends the loop.
+        """
     def stop_background(self) -> None:
-        """Ends `run_background`."""
+        """Ends `run_background` soon."""
     def pause(self) -> None:
-        """Lets no consolidation begin or go on, and waits for the one that works: before a fork."""
-    def resume(self) -> None:
-        """Undoes `pause`: after a fork, in parent and child."""
+        """Waits until no turn is under way and lets none begin: for a fork."""
+    def resume(self, child: bool = False) -> None:
+        """Ends a pause; ``child`` says that this is a forked child."""
     def stats(self) -> dict[str, Any]:
-        """Counters and measurements."""
+        """Counts, times (microseconds, of the core's own work) and sizes; None where nothing was measured."""
     def samples(
         self, held_out: bool
     ) -> list[
@@ -358,32 +368,109 @@ class Sona:
             float,
         ]
     ]:
-        """What is remembered: ``(event, x, feedback, base, module, quality, weight)`` of each sample.
+        """The reservoir's samples: ``(event, x, feedback, base, module, quality, weight)`` each.
 
         Args:
             held_out: The samples that no loop trains on, or the others.
         """
     def evaluate(self, adapter: Adapter | None = None) -> float | None:
         """Held-out loss of the live weights or of an adapter's; None without held-out samples."""
-    def install(self, adapter: Adapter, samples_used: int, gate: bool) -> AdaptationResult:
-        """Makes an adapter's weights the live ones, if the gate lets them pass; the rules start afresh."""
+    def install(self, adapter: Adapter, samples_used: int, gate: bool = True) -> AdaptationResult:
+        """Lets a trained adapter serve where its held-out loss passes the gate; the rules start afresh."""
     def adapter(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
-        """The live weights."""
+        """The live weights, with these settings attached; of an ensemble the first member's."""
     def consolidated(self, config_json: str | None = None, metadata_json: str | None = None) -> Adapter:
         """The last accepted weights."""
     def ensemble(self) -> list[tuple[Adapter, NDArray[np.float32]]]:
-        """Members and centroids; none unless ``consolidation`` is ``"ensemble"``."""
+        """The live weights of every member with its centroid; a single one has a centroid of no numbers."""
     def warm_up(self, x: ArrayLike) -> float:
-        """Chooses A from these inputs now; see :meth:`MicroLora.fit_input_basis`."""
-    def to_bytes(self) -> bytes:
-        """The whole state."""
-    def restore(self, data: bytes) -> None:
-        """Goes on bit for bit from `to_bytes`, whole or not at all.
+        """Chooses A from unlabelled inputs before anything is consolidated.
+
+        Args:
+            x: float32 (n, in_features).
+
+        Returns:
+            The share of their energy that A holds, 0 to 1; the least of the modules.
 
         Raises:
-            FormatError: Not a state, damaged, or of a newer version.
+            ConfigError: The loop has consolidated; `deep_optimize` moves A later.
+            ShapeError: Another width.
+        """
+    def choose(self, x: ArrayLike, arms: Sequence[str], module: str | None = None) -> Choice:
+        """Chooses one of some named arms for an input: bottleneck LinUCB.
+
+        Args:
+            x: float32 (in_features,).
+            arms: Their names.
+            module: Whose bottleneck to choose by; None takes the first.
+
+        Raises:
+            ConfigError: No arms, an arm twice, or another module than that of the first choice.
+            MicroLoraError: An input that does not fit. Nothing changes in any error.
+        """
+    def reward(self, choice: int, reward: float) -> float:
+        """Says what a choice earned.
+
+        Args:
+            choice: Its ``id``.
+            reward: A finite number.
+
+        Returns:
+            The reward that was expected.
+
+        Raises:
+            UnknownChoiceError: A choice that is unknown or settled.
+            NonFiniteError: NaN or infinity.
+        """
+    def choices(self) -> list[tuple[str, float, float]]:
+        """``(arm, propensity, reward)`` of the last choices that were settled, for off-policy evaluation."""
+    def to_bytes(self, config_json: str | None = None) -> bytes:
+        """The whole loop as bytes, with a text of the caller's; see `sona_config`."""
+    def restore(self, data: bytes) -> None:
+        """Goes on from the bytes of a loop with the same modules, shapes and settings.
+
+        Raises:
+            FormatError: Not a state, a damaged one, or one of a newer version.
             ConfigError: Of other modules or settings.
         """
+    def open_dir(
+        self,
+        dir: str | PathLike[str],
+        config_json: str | None,
+        journal: tuple[str, float, int, int | None] | None = None,
+    ) -> str:
+        """Opens a state directory, and from now on writes there; what was found, as JSON."""
+    def checkpoint(self) -> int:
+        """Saves the state in its directory; returns its bytes."""
+    def sync(self) -> None:
+        """Writes the journal through to the disk, whatever its policy; nothing where there is none."""
+    def close(self) -> None:
+        """Leaves the state directory; the journal is synced first."""
+    def forget(self, event: int, how: str | None = None) -> str:
+        """Takes an event out of what was learned from it.
+
+        Args:
+            event: Its number.
+            how: ``"replay"`` (exact), ``"downdate"`` (within 1e-5), or None for the first of them that is
+                possible.
+
+        Returns:
+            Which it was.
+
+        Raises:
+            FeedbackError: An event that is unknown, or that neither way can take out; says why. Nothing
+                changes then.
+        """
+    def audit_json(self) -> str:
+        """What the journal holds, as JSON."""
+    @property
+    def enabled(self) -> bool:
+        """Whether ``forward`` adds anything; learning goes on."""
+    @enabled.setter
+    def enabled(self, value: bool, /) -> None: ...
+    @property
+    def version(self) -> int:
+        """Version of the live learner: counts every change of its weights."""
 
 @disjoint_base
 class Adapter:
@@ -1855,6 +1942,13 @@ class Ewc:
 
         Anchors count whole, though they share the learner's memory until its next step.
         """
+
+def sona_config(data: bytes) -> str | None:
+    """The text that the state of a loop was saved with, or None.
+
+    Raises:
+        FormatError: Not such a state, or one of a newer version.
+    """
 
 def off_policy(
     propensities: Sequence[float], rewards: Sequence[float], probabilities: Sequence[float]

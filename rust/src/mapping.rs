@@ -86,3 +86,50 @@ impl DerefMut for MappingMut {
         &mut self.0
     }
 }
+
+/// Tells the process that made it from forked children: a page that a child sees as zeros (Linux 4.14 or newer).
+/// Elsewhere the number of the process is asked for, which is a system call.
+#[derive(Debug)]
+pub struct ForkMark {
+    page: Option<memmap2::MmapMut>,
+    process: u32,
+}
+
+impl ForkMark {
+    /// Marks this process.
+    pub fn new() -> Self {
+        ForkMark { page: Self::wiped_in_children(), process: std::process::id() }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[allow(unsafe_code)]
+    fn wiped_in_children() -> Option<memmap2::MmapMut> {
+        let mut page = memmap2::MmapMut::map_anon(1).ok()?;
+        // SAFETY: the page is ours, private and anonymous, which is what the advice asks for; a child reads zeros.
+        if unsafe { libc::madvise(page.as_mut_ptr().cast(), 1, libc::MADV_WIPEONFORK) } != 0 {
+            return None;
+        }
+        page[0] = 1;
+        Some(page)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn wiped_in_children() -> Option<memmap2::MmapMut> {
+        None
+    }
+
+    /// Whether this is the process that made the mark.
+    #[inline]
+    pub fn is_here(&self) -> bool {
+        match &self.page {
+            Some(page) => page[0] == 1,
+            None => std::process::id() == self.process,
+        }
+    }
+}
+
+impl Default for ForkMark {
+    fn default() -> Self {
+        Self::new()
+    }
+}

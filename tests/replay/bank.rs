@@ -104,12 +104,12 @@ fn patterns_are_those_of_a_float64_twin() {
             }
         }
     }
-    assert!(checked > 1000 && merges > 50, "{checked} events, {merges} merges");
+    assert!(checked > 1000 && merges > 30, "{checked} events, {merges} merges");
 }
 
 #[test]
 fn the_two_nearest_become_one_and_the_newcomer_takes_the_place() {
-    let mut bank = PatternBank::new(3, 0.99, 3).unwrap();
+    let mut bank = PatternBank::new(3, 0.999, 3).unwrap();
     for x in [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.1, 1.0, 0.0], [0.0, 2.0, 0.0]] {
         bank.observe(&x, None);
         assert_eq!(bank.merged(), None);
@@ -141,11 +141,14 @@ fn nearest_is_by_cosine_and_zeros_are_nowhere() {
 fn weights_are_a_softmax_of_cosines_or_one_hot() {
     let k = Kernels::detect().unwrap();
     let mut bank = PatternBank::new(5, 0.9, 6).unwrap();
-    (0..5).for_each(|e| drop(bank.observe(&numbers(&mut Rng::new(1, e), 6, 1.0), None)));
+    for e in 0..5 {
+        bank.observe(&numbers(&mut Rng::new(1, e), 6, 1.0), None);
+    }
     assert_eq!(bank.len(), 5);
     let x = numbers(&mut Rng::new(2, 0), 6, 1.0);
-    let cosines: Vec<f64> = bank
-        .centroids()
+    let centroids = bank.centroids();
+    assert_eq!(bank.centroid(2), centroids[12..18]);
+    let cosines: Vec<f64> = centroids
         .chunks_exact(6)
         .map(|c| cosine(&c.iter().map(|&v| f64::from(v)).collect::<Vec<_>>(), &unit(&x)))
         .collect();
@@ -169,9 +172,13 @@ fn weights_are_a_softmax_of_cosines_or_one_hot() {
 #[test]
 fn bounded_whatever_comes() {
     let mut bank = PatternBank::new(8, 0.99, 16).unwrap();
-    (0..500).for_each(|e| drop(bank.observe(&numbers(&mut Rng::new(4, e), 16, 1.0), None)));
-    let bytes = bank.memory_bytes();
-    (500..3000).for_each(|e| drop(bank.observe(&numbers(&mut Rng::new(4, e), 16, 1.0), None)));
+    let mut bytes = 0;
+    for e in 0..3000 {
+        bank.observe(&numbers(&mut Rng::new(4, e), 16, 1.0), None);
+        if e == 500 {
+            bytes = bank.memory_bytes();
+        }
+    }
     assert_eq!((bank.len(), bank.memory_bytes()), (8, bytes));
     assert_eq!(bank.counts().iter().sum::<u64>(), 3000);
 }

@@ -28,7 +28,9 @@ proptest! {
     ) {
         let dtype = if half { Dtype::F16 } else { Dtype::F32 };
         let mut r = reservoir(Settings { capacity, max_bytes, dtype, holdout, balance, seed }, n);
-        (0..forgotten).for_each(|e| drop(r.forget(e)));
+        for e in 0..forgotten {
+            r.forget(e);
+        }
         let tensors = r.to_tensors("a/");
         let mut all = vec![Tensor::new("other", TensorDtype::U8, vec![1], vec![7]).unwrap()];
         all.extend(tensors.iter().cloned());
@@ -131,8 +133,20 @@ fn damaged_reservoirs_are_refused() {
         }
         // An event of the other part, and one that was never kept under this seed.
         let events: Vec<u8> = good.iter().find(|t| t.name == "held_out/events").unwrap().data.to_vec();
-        refused(&with(&good, "train/events", |d| d[..8].copy_from_slice(&events[..8])), "");
-        refused(&edit(&good, "\"seed\":1", "\"seed\":2"), "");
+        let kinds: Vec<u8> = good.iter().find(|t| t.name == "train/index").unwrap().data.to_vec();
+        let row = kinds.chunks_exact(36).position(|r| r[12] != 2).unwrap();
+        let swapped = with(&good, "train/events", |d| d[8 * row..8 * row + 8].copy_from_slice(&events[..8]));
+        refused(&swapped, "other part");
+        let kept: Vec<u64> = (1..=90).filter(|e| e % 6 == 2).collect();
+        let row = kinds.chunks_exact(36).position(|r| r[12] == 2).unwrap();
+        let strangers = kept.iter().filter(|e| {
+            let changed = with(&good, "train/events", |d| {
+                d[8 * row..8 * row + 8].copy_from_slice(&e.to_le_bytes());
+            });
+            Reservoir::from_tensors("", &changed).is_err()
+        });
+        assert!(strangers.count() > 5, "events that were not kept can be put in");
+        refused(&edit(&good, "\"seed\":1", "\"seed\":2"), "event");
         refused(&edit(&good, "\"version\":1", "\"version\":2"), "version 2");
         refused(&edit(&good, "\"capacity\":20", "\"capacity\":10"), "places");
         refused(&edit(&good, "\"max_bytes\":null", "\"max_bytes\":900"), "bytes");

@@ -12,6 +12,7 @@ from microlora.sona import telemetry
 from microlora.sona.background import Background
 from microlora.sona.config import SonaConfig
 from microlora.sona.consolidation import Consolidation
+from microlora.sona.journal import JournalConfig
 from microlora.sona.loop import SonaLoop
 from microlora.sona.stats import SonaStats
 
@@ -27,6 +28,7 @@ __all__ = [
     "Consolidation",
     "DeepResult",
     "Finding",
+    "JournalConfig",
     "SonaConfig",
     "SonaLoop",
     "SonaStats",

@@ -142,15 +142,21 @@ class AsyncSona:
         failures = 0
         while True:
             pause = period
+            work = self._submit(self._sona.maybe_background)
             try:
-                result = await self.maybe_background()
+                result = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # Whoever stops the task may rely on it that nothing of it is under way any more.
+                await asyncio.wait([work])
+                _forget(work)
+                raise
             except Exception:
                 failures += 1
                 pause = min(60.0, period * 2.0 ** min(failures, 30))
                 _log.exception("%r: a consolidation failed; the next try is in %.1f s", self._sona, pause)
             else:
                 failures = 0
-                if result is not None and GOES_ON in result.notes:
+                if result is not None and result.outcome == GOES_ON:
                     pause = _SHORTEST
             await asyncio.sleep(pause)
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GOES_ON", "Background"]
 
-#: The note of a call that left work for the next one.
-GOES_ON = "goes on"
+#: The outcome of a call that left work for the next one.
+GOES_ON = "goes_on"
 _SHORTEST = 0.001
 _LONGEST_PAUSE = 60.0
 
@@ -209,7 +209,7 @@ def _round(state: _State, failures: dict[int, tuple[int, float]]) -> float:
             _log.exception("%r: a consolidation failed; the next try is in %.1f s", loop, wait)
             continue
         failures.pop(id(loop), None)
-        if result is not None and GOES_ON in result.notes:
+        if result is not None and result.outcome == GOES_ON:
             pause = _SHORTEST
     return pause
 

@@ -57,7 +57,8 @@ class SonaConfig(Document):
             yes, above 0.
         consolidation: A name of `Consolidation`.
         max_pending_samples: Most events that wait for a consolidation; older ones leave unconsolidated, and
-            are counted.
+            are counted. Beside those that are held out there must be room for ``background_min_samples``
+            and ``warmup_inputs``.
         quality_threshold: Targets of a lower quality are passed over, and one of quality q counts
             ``(q - threshold) / (1 - threshold)``; 0 up to but not including 1. Rewards and preferences are
             never dropped: a failure is their information.
@@ -143,9 +144,11 @@ class SonaConfig(Document):
             put(self, name, check(name, getattr(self, name)))
         put(self, "consolidation", Consolidation(self.consolidation).value)
         put(self, "dims", _dims(self.dims))
-        if self.max_pending_samples < self.background_min_samples:
-            want = f"background_min_samples ({self.background_min_samples}) or more"
-            raise wrong("max_pending_samples", self.max_pending_samples, want)
+        room = _usable(self.max_pending_samples, self.holdout)
+        for name in ("background_min_samples", "warmup_inputs"):
+            if room < getattr(self, name):
+                want = f"room for {name} ({getattr(self, name)}) beside those that are held out"
+                raise wrong("max_pending_samples", self.max_pending_samples, want)
         self._check_rule()
         if self.hidden_dim is not None or self.dims is not None:
             self.lora.resolve_dims(self.hidden_dim, self.dims)
@@ -226,9 +229,13 @@ class SonaConfig(Document):
 
     def minimal_memory(self) -> Self:
         """A copy of the fewest bytes: rank 1, q_proj, at most 100 events that wait."""
-        fewest = min(self.background_min_samples, 100)
-        lora = self._lora(1, TargetModule.speed())
-        return self.replace(lora=lora, max_pending_samples=100, background_min_samples=fewest)
+        room = _usable(100, self.holdout)
+        return self.replace(
+            lora=self._lora(1, TargetModule.speed()),
+            max_pending_samples=100,
+            background_min_samples=min(self.background_min_samples, room),
+            warmup_inputs=min(self.warmup_inputs, room),
+        )
 
     def _preset(self, rank: int, modules: tuple[TargetModule, ...], interval: float, guide: float) -> Self:
         return self.replace(
@@ -303,7 +310,7 @@ _CHECKS: Mapping[str, Check] = {
     "quality_threshold": _number(0.0, 1.0, "a number from 0 up to, but not including, 1", high_open=True),
     "max_ms": _or_none(_number(0.0, 1e9, "milliseconds above 0, or None", low_open=True)),
     "reservoir_capacity": _count(0),
-    "reservoir_max_bytes": _or_none(_count(0, 2**53)),
+    "reservoir_max_bytes": _or_none(_count(1, 2**53)),
     "reservoir_dtype": lambda name, value: choice(name, value, ("f32", "f16")),
     "reservoir_balance": flag,
     "holdout": _number(0.0, 0.5, "a share from 0 to 0.5"),
@@ -322,6 +329,11 @@ _CHECKS: Mapping[str, Check] = {
     "warmup_inputs": _count(0, 65_536),
     "seed": _count(0, 2**63 - 1),
 }
+
+
+def _usable(pending: int, holdout: float) -> int:
+    """How many of so many events are not held out."""
+    return int(pending * (1.0 - holdout) + 1e-9)
 
 
 def _dims(value: object) -> FrozenMap[tuple[int, int]] | None:

@@ -14,7 +14,9 @@ from microlora.exceptions import ConfigError, DTypeError, SwapError
 from microlora.micro_lora import MicroLoRA
 from microlora.progress import CancelToken
 from microlora.sona import distil
+from microlora.sona.background import GOES_ON
 from microlora.sona.gather import Gathered, gather, rows, split
+from microlora.sona.state import write_fisher
 from microlora.training import engine
 from microlora.training.trainer import AdapterTrainer
 
@@ -37,13 +39,14 @@ class DeepResult:
     Attributes:
         applied: Whether its weights are served now.
         loop_type: ``"deep"``.
+        outcome: ``"accepted"``, or ``"kept"`` where the gate refused it.
         latency_us: Time of the whole run, microseconds.
         quality_delta: Held-out loss before less after; NaN where it could not be measured.
         samples_used: Samples that were trained on.
         notes: What there is to say, and why it was refused.
         event: None.
         loss_before: Held-out loss before; None where it could not be measured.
-        loss_after: Held-out loss of the trained weights; likewise.
+        loss_after: Held-out loss of what is served now; likewise.
         version: Version of the live learner afterwards.
         training: What the trainer did.
         ensemble_loss: Held-out loss of the ensemble, where it was distilled.
@@ -52,6 +55,7 @@ class DeepResult:
 
     applied: bool
     loop_type: Literal["deep"]
+    outcome: str
     latency_us: float
     quality_delta: float
     samples_used: int
@@ -104,6 +108,7 @@ def _run(
     started = time.perf_counter()
     if cancel is not None:
         cancel.raise_if_cancelled("the deep run")
+    _drain(loop)
     teacher, members = distil.teacher_of(loop) if distill else (None, 0)
     gathered = gather(loop, samples, base)
     events = gathered.events if teacher is None else distil.lessons(loop, teacher, gathered.events)
@@ -136,7 +141,15 @@ def _run(
         done = loop.install(student.adapter(), len(train), True)
         if done.applied:
             loop._fisher = needed
+            if loop._opened is not None:
+                write_fisher(loop._opened.path, needed)
     return _result(done, notes, (time.perf_counter() - started) * 1e6, trained, losses)
+
+
+def _drain(loop: SonaLoop) -> None:
+    """Consolidates what waits, so that it is remembered and can be trained on."""
+    while (result := loop.maybe_background(force=True)) is not None and result.outcome == GOES_ON:
+        pass
 
 
 def _penalty(loop: SonaLoop, student: MicroLoRA) -> EwcPlusPlus | None:
@@ -165,6 +178,7 @@ def _result(
     return DeepResult(
         applied=done.applied,
         loop_type="deep",
+        outcome=done.outcome,
         latency_us=latency,
         quality_delta=done.quality_delta,
         samples_used=done.samples_used,

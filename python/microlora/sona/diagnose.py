@@ -109,8 +109,8 @@ def _constant(facts: Facts) -> Said:
 
 
 def _low_quality(facts: Facts) -> Said:
-    count = facts.stats.instant_count
-    low = sum(n for reason, n in facts.stats.skipped.items() if "quality" in reason or "threshold" in reason)
+    low = sum(n for reason, n in facts.stats.skipped.items() if "quality" in reason)
+    count = facts.stats.instant_count + low  # what was passed over was not counted as an event
     if count >= ENOUGH and low > 0.5 * count:
         yield (
             "quality_threshold",
@@ -122,11 +122,18 @@ def _low_quality(facts: Facts) -> Said:
 def _rising(facts: Facts) -> Said:
     stats, config = facts.stats, facts.config
     first, last = stats.heldout_loss_first, stats.heldout_loss_last
-    rose = math.isfinite(first) and math.isfinite(last) and last > 1.1 * first
-    refused = stats.background_count >= 4 and stats.refused > 0.5 * stats.background_count
-    if not (rose or refused):
+    least = stats.heldout_loss_least
+    rose = math.isfinite(first) and math.isfinite(last) and (last > 1.1 * first or last > 1.5 * least)
+    back = stats.background_count >= 4 and stats.rolled_back > 0.25 * stats.background_count
+    if not (rose or back):
         return
-    evidence = {"first": first, "last": last, "refused": stats.refused, "of": stats.background_count}
+    evidence = {
+        "first": first,
+        "least": least,
+        "last": last,
+        "rolled_back": stats.rolled_back,
+        "of": stats.background_count,
+    }
     if config.consolidation not in (Consolidation.EWC_MERGE, Consolidation.ENSEMBLE):
         setting, way = "consolidation", "take 'ewc_merge', or 'ensemble' for uses that have little in common"
     elif config.reservoir_capacity == 0 and config.canonical_lambda == 0.0:
@@ -143,12 +150,11 @@ def _rising(facts: Facts) -> Said:
 
 def _large_steps(facts: Facts) -> Said:
     stats, rule = facts.stats, facts.config.learner.instant
-    if stats.instant_applied + stats.refused_steps < ENOUGH or rule.rule == "rls":
+    if stats.nlms_steps < ENOUGH:
         return
-    events = stats.instant_applied + stats.refused_steps
-    halvings, refused = stats.nlms_halvings / events, stats.refused_steps / events
-    if halvings > 0.5 or refused > 0.05:
-        evidence = {"halvings_per_event": halvings, "refused_share": refused}
+    halved, refused = stats.nlms_halvings / stats.nlms_steps, stats.refused_steps / stats.nlms_steps
+    if halved > 0.5 or refused > 0.05:
+        evidence = {"halved_share": halved, "refused_share": refused}
         if rule.mu is not None:
             evidence["mu"] = rule.mu
         yield "instant_lr", "steps overshoot and are halved or refused: take a smaller one", evidence
@@ -215,7 +221,9 @@ def _overflow(facts: Facts) -> Said:
 
 def _blind(facts: Facts) -> Said:
     stats, config = facts.stats, facts.config
-    if stats.held_out_samples < config.gate_min_samples and stats.instant_count >= 10 * ENOUGH:
+    # A window that is rolled back takes its held-out samples with it: that is another trouble.
+    few = stats.held_out_samples < config.gate_min_samples and not stats.rolled_back
+    if few and stats.instant_count >= 10 * ENOUGH:
         yield (
             "holdout",
             "too few held-out samples to judge a consolidation by: raise it, or lower gate_min_samples",

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from microlora._core import Reward, Target
-from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, FeedbackError
-from microlora.merging.routed import RoutedEnsemble
-from microlora.merging.router import CentroidRouter
 from microlora.micro_lora import MicroLoRA
+from microlora.sona.consolidation import Consolidation
 from microlora.sona.gather import remembered
 from microlora.training.events_in import InEvent
 
@@ -32,21 +30,12 @@ def teacher_of(loop: SonaLoop) -> tuple[Forward, int]:
     Raises:
         ConfigError: The loop has no ensemble.
     """
-    members = loop.ensemble()
-    if not members:
+    if loop.config.consolidation != Consolidation.ENSEMBLE:
         raise ConfigError(
             f"distill: got True with consolidation {loop.config.consolidation!r}, expected 'ensemble': there "
             "is one adapter already"
         )
-    adapters = [Adapter(adapter) for adapter, _ in members]
-    if len(members) == 1:
-        return MicroLoRA(adapters[0]).forward, 1
-    router = CentroidRouter(
-        np.stack([centroid for _, centroid in members]),
-        temperature=loop.config.ensemble_temperature,
-        hard=loop.config.ensemble_hard,
-    )
-    return RoutedEnsemble(adapters, router).forward, len(members)
+    return loop.forward, len(loop.ensemble())
 
 
 def lessons(loop: SonaLoop, teacher: Forward, events: list[InEvent]) -> list[InEvent]:

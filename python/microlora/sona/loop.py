@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import threading
-from collections.abc import Callable, Sequence
-from types import MethodType, TracebackType
+from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import microlora._core as _core
 from microlora._core import AdaptationResult
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.hot_swap import HotSwapManager
 from microlora.micro_lora import MicroLoRA
-from microlora.sona import making, processes, state, telemetry
-from microlora.sona.background import GOES_ON, Background
+from microlora.sona import making, processes, state
+from microlora.sona.background import Background
 from microlora.sona.config import SonaConfig
+from microlora.sona.journal import JournalConfig
+from microlora.sona.state import Opened
 from microlora.sona.stats import SonaStats
 from microlora.sona.text import Encoders
+from microlora.sona.watch import EventHook, Watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SonaLoop"]
 
-EventHook = Callable[["AdaptationResult | DeepResult"], object]
 
-_log = logging.getLogger("microlora.sona")
-
-
-class SonaLoop(_core.Sona):
+class SonaLoop(Watched):
     """An adapter that learns from every event, consolidates in the background and trains on what is kept.
 
     * **instant**: `instant_adapt` learns from one event in microseconds; the next `forward` sees it.
@@ -72,14 +70,12 @@ class SonaLoop(_core.Sona):
 
     _config: SonaConfig
     _lora: MicroLoRA
-    _manager: HotSwapManager
     _encoders: Encoders
     _background: Background
-    _on_event: EventHook | None
-    _told: int
     _deep_lock: threading.Lock
     _install_lock: threading.Lock
     _fisher: bytes | None
+    _opened: Opened | None
 
     def __new__(
         cls,
@@ -104,8 +100,9 @@ class SonaLoop(_core.Sona):
         manager = HotSwapManager(lora)
         self = super().__new__(cls, lora, manager, config.core_json())
         self._config, self._lora, self._manager, self._encoders = config, lora, manager, encoders
-        self._on_event, self._told = on_event, manager.generation
+        self._on_event, self._told, self._outcomes = on_event, manager.generation, {}
         self._deep_lock, self._install_lock, self._fisher = threading.Lock(), threading.Lock(), None
+        self._opened = None
         self._background = Background(self)
         processes.on_fork(self)
         self.observe()
@@ -196,7 +193,7 @@ class SonaLoop(_core.Sona):
         """Learns from texts; called by `instant_adapt` where ``x`` is a text.
 
         A text as ``response`` is a `Reward` of ``quality`` for its embedding; feedback such as ``Target(t)``
-        is taken as it is. For a module as wide as its input the embedding itself is the frozen layer's
+        is taken as it is, and for a module as wide as its input the embedding itself is the frozen layer's
         output.
         """
         event = self._encoders.event(query, response, quality)
@@ -211,8 +208,8 @@ class SonaLoop(_core.Sona):
             force: Consolidate what there is, whatever the interval and the number of events.
 
         Returns:
-            What was done, or None where nothing was due. A result whose notes contain ``"goes on"`` left work
-            for the next call.
+            What was done, or None where nothing was due. One with the outcome ``"goes_on"`` left work for
+            the next call.
         """
         result = super().maybe_background(force)
         if result is not None:
@@ -239,6 +236,8 @@ class SonaLoop(_core.Sona):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        if self._opened is not None:
+            self.close()
 
     # -- the deep loop --
 
@@ -257,9 +256,9 @@ class SonaLoop(_core.Sona):
         """Trains A and B on what is remembered and on given samples, and serves the result if it is better.
 
         `AdapterTrainer` trains a copy with the settings ``config.deep``, while the loop goes on serving and
-        learning; a tenth of the samples is for early stopping. With ``ewc_lambda`` above 0 what earlier deep
-        runs needed is held. The gate then compares held-out losses as after a consolidation: no sample that
-        equals a held-out one is trained on.
+        learning; what waits for a consolidation is consolidated first. A tenth of the samples is for early
+        stopping. With ``ewc_lambda`` above 0 what earlier deep runs needed is held. The gate then compares
+        held-out losses as after a consolidation: no sample that equals a held-out one is trained on.
 
         Args:
             samples: `TrainingSample` objects (texts need the encoder), ``(x, feedback)`` pairs, an
@@ -285,50 +284,6 @@ class SonaLoop(_core.Sona):
 
         return deep_optimize(self, samples, distill, progress, cancel, base)
 
-    # -- who is told --
-
-    @property
-    def on_event(self) -> EventHook | None:
-        """Called with every result; None tells nobody."""
-        return self._on_event
-
-    @on_event.setter
-    def on_event(self, hook: EventHook | None) -> None:
-        if not (hook is None or callable(hook)):
-            raise DTypeError(f"on_event: got {type(hook).__name__}, expected a function or None")
-        self._on_event = hook
-        self.observe()
-
-    def observe(self) -> bool:
-        """Looks again whether anyone wants to hear of single events, and returns it.
-
-        `instant_adapt` is the core's own, and costs nothing more, unless there is a hook or the logger
-        ``microlora.sona.instant`` is enabled for DEBUG; that is looked at when the loop is made, when the
-        hook changes, and here.
-        """
-        wanted = self._on_event is not None or telemetry.logger("instant").isEnabledFor(logging.DEBUG)
-        if wanted:
-            self.__dict__["instant_adapt"] = MethodType(_observed, self)
-        else:
-            self.__dict__.pop("instant_adapt", None)
-        return wanted
-
-    def _done(self, result: AdaptationResult | DeepResult) -> None:
-        generation = self._manager.generation
-        if generation != self._told:
-            before, self._told = self._told, generation
-            self._manager._tell((before, generation))
-        if GOES_ON not in result.notes:
-            self._tell(result)
-
-    def _tell(self, result: AdaptationResult | DeepResult) -> None:
-        telemetry.report(result)
-        if self._on_event is not None:
-            try:
-                self._on_event(result)
-            except Exception:
-                _log.exception("on_event failed after an event of the %s loop", result.loop_type)
-
     # -- files --
 
     def save(self, path: PathLike) -> None:
@@ -341,6 +296,7 @@ class SonaLoop(_core.Sona):
                 one has written everything.
 
         Raises:
+            ConfigError: A directory that has a journal.
             OSError: The system refused.
         """
         state.write(self, path)
@@ -353,7 +309,7 @@ class SonaLoop(_core.Sona):
         response_encoder: TextEncoder | None = None,
         on_event: EventHook | None = None,
     ) -> Self:
-        """A loop that goes on from `save`.
+        """A loop that goes on from `save`; nothing is written there, and a journal is not read: see `open`.
 
         Args:
             path: The directory.
@@ -372,6 +328,88 @@ class SonaLoop(_core.Sona):
         self._told = self._manager.generation
         return self
 
+    @classmethod
+    def open(
+        cls,
+        path: PathLike,
+        config: SonaConfig | None = None,
+        encoder: TextEncoder | None = None,
+        response_encoder: TextEncoder | None = None,
+        on_event: EventHook | None = None,
+        journal: JournalConfig | None = None,
+    ) -> Self:
+        """A loop that lives in a directory: it goes on from what is there, and writes there.
+
+        The directory is locked until `close`, or the end of the ``with`` block. With a journal every event is
+        written down before it is learned, so that a killed process loses at most the one that it was writing.
+        `checkpoint` saves the state.
+
+        Args:
+            path: The directory, made where it is missing.
+            config: Settings of a new loop; where there is a state, None or the same settings.
+            encoder: As of the class.
+            response_encoder: As of the class.
+            on_event: As of the class.
+            journal: Settings of the journal; None keeps none, and learns again what an earlier one holds.
+
+        Returns:
+            The loop; `opened` says what was found. Warnings are logged by ``microlora.sona.journal``.
+
+        Raises:
+            ConfigError: Other settings than those of the state, or encoders of other names.
+            FormatError: A damaged state, or one of a newer version.
+            OSError: Another process has it open, or the system refused.
+        """
+        if not (journal is None or isinstance(journal, JournalConfig)):
+            raise DTypeError(f"journal: got {type(journal).__name__}, expected a JournalConfig or None")
+        parts = state.read(path) if state.there(path) else None
+        if parts is not None and config is None:
+            config = parts.config
+        self = cls(config, encoder, response_encoder, None, on_event)
+        if parts is not None and self._config != parts.config:
+            raise ConfigError(
+                f"config: got other settings than the state in {path}, expected None or the same"
+            )
+        self._opened = state.open_in(self, path, parts, journal)
+        self._told = self._manager.generation
+        return self
+
+    @property
+    def opened(self) -> Opened | None:
+        """What `open` found; None for a loop without a directory."""
+        return self._opened
+
+    def checkpoint(self) -> int:
+        """Saves the state in the directory of `open`; the journal goes on after it.
+
+        Returns:
+            Bytes of the state.
+
+        Raises:
+            ConfigError: A loop without a directory.
+            OSError: The system refused; what was saved before is whole.
+        """
+        return super().checkpoint()
+
+    def close(self) -> None:
+        """Syncs the journal and leaves the directory of `open`; the loop goes on without it."""
+        super().close()
+        self._opened = None
+
+    def audit(self) -> list[dict[str, Any]]:
+        """What the journal holds, in order: which events shaped the adapter, and what came of them.
+
+        Returns:
+            A dict for each record: ``record``, ``kind`` (``"event"``, ``"consolidation"``, ``"deep"``, ...),
+            ``time`` (seconds since 1970), ``event``, ``module``, ``feedback``, ``quality``, ``held_out``,
+            ``outcome``; None where a record has none of it.
+
+        Raises:
+            ConfigError: A loop without a journal.
+        """
+        found: list[dict[str, Any]] = json.loads(self.audit_json())
+        return found
+
     # -- processes and values --
 
     def _before_fork(self) -> None:
@@ -380,7 +418,7 @@ class SonaLoop(_core.Sona):
     def _after_fork(self, child: bool) -> None:
         if child:  # whoever held a lock is not in this process
             self._deep_lock, self._install_lock = threading.Lock(), threading.Lock()
-        self.resume()
+        self.resume(child)
 
     def __reduce__(self) -> NoReturn:
         raise DTypeError("SonaLoop: cannot be pickled or copied: save() it, or take adapter()")
@@ -393,10 +431,3 @@ class SonaLoop(_core.Sona):
         running = "running" if self.running else "not running"
         version = f"version {self._lora.version}"
         return f"{type(self).__name__}({shown}; {sizes}, {version}, {self._config.consolidation}, {running})"
-
-
-def _observed(self: SonaLoop, *args: Any, **kwargs: Any) -> AdaptationResult:
-    """`instant_adapt` with somebody who listens."""
-    result = _core.Sona.instant_adapt(self, *args, **kwargs)
-    self._tell(result)
-    return result

@@ -56,13 +56,15 @@ def _each(name: str, label: str) -> Callable[[SonaStats], Values]:
     return lambda stats: [({label: key}, float(value)) for key, value in getattr(stats, name).items()]
 
 
-def _quantiles(prefix: str) -> Callable[[SonaStats], Values]:
-    names = {"0.5": f"{prefix}_p50_us", "0.99": f"{prefix}_p99_us"}
-    return lambda stats: [({"quantile": q}, float(getattr(stats, name))) for q, name in names.items()]
+def _quantiles(stats: SonaStats) -> Values:
+    values = {"0.5": stats.instant_p50_us, "0.99": stats.instant_p99_us, "0.999": stats.instant_p999_us}
+    return [({"quantile": q}, value) for q, value in values.items()]
 
 
 def _outcomes(stats: SonaStats) -> Values:
-    counts = {"accepted": stats.accepted, "refused": stats.refused, "rolled_back": stats.rolled_back}
+    # Disjoint, so that they can be summed; the statistics count those rolled back among those refused.
+    kept = stats.refused - stats.rolled_back
+    counts = {"accepted": stats.accepted, "kept": kept, "rolled_back": stats.rolled_back}
     return [({"outcome": name}, float(count)) for name, count in counts.items()]
 
 
@@ -70,8 +72,7 @@ METRICS: tuple[Measure, ...] = (
     Measure("events", "counter", "1", "Events that came.", _one("instant_count")),
     Measure("events.applied", "counter", "1", "Events that changed weights.", _one("instant_applied")),
     Measure("events.skipped", "counter", "1", "Events that did not, by reason.", _each("skipped", "reason")),
-    Measure("instant.latency", "gauge", "us", "Time of the last events.", _quantiles("instant")),
-    Measure("forward.latency", "gauge", "us", "Time of the last reads.", _quantiles("forward")),
+    Measure("instant.latency", "gauge", "us", "Time of events.", _quantiles),
     Measure("consolidations", "counter", "1", "Consolidations by what came of them.", _outcomes),
     Measure(
         "consolidation.latency",
@@ -100,6 +101,7 @@ METRICS: tuple[Measure, ...] = (
         "Loss of the last events before they were learned from.",
         _one("prequential_loss"),
     ),
+    Measure("journal", "gauge", "By", "Bytes of the journal on disk.", _one("journal_bytes")),
     Measure("memory", "gauge", "By", "Bytes by part.", _each("bytes", "part")),
     Measure("generation", "gauge", "1", "Number of the version that is served.", _one("generation")),
 )

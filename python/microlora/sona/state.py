@@ -1,26 +1,29 @@
-"""A loop on disk: a directory whose ``sona.json`` is written last and names the files that belong to it."""
+"""A loop on disk: ``state.safetensors`` is the core's, ``fisher.safetensors`` what deep runs hold on to."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import microlora._core as _core
 from microlora._checks import SCHEMA_KEY, check_document, read_json, write_json
 from microlora.exceptions import ConfigError, FormatError
 from microlora.sona.config import SonaConfig
+from microlora.sona.journal import JournalConfig
 
 if TYPE_CHECKING:
     from microlora.files import PathLike
     from microlora.sona.loop import SonaLoop
 
-__all__ = ["MANIFEST", "Parts", "read", "restore", "write"]
+__all__ = ["Opened", "Parts", "open_in", "read", "restore", "there", "write", "write_fisher"]
 
-MANIFEST = "sona.json"
+STATE, FISHER = "state.safetensors", "fisher.safetensors"
 SCHEMA_VERSION = 1
-_KEYS = ("config", "state", "fisher", "encoders", "microlora")
-_KINDS = ("state", "fisher")
+
+_log = logging.getLogger("microlora.sona.journal")
 
 
 class Parts(NamedTuple):
@@ -32,75 +35,106 @@ class Parts(NamedTuple):
     encoders: tuple[str, ...] | None
 
 
+class Opened(NamedTuple):
+    """What opening a state directory found.
+
+    Attributes:
+        path: The directory.
+        found: Whether a state was there.
+        replayed: Records of the journal that came after that state, learned again.
+        exact: Whether the weights have the very bits that they had: all was written by the same build on the
+            same instruction set. Otherwise they agree to about 1e-5.
+        warnings: Damage that was set aside, and what else there is to know.
+    """
+
+    path: Path
+    found: bool
+    replayed: int
+    exact: bool
+    warnings: tuple[str, ...]
+
+
+def about(loop: SonaLoop) -> str:
+    """What the core keeps for us in a state: settings and the encoders' names, as JSON."""
+    return write_json(
+        {SCHEMA_KEY: SCHEMA_VERSION, "config": loop.config.to_dict(), "encoders": loop._encoders.names}
+    )
+
+
 def write(loop: SonaLoop, path: PathLike) -> None:
-    """Writes a loop; what was there before is whole until all of it is written.
+    """Writes a loop; the state's rename is what commits it.
 
     Raises:
+        ConfigError: A directory with a journal, whose records a state from elsewhere does not know.
         OSError: The system refused.
     """
     folder = Path(os.fspath(path))
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("journal-*")):
+        raise ConfigError(
+            f"path: got {folder}, which has a journal, expected another directory: checkpoint() of the loop "
+            "that has it open saves there"
+        )
     with loop._install_lock:
-        parts = {"state": loop.to_bytes(), "fisher": loop._fisher}
-    number = 1 + max((_number(item.name) for item in folder.iterdir()), default=0)
-    named: dict[str, Any] = dict.fromkeys(_KINDS)
-    for kind, data in parts.items():
-        if data is not None:
-            named[kind] = f"{kind}-{number:06d}.safetensors"
-            _core.write_file(str(folder / named[kind]), data)
-    document = {
-        SCHEMA_KEY: SCHEMA_VERSION,
-        "config": loop.config.to_dict(),
-        **named,
-        "encoders": loop._encoders.names,
-        "microlora": _core.__version__,
-    }
-    _core.write_file(str(folder / MANIFEST), write_json(document, indent=1).encode())
-    for item in folder.iterdir():
-        if _number(item.name) and item.name not in named.values():
-            item.unlink(missing_ok=True)
+        data, fisher = loop.to_bytes(about(loop)), loop._fisher
+    write_fisher(folder, fisher)
+    _core.write_file(str(folder / STATE), data)
+
+
+def write_fisher(folder: Path, fisher: bytes | None) -> None:
+    """Writes what deep runs hold on to, or takes it away."""
+    if fisher is None:
+        (folder / FISHER).unlink(missing_ok=True)
+    else:
+        _core.write_file(str(folder / FISHER), fisher)
+
+
+def there(path: PathLike) -> bool:
+    """Whether a directory has a state."""
+    return (Path(os.fspath(path)) / STATE).exists()
 
 
 def read(path: PathLike) -> Parts:
-    """What `write` wrote.
+    """What is saved in a directory.
 
     Raises:
-        FormatError: Not such a directory, a part that is missing, or a newer version.
+        FormatError: No state there, a damaged one, or one of a newer version.
         ConfigError: Settings out of their range.
         OSError: It cannot be read.
     """
     folder = Path(os.fspath(path))
-    manifest = folder / MANIFEST
-    if folder.is_dir() and not manifest.exists():
-        raise FormatError(
-            f"{folder}: got a directory without {MANIFEST}, expected one that SonaLoop.save wrote"
-        )
-    values = check_document(
-        str(manifest), read_json(str(manifest), manifest.read_bytes()), _KEYS, SCHEMA_VERSION
-    )
-    missing = [key for key in ("config", "state") if values.get(key) is None]
-    if missing:
-        raise FormatError(f"{manifest}: lacks {', '.join(missing)}")
-    found = {kind: _part(folder, manifest, kind, values.get(kind)) for kind in _KINDS}
-    state = found["state"]
-    assert state is not None
+    file = folder / STATE
+    if folder.is_dir() and not file.exists():
+        raise FormatError(f"{folder}: got a directory without {STATE}, expected one of SonaLoop.save or open")
+    data = file.read_bytes()
+    text = _core.sona_config(data)
+    if text is None:
+        raise FormatError(f"{file}: carries no settings of a loop")
+    values = check_document(str(file), read_json(str(file), text), ("config", "encoders"), SCHEMA_VERSION)
+    if "config" not in values:
+        raise FormatError(f"{file}: lacks config")
     names = values.get("encoders")
     encoders = None if names is None else tuple(str(name) for name in names)
-    return Parts(SonaConfig.from_dict(values["config"]), state, found["fisher"], encoders)
+    return Parts(SonaConfig.from_dict(values["config"]), data, _fisher(folder), encoders)
 
 
-def _part(folder: Path, manifest: Path, kind: str, name: object) -> bytes | None:
-    if name is None:
+def _fisher(folder: Path) -> bytes | None:
+    file = folder / FISHER
+    if not file.exists():
         return None
-    # A name from a file goes to the file system: nothing but what `write` makes up is followed.
-    if not isinstance(name, str) or not name.startswith(f"{kind}-") or not _number(name):
-        raise FormatError(
-            f"{manifest}: {kind}: got {name!r}, expected a file such as {kind}-000001.safetensors"
-        )
+    data = file.read_bytes()
     try:
-        return (folder / name).read_bytes()
-    except FileNotFoundError:
-        raise FormatError(f"{manifest}: {kind}: {name} is missing from the directory") from None
+        _core.Ewc.settings_of(data)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    return data
+
+
+def _take(loop: SonaLoop, parts: Parts) -> None:
+    names = loop._encoders.names
+    if None not in (names, parts.encoders) and names != parts.encoders:
+        raise ConfigError(f"encoder: got {names}, expected {parts.encoders}, which the loop learned with")
+    loop._fisher = parts.fisher
 
 
 def restore(loop: SonaLoop, parts: Parts) -> None:
@@ -110,16 +144,30 @@ def restore(loop: SonaLoop, parts: Parts) -> None:
         ConfigError: Encoders of other names.
         FormatError: A damaged state.
     """
-    names = loop._encoders.names
-    if None not in (names, parts.encoders) and names != parts.encoders:
-        raise ConfigError(f"encoder: got {names}, expected {parts.encoders}, which the loop learned with")
+    _take(loop, parts)
     loop.restore(parts.state)
-    loop._fisher = parts.fisher
 
 
-def _number(name: str) -> int:
-    """Number of a part's file; 0 of any other."""
-    kind, _, rest = name.partition("-")
-    digits, dot, suffix = rest.partition(".")
-    known = kind in _KINDS and dot and suffix == "safetensors" and digits.isascii() and digits.isdigit()
-    return int(digits) if known else 0
+def open_in(loop: SonaLoop, path: PathLike, parts: Parts | None, journal: JournalConfig | None) -> Opened:
+    """Has a new loop go on from a directory, and write there from now on.
+
+    Raises:
+        ConfigError: Encoders of other names.
+        FormatError: A damaged state.
+        OSError: Another process has it open, or the system refused.
+    """
+    folder = Path(os.fspath(path))
+    if parts is not None:
+        _take(loop, parts)
+    found = json.loads(loop.open_dir(folder, about(loop), None if journal is None else journal.core()))
+    opened = Opened(folder, found["found"], found["replayed"], found["exact"], tuple(found["warnings"]))
+    for text in opened.warnings:
+        _log.warning("%s: %s", folder, text, extra={"path": str(folder)})
+    _log.info(
+        "%s: %s, %d records learned again",
+        folder,
+        "a state was found" if opened.found else "a new state",
+        opened.replayed,
+        extra={"path": str(folder), "replayed": opened.replayed, "exact": opened.exact},
+    )
+    return opened

@@ -26,35 +26,48 @@ class SonaStats:
         instant_applied: Events that changed weights.
         skipped: Events that did not, by reason.
         instant_avg_latency_us: Mean time of an event.
-        instant_p50_us: Median of the last events.
-        instant_p99_us: 99th percentile of the last events.
-        forward_count: Calls of ``forward``; 0 where they are not counted.
-        forward_p50_us: Median of the last ones that were timed.
-        forward_p99_us: 99th percentile of the last ones that were timed.
-        nlms_halvings: How often a step of NLMS was halved before its loss fell.
+        instant_p50_us: Median.
+        instant_p99_us: 99th percentile.
+        instant_p999_us: 99.9th percentile.
+        nlms_steps: Steps of NLMS.
+        nlms_halvings: Of them, those that were halved before their loss fell.
         refused_steps: Events of which no step lowered the loss.
         background_count: Consolidations that came to an end.
         background_avg_latency_us: Mean time of one.
+        background_p99_us: 99th percentile.
         accepted: Consolidations that are served.
         refused: Those whose result the gate refused.
         rolled_back: Those of them where the live weights failed too, so that the last accepted ones are back.
+        refused_in_a_row: Those since the last one that was accepted.
         unmeasured: Consolidations kept without a judgement, for want of held-out samples.
+        cancelled: Consolidations that were given up, because their window was overtaken.
         deep_count: Deep runs that came to an end.
+        deep_refused: Those of them that the gate refused.
         pending_samples: Events that wait for a consolidation.
         overflowed_samples: Events that left the queue unconsolidated.
-        accumulated_quality: Sum of qualities since the last deep run.
+        accumulated_quality: Sum of qualities since the last deep run; an event without one counts 1.
+        quality_count: Events that came with a quality.
+        quality_mean: Mean of their qualities.
+        quality_min: The least.
+        quality_max: The highest.
         reservoir_samples: Samples that are remembered for training.
         held_out_samples: Samples that only the gate sees.
         patterns: Patterns of inputs that are told apart.
-        heldout_loss_first: Held-out loss before the first consolidation that measured it.
-        heldout_loss_last: Held-out loss after the last one.
-        prequential_loss: Mean loss of the last events, each before it was learned from (Gama et al. 2013).
-        prequential_loss_first: The same of the first events.
-        warmed_up: Whether A was chosen from inputs.
+        members: Sets of weights that serve; more than one in an ensemble.
+        heldout_loss_first: Held-out loss after the first consolidation that measured it.
+        heldout_loss_last: That after the last one.
+        heldout_loss_least: The least of all.
+        prequential_loss: Moving average of the loss of events, each before it was learned from
+            (Gama et al. 2013).
+        prequential_loss_first: Its mean over the first events.
+        warmed_up: Whether A was chosen from inputs, or need not be.
         warmup_left: Inputs that the warm-up still waits for.
+        consolidating: Whether a consolidation waits for its next turn.
         version: Version of the live weights.
         generation: Number of the version that the manager serves.
-        bytes: Bytes by part: ``adapter``, ``reservoir``, ``window``, ``patterns``, ...
+        events: Number of the last event that was kept.
+        journal_bytes: Bytes of the journal on disk.
+        bytes: Resident bytes by part: ``adapter``, ``accepted``, ``reservoir``, ``patterns``, ``window``, ...
 
     """
 
@@ -64,32 +77,44 @@ class SonaStats:
     instant_avg_latency_us: float = _NAN
     instant_p50_us: float = _NAN
     instant_p99_us: float = _NAN
-    forward_count: int = 0
-    forward_p50_us: float = _NAN
-    forward_p99_us: float = _NAN
+    instant_p999_us: float = _NAN
+    nlms_steps: int = 0
     nlms_halvings: int = 0
     refused_steps: int = 0
     background_count: int = 0
     background_avg_latency_us: float = _NAN
+    background_p99_us: float = _NAN
     accepted: int = 0
     refused: int = 0
     rolled_back: int = 0
+    refused_in_a_row: int = 0
     unmeasured: int = 0
+    cancelled: int = 0
     deep_count: int = 0
+    deep_refused: int = 0
     pending_samples: int = 0
     overflowed_samples: int = 0
     accumulated_quality: float = 0.0
+    quality_count: int = 0
+    quality_mean: float = _NAN
+    quality_min: float = _NAN
+    quality_max: float = _NAN
     reservoir_samples: int = 0
     held_out_samples: int = 0
     patterns: int = 0
+    members: int = 0
     heldout_loss_first: float = _NAN
     heldout_loss_last: float = _NAN
+    heldout_loss_least: float = _NAN
     prequential_loss: float = _NAN
     prequential_loss_first: float = _NAN
     warmed_up: bool = False
     warmup_left: int = 0
+    consolidating: bool = False
     version: int = 0
     generation: int = 0
+    events: int = 0
+    journal_bytes: int = 0
     bytes: Mapping[str, int] = field(default_factory=FrozenMap)
 
     @classmethod
@@ -161,7 +186,6 @@ _LINES: Mapping[str, Any] = {
         _named("p99", _us(s.instant_p99_us)),
     ),
     "skipped": _skips,
-    "forward": lambda s: _joined(_named("p50", _us(s.forward_p50_us)), _named("p99", _us(s.forward_p99_us))),
     "background": lambda s: _joined(
         f"{s.background_count} consolidations",
         f"{s.accepted} accepted",

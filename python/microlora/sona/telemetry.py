@@ -1,13 +1,13 @@
 """Logging of the loops: names to filter by, fields to collect, and ``MICROLORA_LOG``.
 
-==============================  ===================================================
+==============================  =====================================================================
 logger                          what it tells
-==============================  ===================================================
+==============================  =====================================================================
 ``microlora.sona.instant``      every event (DEBUG; costs nothing where it is off)
-``microlora.sona.background``   consolidations (INFO), those refused (WARNING)
-``microlora.sona.deep``         deep runs (INFO), those refused (WARNING)
+``microlora.sona.background``   consolidations (INFO), the first of a row that is rolled back (WARNING)
+``microlora.sona.deep``         deep runs (INFO), the first of a row that is refused (WARNING)
 ``microlora.sona.journal``      what was recovered, written and compacted
-==============================  ===================================================
+==============================  =====================================================================
 
 Every record has the fields of its result as attributes, those of `FIELDS`: a formatter for JSON needs no
 parsing.
@@ -34,6 +34,7 @@ ROOT = "microlora"
 FIELDS = (
     "loop_type",
     "applied",
+    "outcome",
     "latency_us",
     "quality_delta",
     "samples_used",
@@ -43,6 +44,8 @@ FIELDS = (
     "loss_after",
     "version",
 )
+# A consolidation that is refused for live weights that pass by themselves is nothing to worry about.
+_TROUBLE = (("background", "rolled_back"), ("background", "cancelled"), ("deep", "kept"))
 _LEVELS = {
     "trace": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -60,12 +63,19 @@ def logger(loop_type: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.sona.{loop_type}")
 
 
-def report(result: AdaptationResult | DeepResult) -> None:
-    """Logs what a loop did, if anyone listens at that level."""
+def report(result: AdaptationResult | DeepResult, again: bool = False) -> None:
+    """Logs what a loop did, if anyone listens at that level.
+
+    Args:
+        result: What it did.
+        again: Whether its last result came to the same: only the first of a row of refusals is a warning.
+    """
+    what = result.outcome
     if result.loop_type == "instant":
-        level = logging.DEBUG
+        level, what = logging.DEBUG, "learned" if result.applied else "skipped"
     else:
-        level = logging.INFO if result.applied else logging.WARNING
+        trouble = (result.loop_type, what) in _TROUBLE and not again
+        level = logging.WARNING if trouble else logging.INFO
     log = logger(result.loop_type)
     if not log.isEnabledFor(level):
         return
@@ -74,7 +84,7 @@ def report(result: AdaptationResult | DeepResult) -> None:
         level,
         "%s %s: %d samples, %.1f us, quality delta %.4g%s",
         result.loop_type,
-        "applied" if result.applied else "not applied",
+        what,
         result.samples_used,
         result.latency_us,
         result.quality_delta,

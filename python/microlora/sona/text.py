@@ -130,7 +130,7 @@ class Encoders:
             raise FeedbackError(
                 f"response: got a text that encoder {other.name!r} maps to zero, expected one that it knows"
             )
-        return TextEvent(x, Reward(score, e), x if len(e) == len(x) else None)
+        return TextEvent(x, Reward(score, e), None)  # a reward is about dY alone
 
     def sample(self, sample: TrainingSample) -> TrainingSample:
         """A sample of texts as one of vectors; a response becomes the wanted output.

@@ -240,7 +240,7 @@ class AdapterTrainingConfig(Settings):
         output_dir: Folder of ``best.safetensors`` and of checkpoints; None writes nothing.
         checkpoint_every: Steps between resumable checkpoints in ``output_dir``; None writes none.
         replay: Rows of earlier tasks that join every batch; None trains on the task's own alone. With replay
-            a ``training.ewc_lambda`` of None means no EWC, which gains nothing beside it (docs/learning.md);
+            a ``training.ewc_lambda`` of None means no EWC, which does not pay beside it (docs/learning.md);
             a number is followed. Events of `AdapterTrainer.process_event` are neither kept nor joined.
 
     Raises:

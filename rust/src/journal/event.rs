@@ -109,7 +109,13 @@ pub fn decode(id: u64, payload: &[u8]) -> Result<Sample> {
         6 => rows >= 2,
         _ => return bad(format!("feedback of kind {kind}")),
     };
-    let unused = [(flags & 1 == 0, base_len as u32), (flags & 2 == 0, word(24)), (flags & 4 == 0, module)];
+    let unused = [
+        (flags & 1 == 0, base_len as u32),
+        (flags & 2 == 0, word(24)),
+        (flags & 4 == 0, module),
+        (kind < 4, word(36)),
+        (kind != 5, word(40)),
+    ];
     let zeros = head[2] == 0 && head[3] == 0 && word(44) == 0 && flags < 8;
     if !zeros || !want_rows || width == 0 || unused.iter().any(|(unset, v)| *unset && *v != 0) {
         return bad("fields that do not fit together");

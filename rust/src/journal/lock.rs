@@ -5,22 +5,9 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::mapping::ForkMark;
 
 const NAME: &str = "microlora.lock";
-
-/// The process that made it, told from its forked children.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Process(u32);
-
-impl Process {
-    pub fn here() -> Self {
-        Process(std::process::id())
-    }
-
-    pub fn is_here(self) -> bool {
-        self.0 == std::process::id()
-    }
-}
 
 /// The exclusive lock of a state directory, held until it is dropped or the process ends, however it ends.
 ///
@@ -30,7 +17,7 @@ impl Process {
 pub struct DirLock {
     dir: PathBuf,
     file: File,
-    process: Process,
+    owner: ForkMark,
 }
 
 impl DirLock {
@@ -64,7 +51,7 @@ impl DirLock {
             let text = format!("{}\n", std::process::id());
             file.write_all(text.as_bytes())
         });
-        Ok(DirLock { dir: dir.to_owned(), file, process: Process::here() })
+        Ok(DirLock { dir: dir.to_owned(), file, owner: ForkMark::new() })
     }
 
     /// The directory.
@@ -76,7 +63,7 @@ impl DirLock {
 impl Drop for DirLock {
     fn drop(&mut self) {
         // Unlocking frees it for all that inherited it, so only the owner does; children just close.
-        if self.process.is_here() {
+        if self.owner.is_here() {
             let _ = self.file.unlock();
         }
     }

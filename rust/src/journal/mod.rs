@@ -18,6 +18,7 @@ mod compact;
 pub mod event;
 mod iter;
 mod lock;
+mod options;
 mod record;
 mod recover;
 mod segment;
@@ -26,11 +27,11 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 pub use iter::{Record, RecordIter};
 pub use lock::DirLock;
-use lock::Process;
+pub use options::{Fsync, Options, Recovered, Retain};
 pub use record::{FORMAT, Header};
 use record::{Head, SEAL};
 pub use segment::Spare;
@@ -38,91 +39,16 @@ use segment::{Placed, RESERVE, Sealed, Segment};
 
 use crate::error::{Error, Result};
 use crate::format::atomic::sync_dir;
+use crate::mapping::ForkMark;
 
-const MIN_SEGMENT: usize = 4096;
-const MAX_SEGMENT: usize = 1 << 30;
 /// Pages that [`Journal::prepare`] keeps writable before the end of the records.
 const AHEAD: usize = 512 << 10;
-
-/// When records are written through to the disk. Against `kill -9` none is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fsync {
-    /// Never by itself; the system writes back within half a minute or so.
-    Never,
-    /// Before every `append` returns.
-    Always,
-    /// With every n-th record.
-    Events(u32),
-    /// With the first record, or call of `prepare`, after this time.
-    Interval(Duration),
-}
-
-/// Which segments stay that are older than the last checkpoint; they serve audits, replay needs none of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retain {
-    /// Every one.
-    All,
-    /// The newest, of at most so many bytes together.
-    Bytes(u64),
-}
-
-/// How a journal is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// When to sync.
-    pub fsync: Fsync,
-    /// Length of a segment's file; a record that is longer gets a segment of its own.
-    pub segment_bytes: usize,
-    /// What a checkpoint deletes.
-    pub retain: Retain,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options { fsync: Fsync::Never, segment_bytes: 16 << 20, retain: Retain::All }
-    }
-}
-
-impl Options {
-    fn check(&self) -> Result<()> {
-        if !(MIN_SEGMENT..=MAX_SEGMENT).contains(&self.segment_bytes) {
-            let want = format!("{MIN_SEGMENT} to {MAX_SEGMENT} bytes");
-            return Err(Error::config("segment_bytes", self.segment_bytes, want));
-        }
-        match self.fsync {
-            Fsync::Events(0) => Err(Error::config("fsync", "0 events", "at least 1")),
-            Fsync::Interval(Duration::ZERO) => Err(Error::config("fsync", "0 s", "more than 0 s")),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// What opening found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recovered {
-    /// Whether there was no journal, and one was made.
-    pub created: bool,
-    /// Good records, in all segments that are kept.
-    pub records: u64,
-    /// Largest id so far, those of compacted records among them; 0 where there is none.
-    pub last_id: u64,
-    /// Id up to which the saved state has everything, as the last checkpoint said.
-    pub checkpoint: u64,
-    /// What was wrong: file, byte, reason, how many bytes were set aside and where.
-    pub warning: Option<String>,
-    /// Bytes that were set aside.
-    pub set_aside: u64,
-    /// The newest header as found; the given one where the journal was made.
-    pub header: Header,
-    /// Every build and ISA that wrote records which replay needs, oldest first.
-    pub headers: Vec<Header>,
-}
 
 /// The journal of a state directory. One writer; wrap it in a mutex to share it.
 #[derive(Debug)]
 pub struct Journal {
     lock: Arc<DirLock>,
-    process: Process,
+    owner: ForkMark,
     options: Options,
     header: Header,
     checkpoint: u64,
@@ -131,6 +57,8 @@ pub struct Journal {
     sealed: Vec<Sealed>,
     current: Segment,
     spare: Option<Placed>,
+    /// Written and sealed; taking its map down costs a millisecond, which `append` leaves to others.
+    retired: Option<Segment>,
     last_id: u64,
     last_us: u64,
     clamped: u64,
@@ -143,8 +71,9 @@ pub struct Journal {
 }
 
 /// A segment that is wanted: [`NextSegment::make`] takes milliseconds and needs no journal.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct NextSegment {
+    retired: Option<Segment>,
     dir: PathBuf,
     capacity: usize,
     durable: bool,
@@ -156,6 +85,7 @@ impl NextSegment {
     /// # Errors
     /// What the system says, a full disk for one; nothing is left then.
     pub fn make(self) -> Result<Spare> {
+        drop(self.retired);
         Spare::make(&self.dir, self.capacity, self.durable)
     }
 }
@@ -188,42 +118,43 @@ impl Journal {
             header: found.headers.newest.clone().unwrap_or_else(|| header.clone()),
             headers: found.headers.needed,
         };
+        let durable = options.fsync != Fsync::Never;
         let mut sealed = found.sealed;
         let mut next = found.next;
-        let mut current = None;
-        if let Some(open) = found.open {
-            let mut segment = Segment::resume(&open.path, open.number, open.head, &open.scan)?;
-            if (&open.header.build, &open.header.isa) == (&header.build, &header.isa)
-                && segment.fits(record::size(0))
-            {
-                current = Some(segment);
-            } else if segment.fits(0) {
-                sealed.push(segment.seal(found.last_us));
-                next = open.number + 1;
-            } else {
-                return Err(Error::format(open.path.display(), "no room for the seal of the segment"));
-            }
+        let mut open = None;
+        if let Some(last) = found.open {
+            let ours = (&last.header.build, &last.header.isa) == (&header.build, &header.isa);
+            next = last.number + 1;
+            open = Some((ours, Segment::resume(&last.path, last.number, last.head, &last.scan)?));
         }
-        let durable = options.fsync != Fsync::Never;
         let needed = found.needed.unwrap_or(next);
-        let fresh = current.is_none();
-        let current = match current {
-            Some(segment) => segment,
-            None => {
-                let placed = Spare::make(dir, options.segment_bytes, durable)?.place(dir, next)?;
-                let capacity = placed.capacity() as u64;
-                placed.begin(&Head {
+        let (fresh, current) = match open {
+            Some((true, segment)) if segment.fits(record::size(0)) => (false, segment),
+            other => {
+                let spare = Spare::make(dir, options.segment_bytes, durable)?;
+                if let Some((_, mut last)) = other {
+                    if !last.fits(0) {
+                        return Err(Error::format(
+                            last.path.display(),
+                            "no room for the seal of the segment",
+                        ));
+                    }
+                    sealed.push(last.seal(found.last_us));
+                }
+                let capacity = spare.capacity() as u64;
+                let head = Head {
                     header: header.clone(),
                     segment: next,
                     capacity,
                     needed,
                     checkpoint: found.checkpoint,
-                })
+                };
+                (true, spare.place(dir, next)?.begin(&head))
             }
         };
         let mut journal = Journal {
             lock: Arc::clone(lock),
-            process: Process::here(),
+            owner: ForkMark::new(),
             options,
             header,
             checkpoint: found.checkpoint,
@@ -232,6 +163,7 @@ impl Journal {
             sealed,
             current,
             spare: None,
+            retired: None,
             last_id: found.last_id,
             last_us: found.last_us,
             clamped: 0,
@@ -353,6 +285,7 @@ impl Journal {
             (self.header.state, self.checkpoint, self.needed) = (old_state, old_checkpoint, old_needed);
             return Err(e);
         }
+        self.retired = None;
         if let Some(s) = self.sealed.last() {
             // The rest is zeros; without it frequent checkpoints cost no room.
             let file = std::fs::File::options().write(true).open(&s.path);
@@ -447,12 +380,16 @@ impl Journal {
     }
 
     /// The segment that will be needed soon, if it is not there yet.
-    pub fn wanted(&self) -> Option<NextSegment> {
+    pub fn wanted(&mut self) -> Option<NextSegment> {
         let soon = self.current.used >= self.current.capacity() / 4;
         let capacity = self.options.segment_bytes;
         let durable = self.options.fsync != Fsync::Never;
-        (soon && self.spare.is_none() && self.failed.is_none() && self.process.is_here())
-            .then(|| NextSegment { dir: self.lock.dir().to_owned(), capacity, durable })
+        (soon && self.spare.is_none() && self.usable().is_ok()).then(|| NextSegment {
+            retired: self.retired.take(),
+            dir: self.lock.dir().to_owned(),
+            capacity,
+            durable,
+        })
     }
 
     /// Takes a segment for later.
@@ -512,13 +449,14 @@ impl Journal {
         let sealed = self.current.seal(self.last_us);
         self.sealed.push(sealed);
         recover::point();
-        self.current = placed.begin(&head(&self.header, capacity));
+        let begun = placed.begin(&head(&self.header, capacity));
+        self.retired = Some(std::mem::replace(&mut self.current, begun));
         recover::point();
         Ok(())
     }
 
     fn usable(&self) -> Result<()> {
-        if !self.process.is_here() {
+        if !self.owner.is_here() {
             let want = "one that this process opened: a forked child inherits its parent's";
             return Err(Error::config("journal", "a journal of another process", want));
         }
@@ -540,7 +478,7 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        if self.process.is_here() {
+        if self.owner.is_here() {
             if self.options.fsync != Fsync::Never && self.failed.is_none() {
                 let _ = self.sync();
             }

@@ -99,7 +99,7 @@ pub(super) fn recover(dir: &Path) -> Result<Found> {
     // Nothing was touched up to here.
     sweep(dir, NEW)?;
     compact::finish(dir)?;
-    let mut r = Recovery { dir, found: Found { next: 1, ..Found::default() }, hole: None };
+    let mut r = Recovery { dir, found: Found { next: 1, ..Found::default() }, hole: false };
     let needed = heads.iter().map(|h| h.needed).max();
     r.found.needed = needed;
     r.found.checkpoint = heads.iter().map(|h| h.checkpoint).max().unwrap_or(0);
@@ -116,8 +116,8 @@ pub(super) fn newer(path: &Path, format: u32) -> Error {
 struct Recovery<'a> {
     dir: &'a Path,
     found: Found,
-    /// Set where what follows cannot be replayed.
-    hole: Option<()>,
+    /// Whether what follows cannot be replayed.
+    hole: bool,
 }
 
 impl Recovery<'_> {
@@ -152,9 +152,8 @@ impl Recovery<'_> {
             let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
             let whole = match Head::decode(&bytes) {
                 Ok((head, len)) if head.segment == number => {
-                    let scan = record::scan(&bytes, len);
-                    self.take(path, number, &bytes, (head, len), scan, rest, needed)?;
-                    if self.hole.is_some() {
+                    self.take((number, path), &bytes, (head, len), rest, needed)?;
+                    if self.hole {
                         return Ok(());
                     }
                     continue;
@@ -173,17 +172,15 @@ impl Recovery<'_> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn take(
         &mut self,
-        path: &Path,
-        number: u64,
+        (number, path): (u64, &Path),
         bytes: &[u8],
         (head, len): (Head, usize),
-        mut scan: Scan,
         rest: &[(u64, PathBuf)],
         needed: u64,
     ) -> Result<()> {
+        let mut scan = record::scan(bytes, len);
         let f = &mut self.found;
         f.records += scan.records;
         f.last_id = f.last_id.max(scan.max_id);
@@ -211,7 +208,7 @@ impl Recovery<'_> {
             let note = format!("{}: {} at byte {}", path.display(), fault.reason, fault.offset);
             self.found.notes.push(note);
             if number >= needed {
-                self.hole = Some(());
+                self.hole = true;
                 // Those that follow go first: whoever stops half-way finds the damage again.
                 self.set_aside_all(rest)?;
             }
@@ -255,9 +252,9 @@ impl Recovery<'_> {
         cut.and_then(|_| file.write_all(&seal)).and_then(|()| file.sync_all()).map_err(|e| Error::io(path, e))
     }
 
-    /// Renames whole segments, the last one first.
+    /// Renames whole segments.
     fn set_aside_all(&mut self, files: &[(u64, PathBuf)]) -> Result<()> {
-        for (_, path) in files.iter().rev() {
+        for (_, path) in files {
             point();
             let len = fs::metadata(path).map_err(|e| Error::io(path, e))?.len();
             let aside = free_name(path, None)?;
@@ -275,7 +272,8 @@ impl Recovery<'_> {
 }
 
 fn is_blank(path: &Path) -> Result<bool> {
-    Ok(fs::read(path).map_err(|e| Error::io(path, e))?.iter().all(|&b| b == 0))
+    let blank = |bytes: Vec<u8>| bytes.iter().all(|&b| b == 0);
+    Ok(blank(first_bytes(path)?) && blank(fs::read(path).map_err(|e| Error::io(path, e))?))
 }
 
 /// A name that no earlier damage has, unless it holds just these bytes.

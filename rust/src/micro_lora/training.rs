@@ -5,6 +5,9 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::learn::Learner;
 
+/// Learners, version and counters of one moment.
+pub(crate) type Before = (Vec<Learner>, u64, super::Counters);
+
 impl MicroLora {
     /// Looks at the learners, of one and the same version.
     pub(crate) fn inspect<R>(&self, f: impl FnOnce(&[Learner]) -> R) -> R {
@@ -19,6 +22,18 @@ impl MicroLora {
         std::mem::swap(&mut state.learners, learners);
         state.version += 1;
         state.version
+    }
+
+    /// Everything that events change, to go back to.
+    pub(crate) fn state_before(&self) -> Before {
+        let state = self.read();
+        (state.learners.clone(), state.version, state.counters)
+    }
+
+    /// Goes back as if the events since had not come.
+    pub(crate) fn undo(&self, before: Before) {
+        let state = &mut *self.write();
+        (state.learners, state.version, state.counters) = before;
     }
 
     /// Runs one edit of the learners under the lock; the version moves on when it says that weights changed.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyList, PyString, PyTuple};
 
 use super::adapter::PyAdapter;
 use super::array::{input, new_rows, new_vector, output, read_only};
 use super::bandit::PyChoice;
 use super::calls;
-use super::error::ConfigError;
+use super::error::{ConfigError, FeedbackError};
 use super::feedback::{extract, wrap};
 use super::micro_lora::PyMicroLora;
 use super::swap::PyHotSwap;
@@ -194,7 +194,7 @@ impl PySona {
         slf: &Bound<'py, Self>,
         x: &Bound<'py, PyAny>,
         feedback: &Bound<'py, PyAny>,
-        quality: Option<f32>,
+        quality: Option<&Bound<'py, PyAny>>,
         module: Option<&str>,
         base: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
@@ -217,7 +217,7 @@ impl PySona {
         let event = Event {
             x: x.as_slice(),
             feedback: &feedback.get().inner,
-            quality,
+            quality: quality.map(rating).transpose()?,
             module: at,
             base: base.as_ref().map(|b| b.as_slice()),
         };
@@ -284,7 +284,7 @@ impl PySona {
         py.detach(|| {
             sona.run_background(&mut |done| {
                 Python::attach(|py| match callback.call1(py, (PyAdaptation(done),)) {
-                    Ok(go_on) => !go_on.is(pyo3::types::PyBool::new(py, false)),
+                    Ok(go_on) => !go_on.is(PyBool::new(py, false)),
                     Err(e) => {
                         raised = Some(e);
                         false
@@ -305,9 +305,14 @@ impl PySona {
         py.detach(|| self.inner.gate.close());
     }
 
-    /// Ends a pause.
-    fn resume(&self) {
-        self.inner.gate.open();
+    /// Ends a pause; ``child`` says that this is a forked child.
+    #[pyo3(signature = (child = false))]
+    fn resume(&self, child: bool) {
+        if child {
+            self.inner.gate.open_in_child();
+        } else {
+            self.inner.gate.open();
+        }
     }
 
     /// Counts, times (microseconds, of the core's own work) and sizes; None where nothing was measured.
@@ -532,6 +537,24 @@ impl PySona {
     fn version(&self) -> u64 {
         self.inner.lora().version()
     }
+}
+
+/// A quality: a number from 0 to 1.
+fn rating(quality: &Bound<'_, PyAny>) -> PyResult<f32> {
+    let refused = || {
+        let got = quality.repr().map_or_else(|_| "something".into(), |r| r.to_string());
+        FeedbackError::new_err(format!("quality: got {got}, expected a number from 0 to 1"))
+    };
+    if quality.is_instance_of::<PyBool>() || quality.is_instance_of::<PyString>() {
+        return Err(refused());
+    }
+    let value: f64 = quality.extract().map_err(|_| refused())?;
+    if value.is_nan() {
+        return Err(
+            crate::Error::NonFinite { arg: "quality".into(), detail: ", expected 0 to 1".into() }.into()
+        );
+    }
+    if (0.0..=1.0).contains(&value) { Ok(value as f32) } else { Err(refused()) }
 }
 
 /// The configuration that a loop's state was saved with, as JSON.

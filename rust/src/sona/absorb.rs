@@ -42,6 +42,7 @@ impl Sona {
 
     /// Samples of the reservoir: those that are trained on, or those held out.
     pub fn samples(&self, held_out: bool) -> Vec<Sample> {
+        let _inside = self.gate.enter();
         self.back().reservoir.part(held_out).iter().map(|e| e.to_sample()).collect()
     }
 

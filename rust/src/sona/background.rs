@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::finish::Decision;
 use super::gather::{Gathered, Shape, gram};
-use super::held_out::{Sum, losses, masters};
+use super::held_out::{Contrast, Sum, masters};
 use super::members::Members;
 use super::records::{Ended, kind};
 use super::result::{Adaptation, Loop, Outcome};
@@ -14,8 +14,8 @@ use super::window::Pending;
 use super::{Accepted, Back, Sona};
 use crate::error::Result;
 use crate::factor::Factor;
-use crate::learn::Learner;
 use crate::learn::consolidate::{self, Problem, Run, Side, Verdict};
+use crate::learn::{Learner, Rule};
 use crate::replay::PatternBank;
 
 /// A consolidation under way.
@@ -29,6 +29,8 @@ pub(super) struct Task {
     pub slow: Vec<Accepted>,
     /// Patterns with this window counted in.
     pub bank: PatternBank,
+    /// Patterns that became one: the first number now means a new one.
+    pub merged: Vec<(usize, usize)>,
     pub members: Members,
     /// Member of each event of the window.
     pub route: Vec<usize>,
@@ -45,7 +47,7 @@ pub(super) struct Task {
     used: usize,
     pub notes: Vec<String>,
     /// Loss on the window (which the accepted weights have not seen) of the accepted weights, and of none.
-    contrast: [Sum; 2],
+    contrast: Contrast,
     /// A is to be chosen, nothing is merged.
     pub warm_up: bool,
 }
@@ -157,6 +159,7 @@ impl Sona {
             live,
             slow: back.slow.clone(),
             bank: back.bank.clone(),
+            merged: Vec::new(),
             members,
             route: Vec::new(),
             jobs: Vec::new(),
@@ -167,7 +170,7 @@ impl Sona {
             events: Vec::new(),
             used: 0,
             notes: Vec::new(),
-            contrast: [Sum::default(); 2],
+            contrast: Contrast::default(),
             warm_up,
         });
         Ok(())
@@ -230,6 +233,7 @@ impl Sona {
             // Members keep their patterns: once there are as many as there may be, they only count.
             if !(self.settings.is_ensemble() && task.bank.len() == task.bank.capacity()) {
                 task.bank.observe(&p.sample.x, p.sample.quality);
+                task.merged.extend(task.bank.merged());
             }
         }
         if self.settings.is_ensemble() {
@@ -262,7 +266,12 @@ impl Sona {
             task.live.push(task.live[near].clone());
             task.slow.push(Accepted::new(task.slow[near].learners.clone()));
         }
-        task.members.centroids = task.bank.centroids()[..count * width].to_vec();
+        task.members.centroids.clear();
+        for c in task.bank.centroids()[..count * width].chunks_exact(width) {
+            // The bank holds running means of directions, members hold directions.
+            let norm = self.kernels.dot(c, c).sqrt().max(f32::MIN_POSITIVE);
+            task.members.centroids.extend(c.iter().map(|v| v / norm));
+        }
         Ok(())
     }
 
@@ -313,9 +322,7 @@ impl Sona {
             events: window.event.len() as u64,
             quality: (n > 0).then_some(mean),
         };
-        let [accepted_loss, none] = &mut task.contrast;
-        accepted_loss.add(losses(self.kernels, &window, &[&slow.b], &vec![1.0; window.event.len()]));
-        none.add(losses(self.kernels, &window, &[&slow.b], &vec![0.0; window.event.len()]));
+        task.contrast.add(self.kernels, &window, &slow.b);
         task.events[member][module] = window.event.len() as u64;
         task.grams[member][module] = added;
         let s = &self.settings;
@@ -337,13 +344,19 @@ impl Sona {
         Run::new(self.kernels, problem).map(Some)
     }
 
+    /// Whether the instant rule keeps every event in its state (recursive least squares that forget nothing).
+    fn accumulates(&self) -> bool {
+        let instant = &self.lora.settings().instant;
+        instant.rule != Rule::Nlms && instant.forgetting == 1.0
+    }
+
     /// The gate: held-out loss of the accepted, the live and the candidate weights.
     pub(super) fn judge(&self, back: &mut Back, task: Task) -> Result<Adaptation> {
         let layers: Vec<_> = task.live[0].iter().map(|l| &**l.master()).collect();
-        let [accepted, none] = task.contrast.map(|s| s.mean().unwrap_or(0.0));
         // A window on which the accepted weights do worse than none says the opposite of what was learned: a
         // change of mind and a poisoned stream look the same, so it has no vote in its own case.
-        let contradicts = accepted > none * (1.0 + self.settings.gate_tolerance);
+        let contradiction = task.contrast.contradicts(self.settings.gate_tolerance);
+        let contradicts = contradiction.is_some();
         let held = self.held_out(back, if contradicts { &[] } else { &task.taken }, &layers);
         let now = self.members.load_full();
         let slow: Vec<_> = back.slow.iter().map(|a| masters(&a.learners)).collect();
@@ -360,7 +373,7 @@ impl Sona {
         let verdict = gate.judge(slow.mean(), live.mean(), candidate.mean(), candidate.rows);
         let mean = |s: Sum| s.mean().unwrap_or(f64::NAN);
         let mut notes: Vec<String> = Vec::new();
-        if contradicts {
+        if let Some((accepted, none)) = contradiction {
             notes.push(format!(
                 "the window contradicts what was accepted: its loss is {accepted:.4e} under the accepted weights \
                  and {none:.4e} without them"
@@ -372,6 +385,18 @@ impl Sona {
                 notes.push(format!(
                     "refused: held-out loss {:.4e} against {:.4e} of the live weights, which stay",
                     mean(candidate),
+                    mean(live)
+                ));
+                Decision::Keep
+            }
+            // Squares of few events fit their noise, and the recursion needs more of them: taking them away
+            // would keep it there. Only what says the opposite of what was learned is taken away.
+            Verdict::RollBack if !contradicts && self.accumulates() => {
+                notes.push(format!(
+                    "refused: held-out loss {:.4e} against {:.4e} of the last accepted weights; the live weights \
+                     ({:.4e}) go on, for nothing contradicts them and more events will tell",
+                    mean(candidate),
+                    mean(slow),
                     mean(live)
                 ));
                 Decision::Keep
@@ -403,6 +428,7 @@ impl Sona {
             loss_after,
             used: if decision == Decision::Accept { task.used } else { 0 },
             ungated: verdict == Verdict::Unmeasured,
+            distrusted: decision == Decision::RollBack && contradicts,
             members: task.members.loras.len(),
         };
         notes.extend(task.notes.iter().cloned());

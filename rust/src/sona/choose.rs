@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Sona;
 use super::records::kind;
+use super::{Inner, Sona};
 use crate::error::{Error, Result};
 use crate::journal::Record;
 use crate::learn::bandit::{BanditSettings, Choice, LiveBandit, Rewarded};
@@ -12,6 +12,8 @@ use crate::learn::bandit::{BanditSettings, Choice, LiveBandit, Rewarded};
 struct Asked {
     module: usize,
     arms: Vec<String>,
+    arm: String,
+    propensity: f64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -24,27 +26,44 @@ impl Sona {
     /// Chooses one of some named arms for an input; what the choice earns is told by [`Sona::reward`].
     ///
     /// # Errors
-    /// No arms, an arm twice, too many, a non-finite x, a journal that cannot be written. Nothing changes then.
+    /// No arms, an arm twice, too many, a non-finite x: nothing changes then. A journal that cannot be written: the
+    /// choice is made, and lost with the process.
     pub fn choose(&self, module: usize, x: &[f32], arms: &[&str]) -> Result<Choice> {
         let mut bandit = self.bandit();
+        // A must not move between the choice and its record.
+        let mut inner = self.inner();
+        self.choose_under(&mut bandit, &mut inner, module, x, arms)
+    }
+
+    fn choose_under(
+        &self,
+        bandit: &mut Option<LiveBandit>,
+        inner: &mut Inner,
+        module: usize,
+        x: &[f32],
+        arms: &[&str],
+    ) -> Result<Choice> {
         if let Some(b) = bandit.as_ref().filter(|b| b.module() != module) {
-            let names = self.lora.names();
-            return Err(Error::config(
-                "module",
-                &names[module],
-                format!("{}, as the first choice", names[b.module()]),
-            ));
+            let (got, want) = (&self.lora.names()[module], &self.lora.names()[b.module()]);
+            return Err(Error::config("module", got, format!("{want}, as in the first choice")));
         }
-        if bandit.is_none() {
-            let settings = BanditSettings { seed: self.settings.seed, ..BanditSettings::default() };
-            *bandit = Some(LiveBandit::new(&self.lora, module, settings)?);
+        let mut made = None;
+        let live = match bandit {
+            Some(live) => live,
+            None => {
+                let settings = BanditSettings { seed: self.settings.seed, ..BanditSettings::default() };
+                made.insert(LiveBandit::new(&self.lora, module, settings)?)
+            }
+        };
+        let choice = live.choose(&self.lora, x, arms)?;
+        if let Some(made) = made {
+            *bandit = Some(made);
         }
-        let bandit = bandit.as_mut().expect("it was just made");
-        let choice = bandit.choose(&self.lora, x, arms)?;
-        let asked = Asked { module, arms: arms.iter().map(ToString::to_string).collect() };
+        let arms = arms.iter().map(ToString::to_string).collect();
+        let asked = Asked { module, arms, arm: choice.name.clone(), propensity: choice.propensity };
         let head = serde_json::to_vec(&asked).map_err(|e| Error::format("journal", e.to_string()))?;
         let len = (head.len() as u32).to_le_bytes();
-        self.inner().record(kind::CHOICE, &[&len, &head, bytemuck::cast_slice(x)])?;
+        inner.record(kind::CHOICE, &[&len, &head, bytemuck::cast_slice(x)])?;
         Ok(choice)
     }
 
@@ -82,6 +101,11 @@ impl Sona {
         if asked.module >= self.lora.names().len() {
             return Err(bad("a module that the loop lacks".into()));
         }
-        self.choose(asked.module, &x, &arms).map(drop)
+        let choice = self.choose(asked.module, &x, &arms)?;
+        // Other weights would choose otherwise, but this arm was shown, and it is what the reward was for.
+        if let Some(b) = self.bandit().as_mut() {
+            b.assign(choice.id, &asked.arm, asked.propensity);
+        }
+        Ok(())
     }
 }

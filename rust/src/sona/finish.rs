@@ -24,7 +24,7 @@ pub(super) enum Decision {
     Accept,
     /// The live weights stay, and count as accepted.
     Keep,
-    /// The last accepted weights serve again; the window is not rehearsed.
+    /// The last accepted weights serve again.
     RollBack,
 }
 
@@ -102,9 +102,14 @@ impl Sona {
         done.quality_delta = ended.loss_before.unwrap_or(f64::NAN) - ended.loss_after.unwrap_or(f64::NAN);
         (done.samples_used, done.ungated) = (ended.used, ended.ungated);
         back.slow = accepted;
-        if decision != Decision::RollBack {
+        if !ended.distrusted {
             back.bank = task.bank;
+            for &(from, into) in &task.merged {
+                back.reservoir.merge_patterns(from as u32, into as u32);
+            }
             self.absorb(back, members, &task.taken, &task.route);
+        }
+        if decision != Decision::RollBack {
             if let Err(e) = self.publish(back) {
                 done.notes.push(format!("not published: {e}").into());
             }
@@ -179,6 +184,7 @@ impl Sona {
         let mut taken = task.taken;
         let lost = taken.len().saturating_sub(room);
         inner.stats.counts.dropped += lost as u64;
+        inner.stats.counts.cancelled += 1;
         inner.complete &= lost == 0;
         inner.window.put_back(taken.split_off(lost));
         let why = error.unwrap_or_else(|| {

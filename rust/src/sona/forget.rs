@@ -11,9 +11,11 @@ use super::records::{Ended, Recorder, kind, unpack};
 use super::recover::{Mode, begin_file, journal_dir, read_event};
 use super::state::sequence_of;
 use super::window::Pending;
-use super::{Back, Sona};
+use super::{Back, Inner, Sona};
 use crate::error::{Error, Result};
 use crate::format::atomic;
+use crate::journal::Journal;
+use crate::learn::bandit::LiveBandit;
 use crate::learn::{Feedback, Rule, TargetLoss};
 use crate::swap::HotSwap;
 
@@ -77,7 +79,7 @@ impl Sona {
         if let Some(task) = back.task.take() {
             self.cancel(task, None)?;
         }
-        let found = {
+        let (pending, complete, journalled) = {
             let inner = self.inner();
             if event == 0 || event >= inner.next {
                 return Err(refused(event, format!("the last one was {}", inner.next - 1)));
@@ -85,29 +87,29 @@ impl Sona {
             let pending = inner.window.iter().find(|p| p.sample.event == event).cloned();
             (pending, inner.complete, inner.recorder.is_some())
         };
-        let done = match (found, how) {
-            ((Some(p), true, _), None | Some(Forgotten::Replay)) => self.forget_pending(back, &p)?,
-            ((Some(p), _, _), Some(Forgotten::Downdate)) => self.downdate(&p)?,
-            ((_, _, true), None | Some(Forgotten::Replay)) => return self.forget_journalled(back, event),
-            ((Some(p), false, false), None) => self.downdate(&p)?,
-            ((Some(_), false, false), Some(Forgotten::Replay)) => {
-                let why = "events have left the window since the last consolidation, and there is no journal";
-                return Err(refused(event, why));
+        if journalled {
+            if how == Some(Forgotten::Downdate) {
+                return Err(refused(event, "what is journalled must go from the disk too: use replay"));
             }
-            ((None, ..), Some(Forgotten::Downdate)) => {
-                return Err(refused(event, "a downdate needs an event that is not consolidated yet"));
-            }
-            ((None, _, false), _) => {
-                let why = "it has left the window, and there is no journal to replay";
-                return Err(refused(event, why));
-            }
-        };
-        back.reservoir.forget(event);
-        if self.inner().recorder.is_some() {
-            // What is on disk must not hold it either.
-            self.rewrite(back, event)?;
+            // What is on disk must not hold it either, so everything is learned again from the disk.
+            return self.forget_journalled(back, event);
         }
-        Ok(done)
+        let Some(p) = pending else {
+            let why = match how {
+                Some(Forgotten::Downdate) => "a downdate needs an event that is not consolidated yet",
+                _ => "it has left the window, and there is no journal to replay",
+            };
+            return Err(refused(event, why));
+        };
+        match how {
+            Some(Forgotten::Downdate) => self.downdate(back, &p),
+            Some(Forgotten::Replay) if !complete => {
+                let why = "events have left the window since the last consolidation, and there is no journal";
+                Err(refused(event, why))
+            }
+            _ if complete => self.forget_pending(back, &p),
+            _ => self.downdate(back, &p),
+        }
     }
 
     /// The window again, on the accepted weights, without one of its events.
@@ -120,14 +122,18 @@ impl Sona {
             inner.overflowed = false;
         }
         let learners = back.slow.iter().map(|a| a.learners.clone()).collect();
-        match self.serve(&members, learners, None)? {
+        let served = self.serve(&members, learners, None);
+        if served.is_err() {
+            self.inner().taken_through = None;
+        }
+        match served? {
             Some(_) => Ok(Forgotten::Replay),
             None => Err(refused(p.sample.event, "too many events came meanwhile: try again")),
         }
     }
 
     /// `P^-1 -= w u u^T` and B with it, for an event of recursive least squares.
-    fn downdate(&self, p: &Pending) -> Result<Forgotten> {
+    fn downdate(&self, back: &Back, p: &Pending) -> Result<Forgotten> {
         let (s, event) = (&p.sample, p.sample.event);
         if p.held_out {
             self.inner().window.remove(event);
@@ -145,6 +151,20 @@ impl Sona {
         }
         let lora = self.member_of(&s.x);
         let mut inner = self.inner();
+        let squared = |f: &Feedback| matches!(f, Feedback::Target { loss: TargetLoss::Mse, .. });
+        let after = || inner.window.iter().skip_while(|q| q.sample.event < event);
+        if after().any(|q| !q.held_out && !squared(&q.sample.feedback)) {
+            return Err(refused(
+                event,
+                "feedback other than squared-error targets came after it: use replay",
+            ));
+        }
+        let scaled =
+            back.slow.iter().flat_map(|a| &a.learners).all(|l| l.rls.is_some() || l.basis_unit.is_some());
+        let first = inner.window.iter().find(|q| !q.held_out && squared(&q.sample.feedback));
+        if !scaled && (!inner.complete || first.is_some_and(|q| q.sample.event == event)) {
+            return Err(refused(event, "it may have set the scale of the recursion: use replay"));
+        }
         let mut learners = lora.inspect(<[_]>::to_vec);
         for m in self.concerned(s.module.map(|m| m as usize)) {
             let step = crate::learn::learner::Event {
@@ -160,59 +180,67 @@ impl Sona {
         Ok(Forgotten::Downdate)
     }
 
-    /// Everything again from the beginning of the journal, without the event.
+    /// Everything again from the beginning of the journal, into a new one that never held the event. Nothing is
+    /// learned meanwhile, so that nothing is lost; readers go on.
     fn forget_journalled(&self, back: &mut Back, event: u64) -> Result<Forgotten> {
-        let bytes = self.replayed_without(event)?;
-        self.take_over(back, &bytes)?;
+        let (mut bandit, mut inner) = (self.bandit(), self.inner());
+        let bytes = self.replayed_without(&inner, event)?;
+        self.take_over(back, &mut bandit, &mut inner, &bytes)?;
+        drop((bandit, inner));
+        back.quiet = false;
+        self.publish(back)?;
         Ok(Forgotten::Replay)
     }
 
-    /// A new journal and state without the event, whose weights are what they are now.
-    fn rewrite(&self, back: &mut Back, event: u64) -> Result<()> {
-        // The weights have forgotten already; replaying gives the same, and writes what the disk is to hold.
-        let bytes = self.replayed_without(event)?;
-        self.take_over(back, &bytes)
-    }
-
     /// A loop that never saw the event, as bytes; its journal lies beside the present one.
-    fn replayed_without(&self, event: u64) -> Result<Vec<u8>> {
+    fn replayed_without(&self, inner: &Inner, event: u64) -> Result<Vec<u8>> {
         let (dir, number, config, options) = {
             let places = self.place();
             let p = places.as_ref().expect("a journal lies in a directory");
             (p.lock.dir().to_owned(), p.journal, p.config.clone(), p.options.unwrap_or_default())
         };
+        let old = &inner.recorder.as_ref().expect("there is a journal").journal;
         let (from, to) = (journal_dir(&dir, number), journal_dir(&dir, number + 1));
-        let begin = self.beginning(&dir, &from)?;
+        let begin = beginning(old, &dir, &from, event)?;
         let begins_after = sequence_of(&begin)?;
         let lora = crate::MicroLora::from_adapter(&self.lora.adapter(), 0, *self.lora.settings())?;
         let twin = Sona::new(Arc::new(lora), Arc::new(HotSwap::new(false)?), self.settings.clone())?;
         drop(fs::remove_dir_all(&to));
         let made = (|| {
             let mut other = twin.back();
-            twin.restore_into(&mut other, &begin)?;
+            twin.restore_into(&mut other, &mut twin.bandit(), &mut twin.inner(), &begin)?;
             other.quiet = true;
             let first = twin.inner().next;
-            if event < first {
+            let waits = twin.inner().window.iter().any(|p| p.sample.event == event);
+            if event < first && !waits {
                 return Err(refused(event, format!("the journal begins with event {first}")));
             }
             let (journal, _) = twin.journal_in(&to, options)?;
+            if waits {
+                twin.inner().window.remove(event);
+            }
+            let begin = twin.bytes_of(&other, config.clone(), number + 1)?;
             atomic::write(&begin_file(&to), |w| w.write_all(&begin))?;
             twin.inner().recorder = Some(Recorder { journal });
-            let mut seen = false;
-            let inner = self.inner();
-            let journal = &inner.recorder.as_ref().expect("there is one").journal;
-            for record in journal.records()? {
+            // Consumed: a consolidation that began after it has ended.
+            let (mut seen, mut taken, mut consumed) = (waits, false, false);
+            for record in old.records()? {
                 let record = record?;
                 if record.id <= begins_after {
                     continue;
                 }
-                if record.kind == kind::EVENT && read_event(&record)?.0 == event {
-                    seen = true;
-                    continue;
-                }
-                if record.kind == kind::DEEP && seen {
-                    let why = "a deep run has trained on what it taught: train anew without it, then forget the rest";
-                    return Err(refused(event, why));
+                match record.kind {
+                    kind::EVENT if read_event(&record)?.0 == event => {
+                        seen = true;
+                        continue;
+                    }
+                    kind::BEGIN => taken = seen,
+                    kind::DONE => consumed |= taken,
+                    kind::DEEP if consumed => {
+                        let why = "a deep run has trained on what it taught: train anew without it";
+                        return Err(refused(event, why));
+                    }
+                    _ => {}
                 }
                 twin.apply(&mut other, &record, Mode::Anew, &mut Vec::new())?;
             }
@@ -222,10 +250,9 @@ impl Sona {
             if let Some(task) = other.task.take() {
                 twin.cancel(task, None)?;
             }
-            let next = inner.next;
-            drop(inner);
+            other.reservoir.forget(event);
             let mut mine = twin.inner();
-            mine.next = next;
+            mine.next = inner.next;
             if let Some(mut r) = mine.recorder.take() {
                 r.journal.sync()?;
             }
@@ -238,42 +265,26 @@ impl Sona {
         made
     }
 
-    /// The state that a replay starts from: where the journal begins, or the last checkpoint, where retention has
-    /// taken the records in between.
-    fn beginning(&self, dir: &Path, journal: &Path) -> Result<Vec<u8>> {
-        let path = begin_file(journal);
-        let begin = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-        let first = {
-            let inner = self.inner();
-            let recorder = inner.recorder.as_ref().expect("there is a journal");
-            let mut records = recorder.journal.records()?;
-            records.next().transpose()?.map(|r| r.id)
-        };
-        let whole = sequence_of(&begin)? + 1;
-        if first.is_none_or(|id| id == whole) {
-            return Ok(begin);
-        }
-        let path = dir.join("state.safetensors");
-        fs::read(&path).map_err(|e| Error::io(&path, e))
-    }
-
     /// Goes on from a rewritten journal; its state's rename is the moment from which the old one is gone.
-    fn take_over(&self, back: &mut Back, bytes: &[u8]) -> Result<()> {
+    fn take_over(
+        &self,
+        back: &mut Back,
+        bandit: &mut Option<LiveBandit>,
+        inner: &mut Inner,
+        bytes: &[u8],
+    ) -> Result<()> {
         let mut places = self.place();
         let p = places.as_mut().expect("a journal lies in a directory");
         let dir = p.lock.dir().to_owned();
         atomic::write(&dir.join("state.safetensors"), |w| w.write_all(bytes))?;
         let old = journal_dir(&dir, p.journal);
         p.journal += 1;
-        let options = p.options.unwrap_or_default();
-        let (journal, _) = self.journal_in(&journal_dir(&dir, p.journal), options)?;
-        drop(places);
-        self.inner().recorder = None;
-        self.restore_into(back, bytes)?;
-        self.inner().recorder = Some(Recorder { journal });
+        let (journal, _) = self.journal_in(&journal_dir(&dir, p.journal), p.options.unwrap_or_default())?;
+        inner.recorder = None;
+        self.restore_into(back, bandit, inner, bytes)?;
+        inner.recorder = Some(Recorder { journal });
         drop(fs::remove_dir_all(old));
-        back.quiet = false;
-        self.publish(back)
+        Ok(())
     }
 
     /// What the journal holds, oldest first: which events came, and what was made of them.
@@ -321,6 +332,10 @@ impl Sona {
                         Decision::RollBack => "rolled_back",
                     });
                 }
+                kind::REFUSED => {
+                    all.pop();
+                    continue;
+                }
                 kind::CANCELLED => line.kind = "cancelled",
                 kind::STARTED => line.kind = "warm_up",
                 kind::DEEP => line.kind = "deep",
@@ -332,4 +347,21 @@ impl Sona {
         }
         Ok(all)
     }
+}
+
+/// The state that a replay starts from: where the journal begins, or the last checkpoint, where retention has taken
+/// the records in between.
+fn beginning(old: &Journal, dir: &Path, journal: &Path, event: u64) -> Result<Vec<u8>> {
+    let read = |path: &Path| match fs::read(path) {
+        Ok(bytes) => Ok(bytes),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(refused(
+            event,
+            format!("the state that the journal begins with is missing: {}", path.display()),
+        )),
+        Err(e) => Err(Error::io(path, e)),
+    };
+    let begin = read(&begin_file(journal))?;
+    let first = old.records()?.next().transpose()?.map(|r| r.id);
+    let whole = sequence_of(&begin)? + 1;
+    if first.is_none_or(|id| id == whole) { Ok(begin) } else { read(&dir.join("state.safetensors")) }
 }

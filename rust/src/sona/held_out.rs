@@ -34,10 +34,9 @@ impl Sum {
     }
 }
 
-/// Loss of every row at `base + sum_k mix_k u B_k`. Rows without one (a zero output has no angle) do not count.
-pub(super) fn losses(k: &Kernels, rows: &Rows, bs: &[&Factor], mix: &[f32]) -> Sum {
+/// Loss of every row at `base + sum_k mix_k u B_k`. Rows without one (a zero output has no angle) are left out.
+fn each(k: &Kernels, rows: &Rows, bs: &[&Factor], mix: &[f32], mut told: impl FnMut(usize, f64)) {
     let (mut delta, mut part, mut y) = (vec![0.0; rows.out], vec![0.0; rows.out], vec![0.0; rows.out]);
-    let mut sum = Sum::default();
     for (i, u) in rows.u.chunks_exact(rows.rank.max(1)).enumerate() {
         delta.fill(0.0);
         for (b, &w) in bs.iter().zip(&mix[i * bs.len()..]).filter(|(_, w)| **w > 0.0) {
@@ -47,14 +46,65 @@ pub(super) fn losses(k: &Kernels, rows: &Rows, bs: &[&Factor], mix: &[f32]) -> S
         y.copy_from_slice(&rows.base[i * rows.out..(i + 1) * rows.out]);
         k.axpy(1.0, &delta, &mut y);
         let at = Output { y: &y, delta: &delta };
-        let Some(loss) = rows.feedback[i].evaluate(k, at, rows.advantage[i], None) else { continue };
-        if loss.is_nan() {
-            continue;
+        let loss = rows.feedback[i].evaluate(k, at, rows.advantage[i], None);
+        if let Some(loss) = loss.filter(|l| !l.is_nan()) {
+            told(i, f64::from(loss));
         }
-        let weight = f64::from(rows.weight[i]);
-        sum.add(Sum { loss: weight * f64::from(loss), weight, rows: 1 });
     }
+}
+
+/// Weighted sum of the losses of [`each`].
+fn losses(k: &Kernels, rows: &Rows, bs: &[&Factor], mix: &[f32]) -> Sum {
+    let mut sum = Sum::default();
+    each(k, rows, bs, mix, |i, loss| {
+        let weight = f64::from(rows.weight[i]);
+        sum.add(Sum { loss: weight * loss, weight, rows: 1 });
+    });
     sum
+}
+
+/// How accepted weights do on events that they have not seen, beside no weights at all.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Contrast {
+    n: f64,
+    /// Sum and squares of (loss under the weights less loss under none).
+    worse: f64,
+    squares: f64,
+    /// Sum of losses under none.
+    none: f64,
+}
+
+/// Standard errors of the mean that count as more than chance.
+const CERTAIN: f64 = 2.0;
+
+impl Contrast {
+    pub fn add(&mut self, k: &Kernels, rows: &Rows, b: &Factor) {
+        let n = rows.event.len();
+        let mut none = vec![f64::NAN; n];
+        each(k, rows, &[b], &vec![0.0; n], |i, loss| none[i] = loss);
+        each(k, rows, &[b], &vec![1.0; n], |i, loss| {
+            if none[i].is_nan() {
+                return;
+            }
+            let worse = loss - none[i];
+            self.n += 1.0;
+            self.worse += worse;
+            self.squares += worse * worse;
+            self.none += none[i];
+        });
+    }
+
+    /// Mean losses under the weights and under none, where the first is the greater by more than chance and by
+    /// more than `tolerance`.
+    pub fn contradicts(&self, tolerance: f64) -> Option<(f64, f64)> {
+        if self.n < 2.0 {
+            return None;
+        }
+        let (mean, none) = (self.worse / self.n, self.none / self.n);
+        let variance = (self.squares / self.n - mean * mean).max(0.0) * self.n / (self.n - 1.0);
+        let certain = mean > CERTAIN * (variance / self.n).sqrt();
+        (certain && mean > tolerance * none).then_some((none + mean, none))
+    }
 }
 
 /// Held-out rows of every module, laid out once.
@@ -90,6 +140,7 @@ impl Sona {
     /// # Errors
     /// An adapter of other modules or shapes.
     pub fn evaluate(&self, adapter: Option<&Adapter>) -> Result<Option<f64>> {
+        let _inside = self.gate.enter();
         let back = self.back();
         let window: Vec<Pending> = self.inner().window.iter().filter(|p| p.held_out).cloned().collect();
         let names = self.lora.names();

@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::records::kind;
 use super::result::{Adaptation, Loop, Outcome};
 use super::stats::{HELD_OUT, UNDER_THRESHOLD};
 use super::window::Incoming;
 use super::{Inner, Sona};
 use crate::error::{Error, Result};
 use crate::learn::learner::Event as Step;
-use crate::learn::{Feedback, Learner, StepResult};
+use crate::learn::{Feedback, Learner, Rule, StepResult, TargetLoss};
 use crate::micro_lora::MicroLora;
 
 /// An event as it comes in.
@@ -53,6 +54,14 @@ impl Sona {
                 return Err(Error::Feedback(format!("quality: got {q}, expected a number from 0 to 1")));
             }
         }
+        let squared = matches!(**e.feedback, Feedback::Target { loss: TargetLoss::Mse, .. });
+        if self.lora.settings().instant.rule == Rule::Rls && !squared {
+            // Said of every event, whether its number is held out or not.
+            return Err(Error::Feedback(format!(
+                "instant.rule is rls, which needs Target(t, loss=\"mse\"), not feedback with a {}",
+                e.feedback.argument()
+            )));
+        }
         for m in self.concerned(e.module) {
             self.lora.check_event(m, e.x, e.feedback, e.base)?;
         }
@@ -86,7 +95,7 @@ impl Sona {
         let Some(weight) = self.weight(e.feedback, e.quality) else {
             let mut inner = self.inner();
             inner.stats.counts.skip(&UNDER_THRESHOLD);
-            inner.stats.counts.quality(e.quality);
+            inner.stats.counts.quality(e.quality, false);
             done.version = self.lora.version();
             return Ok(done.note(UNDER_THRESHOLD));
         };
@@ -106,9 +115,12 @@ impl Sona {
         let held_out = inner.hold.contains(event) && !matches!(**e.feedback, Feedback::Gradient { .. });
         // Written down before it is learned, where there is a journal.
         inner.window.push(event, held_out, self.advantage(&e), e);
-        let learned = match inner.record_event().and_then(|()| self.learn(&e, held_out)) {
+        let written = inner.record_event();
+        let learned = match written.and_then(|()| self.learn(&e, held_out)) {
             Ok(learned) => learned,
             Err(e) => {
+                // On disk it is taken back; a journal that cannot be written says so by itself.
+                drop(inner.record(kind::REFUSED, &[&event.to_le_bytes()]));
                 inner.window.drop_newest();
                 return Err(e);
             }
@@ -122,7 +134,7 @@ impl Sona {
         }
         let counts = &mut inner.stats.counts;
         counts.instant += 1;
-        counts.quality(e.quality);
+        counts.quality(e.quality, true);
         done.event = Some(event);
         let Some(learned) = learned else {
             counts.held_out += 1;
@@ -189,14 +201,14 @@ impl Sona {
 /// One event into the modules of one learner.
 fn learn(lora: &MicroLora, modules: std::ops::Range<usize>, step: Step<'_>) -> Result<Learned> {
     let many = modules.len();
-    let saved = (many > 1 && !calm(lora, step)).then(|| lora.inspect(|l| l.to_vec()));
+    let before = (many > 1 && !calm(lora, modules.clone(), step)).then(|| lora.state_before());
     let mut out: Option<Learned> = None;
     for m in modules {
         let result = match lora.instant_event(m, step) {
             Ok(result) => result,
             Err(e) => {
-                if let Some(mut saved) = saved {
-                    lora.exchange(&mut saved);
+                if let Some(before) = before {
+                    lora.undo(before);
                 }
                 return Err(e);
             }
@@ -218,7 +230,7 @@ fn learn(lora: &MicroLora, modules: std::ops::Range<usize>, step: Step<'_>) -> R
 }
 
 /// Whether no number of a step can come near what any storage holds, so that no module will refuse it.
-fn calm(lora: &MicroLora, step: Step<'_>) -> bool {
+fn calm(lora: &MicroLora, modules: std::ops::Range<usize>, step: Step<'_>) -> bool {
     let k = lora.kernels();
     let small = |v: &[f32]| f64::from(k.dot(v, v)) < CALM * CALM;
     let said = match step.feedback {
@@ -227,8 +239,13 @@ fn calm(lora: &MicroLora, step: Step<'_>) -> bool {
         Feedback::Reward { reward, .. } => f64::from(reward.abs()) < CALM,
         Feedback::Preference { .. } | Feedback::Contrastive { .. } => false,
     };
-    let learner = |l: &Learner| l.bounds.iter().all(|b| *b < CALM);
-    said && small(step.x) && step.base.is_none_or(small) && lora.inspect(|l| l.iter().all(learner))
+    let mut u = Vec::new();
+    // A step divides by |u|: an input that A all but ignores is not calm.
+    let mut felt = |l: &Learner| l.bottleneck(k, step.x, &mut u).is_ok_and(|norm2| norm2 > 1.0 / CALM);
+    let mut learner = |l: &Learner| l.bounds.iter().all(|b| *b < CALM) && felt(l);
+    said && small(step.x)
+        && step.base.is_none_or(small)
+        && lora.inspect(|all| all[modules].iter().all(&mut learner))
 }
 
 /// Learns again, from an event that was kept: on learners that nobody reads.

@@ -288,6 +288,7 @@ impl Sona {
 
     /// The last accepted weights of the first member.
     pub fn consolidated(&self) -> Adapter {
+        let _inside = self.gate.enter();
         let back = self.back();
         let layers = back.slow[0].learners.iter().map(|l| Arc::clone(l.layer()));
         Adapter { modules: self.lora.names().iter().cloned().zip(layers).collect(), ..self.lora.adapter() }

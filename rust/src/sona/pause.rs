@@ -44,6 +44,12 @@ impl Gate {
         }
     }
 
+    /// Opens the gate in a forked child, which has none of the threads that were at the gate.
+    pub fn open_in_child(&self) {
+        self.inside.store(0, Ordering::SeqCst);
+        self.open();
+    }
+
     /// Opens the gate again. A fork between `close` and `open` leaves nobody inside in the child either.
     pub fn open(&self) {
         self.closed.store(false, Ordering::SeqCst);

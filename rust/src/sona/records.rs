@@ -27,6 +27,8 @@ pub(super) mod kind {
     pub const CHOICE: u8 = 7;
     /// A reward for a choice.
     pub const REWARD: u8 = 8;
+    /// The event before was refused by the rule: it shaped nothing.
+    pub const REFUSED: u8 = 9;
 }
 
 /// Writes records down; absent where nothing is kept.
@@ -42,6 +44,8 @@ pub(super) struct Ended {
     pub loss_after: Option<f64>,
     pub used: usize,
     pub ungated: bool,
+    /// Whether the window contradicted what was accepted, so that it is not rehearsed either.
+    pub distrusted: bool,
     /// Factors that follow: members, and modules of each.
     pub members: usize,
 }

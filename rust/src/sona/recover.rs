@@ -94,7 +94,9 @@ impl Sona {
         if path.exists() {
             opened.found = true;
             let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-            number = self.restore_into(back, &bytes)?;
+            let (mut bandit, mut inner) = (self.bandit(), self.inner());
+            number = self.restore_into(back, &mut bandit, &mut inner, &bytes)?;
+            drop((bandit, inner));
             let (isa, build) = origin_of(&bytes)?;
             self.compare(&mut opened, &isa, &build);
         }
@@ -107,10 +109,17 @@ impl Sona {
         if options.is_some() || in_dir.exists() {
             self.replay(back, &places, &mut opened)?;
         }
-        let keeps = places.options.is_some();
+        let mut places = places;
+        let ends = places.options.is_none() && in_dir.exists();
+        if ends {
+            // What comes now is not journalled, so the old journal ends here, and a later one begins anew.
+            places.journal += 1;
+        }
+        let number = places.journal;
         *self.place() = Some(places);
-        if !keeps && opened.replayed > 0 {
+        if ends {
             self.checkpoint_into(back)?;
+            sweep(dir, number);
         }
         back.quiet = false;
         if opened.found
@@ -139,9 +148,10 @@ impl Sona {
         let dir = journal_dir(places.lock.dir(), places.journal);
         let (mut journal, recovered) = self.journal_in(&dir, places.options.unwrap_or_default())?;
         opened.warnings.extend(recovered.warning.clone());
-        if recovered.created {
+        let begin = begin_file(&dir);
+        if recovered.created || (!begin.exists() && recovered.records == 0) {
             let bytes = self.bytes_of(back, places.config.clone(), places.journal)?;
-            atomic::write(&begin_file(&dir), |w| w.write_all(&bytes))?;
+            atomic::write(&begin, |w| w.write_all(&bytes))?;
         }
         back.quiet = true;
         let from = self.inner().sequence;
@@ -252,6 +262,7 @@ impl Sona {
                 self.inner().stats.counts.turn(&done);
             }
             kind::CHOICE | kind::REWARD => self.apply_choice(record)?,
+            kind::REFUSED => {}
             _ => return Err(bad("of a kind that this microlora does not know: install a newer one")),
         }
         Ok(())
@@ -322,7 +333,7 @@ impl Sona {
 
     /// Makes what the journal will need soon, and syncs where its interval is over; for the background loop.
     pub(super) fn tend_journal(&self) -> Result<()> {
-        let wanted = self.inner().recorder.as_ref().and_then(|r| r.journal.wanted());
+        let wanted = self.inner().recorder.as_mut().and_then(|r| r.journal.wanted());
         let spare = wanted.map(journal::NextSegment::make).transpose()?;
         let inner = &mut *self.inner();
         let Some(recorder) = &mut inner.recorder else { return Ok(()) };

@@ -106,6 +106,7 @@ pub struct Report {
 impl Sona {
     /// Counts, times and sizes.
     pub fn report(&self) -> Report {
+        let _inside = self.gate.enter();
         let members = self.members.load_full();
         let mut r = Report {
             members: members.loras.len(),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::members::Members;
 use super::stats::Counts;
 use super::window::{Pending, Window};
-use super::{Accepted, Back, Settings, Sona};
+use super::{Accepted, Back, Inner, Settings, Sona};
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::format::{self, AdapterParts, Tensor, TensorDtype};
@@ -107,6 +107,7 @@ impl Sona {
     /// # Errors
     /// Those of the writer.
     pub fn to_bytes(&self, config: Option<String>) -> Result<Vec<u8>> {
+        let _inside = self.gate.enter();
         let back = self.back();
         self.bytes_of(&back, config, 0)
     }
@@ -159,11 +160,22 @@ impl Sona {
     pub fn restore(&self, bytes: &[u8]) -> Result<()> {
         let _inside = self.gate.enter();
         let mut back = self.back();
-        self.restore_into(&mut back, bytes).map(drop)
+        if self.place().is_some() {
+            let want = "one without: close() it first, its journal goes on from other weights";
+            return Err(Error::config("restore", "a loop with a state directory", want));
+        }
+        let (mut bandit, mut inner) = (self.bandit(), self.inner());
+        self.restore_into(&mut back, &mut bandit, &mut inner, bytes).map(drop)
     }
 
     /// Returns the number of the journal that goes with the state.
-    pub(super) fn restore_into(&self, back: &mut Back, bytes: &[u8]) -> Result<u64> {
+    pub(super) fn restore_into(
+        &self,
+        back: &mut Back,
+        bandit_now: &mut Option<LiveBandit>,
+        inner: &mut Inner,
+        bytes: &[u8],
+    ) -> Result<u64> {
         let read = Read::new(bytes)?;
         let doc = &read.document;
         let (got, want) = (serde_json::to_value(&doc.settings), serde_json::to_value(&self.settings));
@@ -227,13 +239,12 @@ impl Sona {
         self.lora.set_enabled(doc.enabled);
         self.members.store(Arc::new(Members { loras, centroids }));
         *back = Back { reservoir, bank, slow, task: None, started: None, warm: doc.warm, quiet: back.quiet };
-        let inner = &mut *self.inner();
         inner.next = doc.next;
         inner.set_sequence(doc.sequence);
         inner.window = window;
         inner.stats.counts = doc.counts.clone();
         (inner.taken_through, inner.overflowed, inner.complete) = (None, false, doc.complete);
-        *self.bandit() = bandit;
+        *bandit_now = bandit;
         Ok(doc.journal)
     }
 

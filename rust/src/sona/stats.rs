@@ -108,12 +108,12 @@ impl Counts {
         }
     }
 
-    pub fn quality(&mut self, quality: Option<f32>) {
-        let Some(q) = quality.map(f64::from) else {
-            self.accumulated_quality += 1.0;
-            return;
-        };
-        self.accumulated_quality += q;
+    /// The quality of an event that came, and whether it was kept.
+    pub fn quality(&mut self, quality: Option<f32>, kept: bool) {
+        if kept {
+            self.accumulated_quality += quality.map_or(1.0, f64::from);
+        }
+        let Some(q) = quality.map(f64::from) else { return };
         let (n, sum, least, most) = &mut self.qualities;
         (*least, *most) = if *n == 0 { (q, q) } else { (least.min(q), most.max(q)) };
         *n += 1;
@@ -134,8 +134,7 @@ impl Counts {
     /// Counts what a consolidation or a deep run came to.
     pub fn turn(&mut self, a: &Adaptation) {
         match a.outcome {
-            Outcome::GoesOn | Outcome::Event | Outcome::WarmedUp => return,
-            Outcome::Cancelled => self.cancelled += 1,
+            Outcome::GoesOn | Outcome::Event | Outcome::WarmedUp | Outcome::Cancelled => return,
             Outcome::Accepted | Outcome::Kept | Outcome::RolledBack if a.loop_type == Loop::Deep => {
                 self.deep += 1;
                 self.deep_refused += u64::from(a.outcome != Outcome::Accepted);

@@ -75,7 +75,15 @@ impl Sona {
             let got = "a loop that has consolidated, or began with trained weights";
             return Err(Error::config("warm_up", got, "one that has not: deep_optimize moves A later"));
         }
+        if !self.inner().complete {
+            let got = "a loop whose events have left the window";
+            return Err(Error::config("warm_up", got, "one that can learn all of them again"));
+        }
         let live = self.lora.inspect(<[Learner]>::to_vec);
+        let width = live[0].layer().in_features();
+        if live.iter().any(|l| l.layer().in_features() != width) {
+            return Err(Error::config("warm_up", "modules of different input widths", "modules of one"));
+        }
         let mut least = 1.0f64;
         let mut learners = Vec::new();
         for (m, live) in live.iter().enumerate() {
@@ -116,9 +124,14 @@ impl Sona {
         let members = self.members.load_full();
         let mut done = Adaptation::new(Loop::Background, Outcome::WarmedUp);
         let record = Some((kind::STARTED, &payload[..]));
-        let Some(version) = self.serve(&members, vec![learners.clone()], record)? else {
+        let served = self.serve(&members, vec![learners.clone()], record);
+        if served.is_err() {
+            self.inner().taken_through = None;
+        }
+        let Some(version) = served? else {
             let mut inner = self.inner();
             drop(inner.record(kind::CANCELLED, &[]));
+            inner.stats.counts.cancelled += 1;
             inner.taken_through = None;
             inner.overflowed = false;
             done.outcome = Outcome::Cancelled;

@@ -105,6 +105,11 @@ impl LiveBandit {
         });
     }
 
+    /// See [`Bandit::assign`].
+    pub(crate) fn assign(&mut self, choice: u64, name: &str, propensity: f64) {
+        self.bandit.assign(choice, name, propensity);
+    }
+
     /// The reward of a choice; see [`Bandit::reward`].
     ///
     /// # Errors

@@ -182,6 +182,13 @@ impl Bandit {
         Ok(Choice { id, arm, name: arms[arm].to_owned(), propensity, scores })
     }
 
+    /// Says which arm an open choice was in truth: one that was made before, and comes again from a journal.
+    pub(crate) fn assign(&mut self, choice: u64, name: &str, propensity: f64) {
+        if let (Some(open), Some(&arm)) = (self.open.get_mut(&choice), self.index.get(name)) {
+            (open.arm, open.propensity) = (arm, propensity);
+        }
+    }
+
     /// Looks the arms up and refuses what cannot be asked for.
     fn ask(&mut self, arms: &[&str]) -> Result<Asked> {
         if arms.is_empty() {

@@ -66,7 +66,8 @@ pub(super) fn train(p: &Problem, plan: &mut Plan, window: &[f64], replay: &[f64]
     if !p.replay.stored.is_empty() {
         plan.logit = (s.replay_ratio * s.logit_weight / p.replay.len() as f64) as f32;
     }
-    if p.replay.is_empty() && p.slow.events > 0 {
+    let replayed = plan.logit > 0.0 || plan.replay.iter().any(|&c| c > 0.0);
+    if !replayed && p.slow.events > 0 {
         let scale = s.ewc_lambda / p.slow.events as f64;
         plan.anchor = p.slow.gram.iter().map(|g| g * scale).collect();
     }

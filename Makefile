@@ -158,6 +158,12 @@ bench-smoke: $(BUILT) $(ORACLE)/.ready ## Run every bench once, without measurin
 	@$(if $(wildcard benches/test_*.py),$(RUN_ORACLE) -m pytest -q benches --benchmark-disable)
 	@$(if $(wildcard benches/table.py),$(RUN_ORACLE) benches/table.py --smoke)
 
+.PHONY: soak
+soak: $(BUILT) ## Two million events over 64 adapters: is memory flat, how slow is the slowest call? About four minutes
+	@mkdir -p docs/data
+	@$(PY) benches/science/sona_soak.py --out docs/data/sona_soak.json
+	@$(PY) docs/build.py
+
 # --- The rest ----------------------------------------------------------------------------------------------
 
 .PHONY: science science-learning science-merging science-bandit docs clean
@@ -190,7 +196,20 @@ science-bandit: export PYTHONPATH := benches/science
 science-bandit: export OPENBLAS_NUM_THREADS := 1
 science-bandit: $(BUILT) $(ORACLE)/.ready ## Learn which arm to choose from rewards alone, here and in NumPy
 	@$(RUN_ORACLE) -m bandit.run --out docs/data/bandit.jsonl
-	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl
+	@$(RUN_ORACLE) -m bandit.table docs/data/bandit.jsonl --json docs/data/bandit.json
+
+# All of it, or a part: make science-sona ONLY="switch poison"
+science-sona: export PYTHONPATH := benches/science
+science-sona: export OPENBLAS_NUM_THREADS := 1
+science-sona: export OMP_NUM_THREADS := 1
+# MiniLM's rows need torch, so its environment runs this where it has been made.
+science-sona: SONA_PY := $(if $(wildcard $(ORACLE)/.ready),$(RUN_ORACLE),$(PY))
+science-sona: $(BUILT) $(VENV)/.extra-plot ## Serve personas' clicks with the three loops, for docs/sona.md
+	@mkdir -p docs/data
+	@$(SONA_PY) -m sona.run --out docs/data/sona.jsonl $(if $(ONLY),--only $(ONLY))
+	@$(SONA_PY) -m sona.table docs/data/sona.jsonl --json docs/data/sona.json
+	@$(SONA_PY) -m sona.picture docs/data/sona.jsonl docs/sona.svg
+	@$(PY) docs/build.py
 
 docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build

@@ -65,11 +65,16 @@ fn run(dir: &Path, fsync: Fsync, count: usize, prepared: bool) -> (Vec<u32>, Dur
 }
 
 fn report(what: &str, times: &mut [u32]) {
-    let mean = times.iter().map(|&t| f64::from(t)).sum::<f64>() / times.len() as f64;
+    let mean = |times: &[u32]| times.iter().map(|&t| f64::from(t)).sum::<f64>() / times.len() as f64;
     times.sort_unstable();
+    // On a machine that others use, the slowest are time slices that went to them.
+    let most = mean(&times[..times.len() - times.len() / 1000]);
+    let mean = mean(times);
     let at = |q: f64| times[((times.len() - 1) as f64 * q) as usize];
     let (p50, p99, p999) = (at(0.5), at(0.99), at(0.999));
-    println!("{what:<40} mean {mean:>9.0} ns   p50 {p50:>8}   p99 {p99:>8}   p99.9 {p999:>8}");
+    println!(
+        "{what:<32} mean {mean:>8.0} ns   of the faster 99.9 % {most:>8.0}   p50 {p50:>8}   p99 {p99:>8}   p99.9 {p999:>8}"
+    );
 }
 
 fn main() {
@@ -133,9 +138,7 @@ fn main() {
     assert_eq!(found.records, count);
     line("  recovery, for each event", start.elapsed(), count as usize);
     let start = Instant::now();
-    assert_eq!(
-        journal.records().expect("ours").map(|r| r.expect("good").payload.len()).count(),
-        count as usize
-    );
+    let bytes: usize = journal.records().expect("ours").map(|r| r.expect("good").payload.len()).sum();
+    assert_eq!(bytes, count as usize * payload.len());
     line("  reading, for each event", start.elapsed(), count as usize);
 }

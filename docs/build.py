@@ -125,6 +125,40 @@ def merging_block(data: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def sona_block(data: dict[str, Any], name: str) -> str:
+    """The tables of one experiment with the three loops."""
+    parts = []
+    for made in data["blocks"][name]:
+        rows = [[str(cell).replace("|", "\\|") for cell in row] for row in made["rows"]]
+        parts += [f"{made['title']}:", table(made["head"], rows)]
+    return "\n\n".join(parts)
+
+
+def sona_facts_block(data: dict[str, Any]) -> str:
+    """Where the tables of the three loops come from."""
+    where, seeds = data["environment"], data["seeds"]
+    minilm = "" if data["minilm"] else " MiniLM was not installed, so its rows are not there."
+    return (
+        "Gain in MRR@10 of held-out queries over no adapter, mean ± standard deviation over splits "
+        f"{seeds[0]} to {seeds[-1]}. One thread on {where['cpu']}; microlora {where['microlora']}, Python "
+        f"{where['python']}, NumPy {where['numpy']} with {where['blas']}.{minilm}"
+    )
+
+
+def bandit_block(data: dict[str, Any]) -> str:
+    """The tables of choices among arms."""
+    parts = []
+    for made in data["tables"]:
+        seeds = f"{len(made['seeds'])} seeds ({made['seeds'][0]} to {made['seeds'][-1]})"
+        parts += [f"{made['title']}, {data['events']:,} events, {seeds}:", table(data["head"], made["rows"])]
+    where = data["environment"]
+    parts += [
+        table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]]),
+        f"One thread on {where['cpu']}; Python {where['python']}, NumPy {where['numpy']} with {where['blas']}.",
+    ]
+    return "\n\n".join(parts)
+
+
 def personas_block(lines: list[dict[str, Any]]) -> str:
     """MRR of merged adapters on every persona, and the share of the own adapters' gain that is kept."""
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -213,7 +247,17 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def performance(data: dict[str, Any]) -> str:
+def soak_block(found: dict[str, Any]) -> str:
+    """Memory and latencies of the long run over many loops."""
+    sys.path.insert(0, str(ROOT / "benches" / "science"))
+    from sona_soak import markdown
+
+    where = found["machine"]
+    cores = f"{where['cores']} cores, {where['isa']}; microlora {where['microlora']}"
+    return f"{markdown(found)}\n\n{where['cpu']}, {cores}, Python {where['python']}."
+
+
+def performance(data: dict[str, Any], soak: dict[str, Any] | None = None) -> str:
     """The whole page of measurements."""
     out = [
         "# Performance",
@@ -237,6 +281,9 @@ def performance(data: dict[str, Any]) -> str:
             "" if row["target"] is None else f"{'at most' if row['below'] else 'at least'} {row['target']:g}x"
         )
         out.append("| " + " | ".join([*c[:4], target, row["verdict"], c[4]]) + " |")
+    if soak is not None:
+        out += ["", "## A soak of the three loops", "", "Written by `make soak`, from a run of its own.", ""]
+        out += [soak_block(soak)]
     return "\n".join(out) + "\n"
 
 
@@ -267,6 +314,8 @@ def pages() -> dict[Path, str]:
     if (DATA / "learning_rates.jsonl").exists():
         rates = (DATA / "learning_rates.jsonl").read_text(encoding="utf-8").splitlines()
         training = inject(training, "learning_rates", learning_rates_block([json.loads(r) for r in rates]))
+    soak = DATA / "sona_soak.json"
+    soaked = json.loads(soak.read_text(encoding="utf-8")) if soak.exists() else None
     sidecar = (DATA / "sidecar.jsonl").read_text(encoding="utf-8").splitlines()
     fusing = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
     fusing = inject(fusing, "sidecar", sidecar_block([json.loads(line) for line in sidecar]))
@@ -280,6 +329,16 @@ def pages() -> dict[Path, str]:
     if (DATA / "merging_personas.jsonl").exists():
         personas = (DATA / "merging_personas.jsonl").read_text(encoding="utf-8").splitlines()
         merged = inject(merged, "merging-personas", personas_block([json.loads(line) for line in personas]))
+    sona = (ROOT / "docs" / "sona.md").read_text(encoding="utf-8")
+    if (DATA / "sona.json").exists():
+        measured = json.loads((DATA / "sona.json").read_text(encoding="utf-8"))
+        sona = inject(sona, "sona-facts", sona_facts_block(measured))
+        for name in measured["blocks"]:
+            sona = inject(sona, f"sona-{name}", sona_block(measured, name))
+    if (DATA / "bandit.json").exists():
+        sona = inject(sona, "bandit", bandit_block(json.loads((DATA / "bandit.json").read_text("utf-8"))))
+    if (DATA / "sona_soak.json").exists():
+        sona = inject(sona, "soak", json.loads((DATA / "sona_soak.json").read_text("utf-8"))["text"])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
@@ -289,8 +348,9 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "fusing.md": fusing,
         ROOT / "docs" / "learning.md": learning,
         ROOT / "docs" / "merging.md": merged,
+        ROOT / "docs" / "sona.md": sona,
         ROOT / "docs" / "training.md": training,
-        ROOT / "docs" / "performance.md": performance(data),
+        ROOT / "docs" / "performance.md": performance(data, soaked),
     }
 
 

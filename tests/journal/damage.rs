@@ -78,7 +78,7 @@ fn a_record_that_was_not_finished() {
     }
 }
 
-/// Every byte of the head, of two records and of the zeros behind, and every bit of what is not payload.
+/// Every bit of the head, of the heads of two records and of the zeros behind; a bit of every fifth byte of payload.
 #[test]
 fn every_flipped_bit_is_found() {
     let (bytes, ends) = one(5);
@@ -87,6 +87,9 @@ fn every_flipped_bit_is_found() {
     let tail = ends[5]..ends[5] + 48;
     for at in (0..ends[0]).chain(ends[1]..ends[3]).chain(tail).chain([bytes.len() - 1]) {
         let payload = at > ends[0] && ends.iter().all(|&e| !(e..e + 32).contains(&at));
+        if payload && at % 5 != 0 {
+            continue;
+        }
         for bit in (0..8).filter(|bit| !payload || *bit == at % 8) {
             for entry in contents(dir.path()) {
                 fs::remove_file(dir.path().join(entry.0)).unwrap();

@@ -146,8 +146,9 @@ fn weights_are_a_softmax_of_cosines_or_one_hot() {
     }
     assert_eq!(bank.len(), 5);
     let x = numbers(&mut Rng::new(2, 0), 6, 1.0);
-    let cosines: Vec<f64> = bank
-        .centroids()
+    let centroids = bank.centroids();
+    assert_eq!(bank.centroid(2), centroids[12..18]);
+    let cosines: Vec<f64> = centroids
         .chunks_exact(6)
         .map(|c| cosine(&c.iter().map(|&v| f64::from(v)).collect::<Vec<_>>(), &unit(&x)))
         .collect();

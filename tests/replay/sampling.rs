@@ -96,6 +96,25 @@ fn what_comes_after_forgetting_is_not_favoured() {
 }
 
 #[test]
+fn what_was_evicted_does_not_come_back_by_another_offer() {
+    for (balance, seed) in (0..40).flat_map(|seed| [(false, seed), (true, seed)]) {
+        let class = |e: u64| u32::from(e % 3 == 0);
+        let mut r = Reservoir::new(Settings { balance, ..settings(40, 0.1, seed) }).unwrap();
+        (1..=50).for_each(|e| drop(r.offer(&small(e), &[], class(e))));
+        let kept = [events(&r, false), events(&r, true)].concat();
+        assert!(kept.iter().all(|&e| r.forget(e)));
+        assert!(r.part(false).is_empty() && r.part(true).is_empty());
+        for e in 1..=50 {
+            assert_eq!(
+                r.offer(&small(e), &[], class(e)).unwrap(),
+                kept.contains(&e),
+                "event {e}, seed {seed}"
+            );
+        }
+    }
+}
+
+#[test]
 fn held_out_events_are_one_of_every_block_and_never_trained_on() {
     for seed in 0..20 {
         let r = filled(settings(10_000, 0.1, seed), 1..=1000);

@@ -8,6 +8,7 @@ Prints Markdown.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -170,10 +171,14 @@ def main() -> int:
     """Prints the tables; the exit status says whether there were runs, not whether targets were met."""
     parser = argparse.ArgumentParser(prog="bandit.table", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    lines = read(parser.parse_args().file)
+    parser.add_argument("--json", type=Path, help="also write what the page says")
+    args = parser.parse_args()
+    lines = read(args.file)
     if not lines:
         raise SystemExit("no lines")
     data = summary(lines)
+    if args.json:
+        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for part in data["tables"]:
         seeds = f"{len(part['seeds'])} seeds ({part['seeds'][0]} to {part['seeds'][-1]})"
         print(f"{part['title']}, {data['events']:,} events, {seeds}; mean ± standard deviation\n")

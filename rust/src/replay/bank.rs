@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::error::{Error, Result};
-use crate::kernels::Kernels;
+use crate::kernels::{GROUP, Geometry, Kernels, TILE};
 
 /// Bounded clusters of unit directions, found while events come.
 ///
@@ -16,8 +16,8 @@ pub struct PatternBank {
     pub(super) capacity: usize,
     pub(super) threshold: f32,
     pub(super) width: usize,
-    /// Means of unit directions, `(len, width)`.
-    pub(super) centroids: Vec<f32>,
+    /// Means of unit directions, as a factor of `len` rows and zeros up to whole groups.
+    rows: Vec<f32>,
     /// `1 / |centroid|`, 0 where a centroid has no direction.
     inverse: Vec<f32>,
     pub(super) counts: Vec<u64>,
@@ -28,6 +28,8 @@ pub struct PatternBank {
     /// Cosines between centroids, `(capacity, capacity)`, and the rows that have moved since.
     cosines: Vec<f32>,
     stale: Vec<bool>,
+    products: Vec<f32>,
+    pairs: Vec<f32>,
 }
 
 impl fmt::Debug for PatternBank {
@@ -41,10 +43,10 @@ impl PatternBank {
     /// belong together.
     ///
     /// # Errors
-    /// No capacity or above 4,096, no width, a threshold outside [-1, 1].
+    /// No capacity or above 1,024, no width, a threshold outside [-1, 1].
     pub fn new(capacity: usize, threshold: f32, width: usize) -> Result<Self> {
-        if !(1..=4096).contains(&capacity) {
-            return Err(Error::config("patterns", capacity, "1 to 4096"));
+        if !(1..=1024).contains(&capacity) {
+            return Err(Error::config("patterns", capacity, "1 to 1024"));
         }
         if !(-1.0..=1.0).contains(&threshold) {
             return Err(Error::config("pattern_threshold", threshold, "a cosine in [-1, 1]"));
@@ -57,7 +59,7 @@ impl PatternBank {
             capacity,
             threshold,
             width,
-            centroids: Vec::new(),
+            rows: Vec::new(),
             inverse: Vec::new(),
             counts: Vec::new(),
             rated: Vec::new(),
@@ -65,6 +67,8 @@ impl PatternBank {
             merged: None,
             cosines: Vec::new(),
             stale: Vec::new(),
+            products: Vec::new(),
+            pairs: Vec::new(),
         })
     }
 
@@ -94,8 +98,19 @@ impl PatternBank {
     }
 
     /// Means of the members' directions, `(len, width)`; shorter than 1 as far as members differ.
-    pub fn centroids(&self) -> &[f32] {
-        &self.centroids
+    pub fn centroids(&self) -> Vec<f32> {
+        (0..self.len()).flat_map(|i| self.centroid(i)).collect()
+    }
+
+    /// Mean of one pattern's members' directions, `(width,)`.
+    ///
+    /// # Panics
+    /// `i` not under [`PatternBank::len`].
+    pub fn centroid(&self, i: usize) -> Vec<f32> {
+        assert!(i < self.len(), "pattern {i} of {}", self.len());
+        let mut row: Vec<f32> = self.tiles(i).flat_map(|at| &self.rows[at]).copied().collect();
+        row.truncate(self.width);
+        row
     }
 
     /// Members of each pattern.
@@ -115,8 +130,32 @@ impl PatternBank {
         self.merged
     }
 
-    fn row(&self, i: usize) -> &[f32] {
-        &self.centroids[i * self.width..(i + 1) * self.width]
+    /// Whole groups only, so that a new pattern moves no other.
+    fn geometry(&self) -> Geometry {
+        Geometry { rank: self.len().next_multiple_of(GROUP), len: self.width }
+    }
+
+    /// Where the tiles of a row lie.
+    fn tiles(&self, i: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
+        let g = self.geometry();
+        (0..g.tiles()).map(move |t| g.at(i, t)).map(|at| at..at + TILE)
+    }
+
+    /// `row = keep row + add x`.
+    fn blend(&mut self, i: usize, keep: f32, x: &[f32], add: f32) {
+        for (at, x) in self.tiles(i).zip(x.chunks(TILE)) {
+            self.rows[at].iter_mut().zip(x).for_each(|(c, x)| *c = keep * *c + add * x);
+        }
+    }
+
+    /// `<centroid, x>` of every pattern and of the zeros after them.
+    fn products(&self, k: &Kernels, x: &[f32], mut out: Vec<f32>) -> Vec<f32> {
+        let g = self.geometry();
+        out.resize(g.rank, 0.0);
+        if g.rank > 0 {
+            k.dots(&self.rows, g, x, &mut out);
+        }
+        out
     }
 
     fn inverse_norm(&self, x: &[f32]) -> f32 {
@@ -135,18 +174,12 @@ impl PatternBank {
     pub fn assign(&self, x: &[f32]) -> Option<(usize, f32)> {
         assert_eq!(x.len(), self.width, "input of a pattern bank");
         let inv = self.inverse_norm(x);
-        if inv == 0.0 { None } else { self.nearest(x, inv) }
+        if inv == 0.0 { None } else { self.nearest(&self.products(self.k, x, Vec::new()), inv) }
     }
 
-    fn nearest(&self, x: &[f32], inv: f32) -> Option<(usize, f32)> {
-        let mut best = None;
-        for i in 0..self.len() {
-            let c = self.k.dot(self.row(i), x) * inv * self.inverse[i];
-            if best.is_none_or(|(_, b)| c > b) {
-                best = Some((i, c));
-            }
-        }
-        best
+    fn nearest(&self, products: &[f32], inv: f32) -> Option<(usize, f32)> {
+        let cosines = products.iter().zip(&self.inverse).map(|(p, i)| p * inv * i);
+        cosines.enumerate().reduce(|a, b| if b.1 > a.1 { b } else { a })
     }
 
     /// Counts an input, and moves or makes the pattern that it belongs to; returns that pattern, `None` for an
@@ -161,8 +194,9 @@ impl PatternBank {
         if inv == 0.0 {
             return None;
         }
-        let nearest = self.nearest(x, inv);
-        let at = match nearest {
+        let scratch = std::mem::take(&mut self.products);
+        self.products = self.products(self.k, x, scratch);
+        let at = match self.nearest(&self.products, inv) {
             Some((i, c)) if c >= self.threshold => self.join(i, x, inv),
             _ if self.len() < self.capacity => self.start(x, inv),
             Some((i, c)) => match self.closest_pair() {
@@ -185,26 +219,23 @@ impl PatternBank {
     fn join(&mut self, i: usize, x: &[f32], inv: f32) -> usize {
         self.counts[i] += 1;
         let step = (1.0 / self.counts[i] as f64) as f32;
-        let row = &mut self.centroids[i * self.width..(i + 1) * self.width];
-        self.k.scale(1.0 - step, row);
-        self.k.axpy(step * inv, x, row);
+        self.blend(i, 1.0 - step, x, step * inv);
         self.moved(i);
         i
     }
 
     fn start(&mut self, x: &[f32], inv: f32) -> usize {
-        self.centroids.resize(self.centroids.len() + self.width, 0.0);
         self.counts.push(0);
         self.rated.push(0);
         self.quality.push(0.0);
         self.inverse.push(0.0);
         self.stale.push(true);
+        self.rows.resize(self.geometry().stored(), 0.0);
         self.replace(self.len() - 1, x, inv)
     }
 
     fn replace(&mut self, i: usize, x: &[f32], inv: f32) -> usize {
-        let row = &mut self.centroids[i * self.width..(i + 1) * self.width];
-        row.iter_mut().zip(x).for_each(|(c, x)| *c = x * inv);
+        self.blend(i, 0.0, x, inv);
         (self.counts[i], self.rated[i], self.quality[i]) = (1, 0, 0.0);
         self.moved(i);
         i
@@ -213,10 +244,8 @@ impl PatternBank {
     fn merge(&mut self, from: usize, into: usize) {
         let all = self.counts[from] + self.counts[into];
         let share = (self.counts[from] as f64 / all as f64) as f32;
-        let gone = self.row(from).to_vec();
-        let row = &mut self.centroids[into * self.width..(into + 1) * self.width];
-        self.k.scale(1.0 - share, row);
-        self.k.axpy(share, &gone, row);
+        let gone = self.centroid(from);
+        self.blend(into, 1.0 - share, &gone, share);
         self.counts[into] = all;
         self.rated[into] += self.rated[from];
         self.quality[into] += self.quality[from];
@@ -224,29 +253,43 @@ impl PatternBank {
         self.merged = Some((from, into));
     }
 
-    pub(super) fn moved(&mut self, i: usize) {
-        self.inverse[i] = self.inverse_norm(self.row(i));
+    fn moved(&mut self, i: usize) {
+        let mut lanes = [0f32; TILE];
+        for at in self.tiles(i) {
+            lanes.iter_mut().zip(&self.rows[at]).for_each(|(l, v)| *l += v * v);
+        }
+        let norm2: f32 = lanes.iter().sum();
+        self.inverse[i] = if norm2 > 0.0 { 1.0 / norm2.sqrt() } else { 0.0 };
         self.stale[i] = true;
     }
 
-    /// Norms and cosines anew, after the centroids were put in from outside.
-    pub(super) fn settle(&mut self) {
+    /// Puts centroids `(len, width)` in, as many as there are counts.
+    pub(super) fn put(&mut self, centroids: &[f32]) {
         self.inverse = vec![0.0; self.len()];
         self.stale = vec![true; self.len()];
-        (0..self.len()).for_each(|i| self.moved(i));
+        self.rows = vec![0.0; self.geometry().stored()];
+        for (i, c) in centroids.chunks_exact(self.width).enumerate() {
+            for (at, c) in self.tiles(i).zip(c.chunks(TILE)) {
+                self.rows[at][..c.len()].copy_from_slice(c);
+            }
+            self.moved(i);
+        }
     }
 
     /// The two nearest patterns, the larger first, and their cosine.
     fn closest_pair(&mut self) -> Option<(usize, usize, f32)> {
         let n = self.len();
         self.cosines.resize(self.capacity * self.capacity, 0.0);
+        let mut products = std::mem::take(&mut self.pairs);
         for i in (0..n).filter(|&i| self.stale[i]) {
+            products = self.products(self.k, &self.centroid(i), products);
             for j in (0..n).filter(|&j| j != i) {
-                let c = self.k.dot(self.row(i), self.row(j)) * (self.inverse[i] * self.inverse[j]);
+                let c = products[j] * (self.inverse[i] * self.inverse[j]);
                 self.cosines[i * self.capacity + j] = c;
                 self.cosines[j * self.capacity + i] = c;
             }
         }
+        self.pairs = products;
         self.stale.fill(false);
         let mut best: Option<(usize, usize, f32)> = None;
         for i in 0..n {
@@ -269,14 +312,11 @@ impl PatternBank {
         assert_eq!(x.len(), self.width, "input of a pattern bank");
         assert_eq!(out.len(), self.len(), "weights of a pattern bank");
         let inv = self.inverse_norm(x);
+        let products = self.products(k, x, Vec::new());
         for (i, w) in out.iter_mut().enumerate() {
-            *w = k.dot(self.row(i), x) * inv * self.inverse[i];
+            *w = products[i] * inv * self.inverse[i];
         }
-        let Some((nearest, top)) =
-            out.iter().copied().enumerate().reduce(|a, b| if b.1 > a.1 { b } else { a })
-        else {
-            return;
-        };
+        let Some((nearest, top)) = self.nearest(&products, inv) else { return };
         if hard {
             out.fill(0.0);
             out[nearest] = 1.0;
@@ -289,7 +329,8 @@ impl PatternBank {
 
     /// Bytes resident, all of it.
     pub fn memory_bytes(&self) -> usize {
-        let floats = self.centroids.capacity() + self.inverse.capacity() + self.cosines.capacity();
+        let floats = [&self.rows, &self.inverse, &self.cosines, &self.products, &self.pairs];
+        let floats: usize = floats.iter().map(|v| v.capacity()).sum();
         let words = self.counts.capacity() + self.rated.capacity() + self.quality.capacity();
         size_of::<Self>() + 4 * floats + 8 * words + self.stale.capacity()
     }

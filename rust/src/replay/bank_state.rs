@@ -30,7 +30,7 @@ impl PatternBank {
             width: self.width,
         };
         vec![
-            tensor(name("centroids"), vec![n, self.width], self.centroids.iter().copied()),
+            tensor(name("centroids"), vec![n, self.width], self.centroids()),
             tensor(name("counts"), vec![n], self.counts.iter().copied()),
             tensor(name("rated"), vec![n], self.rated.iter().copied()),
             tensor(name("quality"), vec![n], self.quality.iter().copied()),
@@ -53,7 +53,7 @@ impl PatternBank {
         let mut bank = bank.map_err(|e| r.wrong("state", e))?;
         bank.counts = r.numbers("counts", &[None])?;
         let n = Some(bank.counts.len());
-        bank.centroids = r.finite("centroids", &[n, Some(state.width)])?;
+        let centroids = r.finite("centroids", &[n, Some(state.width)])?;
         bank.rated = r.numbers("rated", &[n])?;
         bank.quality = r.numbers("quality", &[n])?;
         if bank.len() > bank.capacity {
@@ -62,12 +62,12 @@ impl PatternBank {
         for i in 0..bank.len() {
             let (count, rated, sum) = (bank.counts[i], bank.rated[i], bank.quality[i]);
             // Means of unit directions and of qualities in [0, 1] stay inside these, rounding allowed for.
-            let norm2: f32 = bank.centroids[i * bank.width..][..bank.width].iter().map(|v| v * v).sum();
+            let norm2: f32 = centroids[i * bank.width..][..bank.width].iter().map(|v| v * v).sum();
             if count == 0 || rated > count || !(0.0..=rated as f64).contains(&sum) || !(norm2 <= 1.01) {
                 return Err(r.wrong("counts", format!("pattern {i} contradicts itself")));
             }
         }
-        bank.settle();
+        bank.put(&centroids);
         Ok(bank)
     }
 }

@@ -8,7 +8,7 @@ const KEYS: u64 = 1 << 63;
 
 /// Bits of a draw: two uniform numbers of 24 bits.
 pub(super) const BITS: u32 = 48;
-/// Events whose keys come from one stream: what a generator makes at once.
+/// Draws of one stream: what a generator makes at once.
 const TOGETHER: u64 = 32;
 
 fn draw(rng: &mut Rng) -> u64 {
@@ -21,13 +21,38 @@ fn block_size(holdout: f64) -> Option<u64> {
     (holdout > 0.0).then(|| ((1.0 / holdout).round() as u64).max(1))
 }
 
-fn position(seed: u64, size: u64, block: u64) -> u64 {
-    let r = draw(&mut Rng::new(seed, HOLD_OUT | block));
-    ((u128::from(r) * u128::from(size)) >> BITS) as u64
+/// Draws number `32 n` to `32 n + 31` of a kind, made when the first of them is wanted.
+#[derive(Clone, Debug)]
+struct Draws {
+    seed: u64,
+    kind: u64,
+    at: u64,
+    values: [u64; TOGETHER as usize],
+}
+
+impl Draws {
+    fn new(seed: u64, kind: u64) -> Self {
+        Draws { seed, kind, at: u64::MAX, values: [0; TOGETHER as usize] }
+    }
+
+    #[inline]
+    fn get(&mut self, number: u64) -> u64 {
+        if number / TOGETHER != self.at {
+            self.make(number / TOGETHER);
+        }
+        self.values[(number % TOGETHER) as usize]
+    }
+
+    #[cold]
+    fn make(&mut self, at: u64) {
+        let mut rng = Rng::new(self.seed, self.kind | at);
+        self.values.fill_with(|| draw(&mut rng));
+        self.at = at;
+    }
 }
 
 /// Whether an event's number is held out: exactly one of every block of `round(1 / holdout)` numbers, counted
-/// from 1; which one is drawn from stream `2^62 + block` of the seed. `holdout` 0 holds out none.
+/// from 1; which one is draw `block % 32` of stream `2^62 + block / 32` of the seed. `holdout` 0 holds out none.
 pub fn held_out(seed: u64, holdout: f64, event: u64) -> bool {
     HoldOut::new(seed, holdout).contains(event)
 }
@@ -35,16 +60,14 @@ pub fn held_out(seed: u64, holdout: f64, event: u64) -> bool {
 /// [`held_out`] for a stream of events: the draw of a block is made once.
 #[derive(Clone, Debug)]
 pub struct HoldOut {
-    seed: u64,
     size: Option<u64>,
-    block: u64,
-    position: u64,
+    draws: Draws,
 }
 
 impl HoldOut {
     /// See [`held_out`].
     pub fn new(seed: u64, holdout: f64) -> Self {
-        HoldOut { seed, size: block_size(holdout), block: u64::MAX, position: 0 }
+        HoldOut { size: block_size(holdout), draws: Draws::new(seed, HOLD_OUT) }
     }
 
     /// Events per block, exactly one of which is held out; `None`: none is.
@@ -57,36 +80,23 @@ impl HoldOut {
     pub fn contains(&mut self, event: u64) -> bool {
         let (Some(size), Some(at)) = (self.size, event.checked_sub(1)) else { return false };
         let block = at / size;
-        if block != self.block {
-            self.position = position(self.seed, size, block);
-            self.block = block;
-        }
-        at % size == self.position
+        let position = (u128::from(self.draws.get(block)) * u128::from(size)) >> BITS;
+        at - block * size == position as u64
     }
 }
 
 /// Uniform keys of events, [`BITS`] bits: a reservoir keeps the lowest.
 #[derive(Clone, Debug)]
-pub(super) struct Keys {
-    seed: u64,
-    block: u64,
-    keys: [u64; TOGETHER as usize],
-}
+pub(super) struct Keys(Draws);
 
 impl Keys {
     pub fn new(seed: u64) -> Self {
-        Keys { seed, block: u64::MAX, keys: [0; TOGETHER as usize] }
+        Keys(Draws::new(seed, KEYS))
     }
 
     #[inline]
     pub fn of(&mut self, event: u64) -> u64 {
-        let block = event / TOGETHER;
-        if block != self.block {
-            let mut rng = Rng::new(self.seed, KEYS | block);
-            self.keys.fill_with(|| draw(&mut rng));
-            self.block = block;
-        }
-        self.keys[(event % TOGETHER) as usize]
+        self.0.get(event)
     }
 }
 

@@ -131,11 +131,17 @@ impl Part {
         self.capacity > 0 && class.is_none_or(|c| key < c.bound)
     }
 
-    /// Counts an event that [`Part::wants`] refused.
+    /// Counts an event that cannot be kept; `false`, and nothing counted: it may be.
     #[inline]
-    pub(super) fn pass(&mut self, pattern: u32) {
+    pub(super) fn refuse(&mut self, key: u64, pattern: u32) -> bool {
+        let id = self.class_of(pattern);
+        match self.classes.get_mut(&id).filter(|c| key >= c.bound) {
+            Some(class) => class.seen += 1,
+            None if self.capacity == 0 => self.classes.entry(id).or_default().seen += 1,
+            None => return false,
+        }
         self.seen += 1;
-        self.classes.entry(self.class_of(pattern)).or_default().seen += 1;
+        true
     }
 
     /// Counts an event and keeps it, if it belongs to the lowest keys that fit.
@@ -147,13 +153,14 @@ impl Part {
         pattern: u32,
         dtype: Dtype,
     ) -> bool {
-        self.pass(pattern);
+        let class = self.class_of(pattern);
+        self.seen += 1;
+        self.classes.entry(class).or_default().seen += 1;
         let (_, bytes) = Slot::measure(sample, stored, dtype);
         if bytes > self.max_bytes {
             self.too_large += 1;
             return false;
         }
-        let class = self.class_of(pattern);
         if !self.make_room(class, key, bytes) {
             return false;
         }

@@ -117,8 +117,7 @@ impl Reservoir {
         }
         let held = self.is_held_out(sample.event, &sample.feedback);
         let (key, part) = (self.keys.of(sample.event), &mut self.parts[usize::from(held)]);
-        if !part.wants(key, pattern) {
-            part.pass(pattern);
+        if part.refuse(key, pattern) {
             return Ok(false);
         }
         if !Kernels::detect()?.all_finite(stored) {

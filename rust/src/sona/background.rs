@@ -91,6 +91,27 @@ impl Sona {
         }
     }
 
+    /// Whether a turn may be due; waits for nobody, and says yes where another thread is at work.
+    pub fn may_be_due(&self) -> bool {
+        let Ok(back) = self.back.try_lock() else { return true };
+        let Ok(inner) = self.inner.try_lock() else { return true };
+        back.task.is_some() || self.is_due(&back, &inner, false) || inner.recorder.is_some()
+    }
+
+    fn is_due(&self, back: &Back, inner: &super::Inner, force: bool) -> bool {
+        let s = &self.settings;
+        let interval = Duration::from_secs_f64(s.background_interval_ms / 1e3);
+        if !force && back.started.is_some_and(|t| t.elapsed() < interval) {
+            return false;
+        }
+        let least = if back.warm { s.background_min_samples } else { s.warmup_inputs };
+        if inner.window.trainable() < if force && back.warm { 1 } else { least } {
+            return false;
+        }
+        let held = inner.window.len() - inner.window.trainable() + back.reservoir.part(true).len();
+        !back.warm || s.holdout == 0.0 || held >= s.gate_min_samples || force
+    }
+
     /// Serves [`Sona::maybe_background`] until [`Sona::stop_background`]; `told` gets every finished turn and
     /// ends the loop by returning false.
     ///
@@ -124,21 +145,11 @@ impl Sona {
 
     /// Takes the window where a turn is due.
     fn begin(&self, back: &mut Back, force: bool) -> Result<bool> {
-        let s = &self.settings;
-        let interval = Duration::from_secs_f64(s.background_interval_ms / 1e3);
-        if !force && back.started.is_some_and(|t| t.elapsed() < interval) {
-            return Ok(false);
-        }
         let inner = &mut *self.inner();
+        if !self.is_due(back, inner, force) {
+            return Ok(false);
+        }
         let warm_up = !back.warm;
-        let least = if warm_up { s.warmup_inputs } else { s.background_min_samples };
-        if inner.window.trainable() < if force && !warm_up { 1 } else { least } {
-            return Ok(false);
-        }
-        let held = inner.window.len() - inner.window.trainable() + back.reservoir.part(true).len();
-        if !warm_up && s.holdout > 0.0 && held < s.gate_min_samples && !force {
-            return Ok(false);
-        }
         self.begin_now(back, inner, warm_up)?;
         Ok(true)
     }
@@ -310,7 +321,7 @@ impl Sona {
         let mean = window.quality.iter().filter(known).map(|q| f64::from(*q)).sum::<f64>() / n as f64;
         let accepted = &task.slow[member];
         let (sum, rated) = accepted.quality;
-        let slow = Side {
+        let mut slow = Side {
             b: Arc::clone(&accepted.learners[module].master().b),
             gram: accepted.grams[module].clone(),
             events: accepted.events[module],
@@ -323,6 +334,15 @@ impl Sona {
             quality: (n > 0).then_some(mean),
         };
         task.contrast.add(self.kernels, &window, &slow.b);
+        let mut prior = 0.0;
+        if self.accumulates() && self.strategy.name == consolidate::STRATEGIES[0].name {
+            // The recursion has the accepted events in it, and the window: it is what to start from, and each of
+            // its events counts as much as one of the window.
+            slow.b = Arc::clone(&layer.b);
+            slow.gram.iter_mut().zip(&added).for_each(|(g, w)| *g += w);
+            slow.events += window.event.len() as u64;
+            prior = slow.events as f64 / window.event.len() as f64;
+        }
         task.events[member][module] = window.event.len() as u64;
         task.grams[member][module] = added;
         let s = &self.settings;
@@ -336,6 +356,7 @@ impl Sona {
             logit_weight: s.logit_weight,
             replay_ratio: s.replay_ratio,
             ewc_lambda: s.ewc_lambda,
+            prior,
             best_share: s.best_share,
             quality_threshold: s.quality_threshold,
             ridge: unit,

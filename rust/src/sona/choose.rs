@@ -32,7 +32,7 @@ impl Sona {
         let mut bandit = self.bandit();
         // A must not move between the choice and its record.
         let mut inner = self.inner();
-        self.choose_under(&mut bandit, &mut inner, module, x, arms)
+        self.choose_under(&mut bandit, &mut inner, module, x, arms, None)
     }
 
     fn choose_under(
@@ -42,6 +42,7 @@ impl Sona {
         module: usize,
         x: &[f32],
         arms: &[&str],
+        as_made: Option<(&str, f64)>,
     ) -> Result<Choice> {
         if let Some(b) = bandit.as_ref().filter(|b| b.module() != module) {
             let (got, want) = (&self.lora.names()[module], &self.lora.names()[b.module()]);
@@ -55,7 +56,12 @@ impl Sona {
                 made.insert(LiveBandit::new(&self.lora, module, settings)?)
             }
         };
-        let choice = live.choose(&self.lora, x, arms)?;
+        let mut choice = live.choose(&self.lora, x, arms)?;
+        if let Some((arm, propensity)) = as_made {
+            // Other weights would choose otherwise, but this arm was shown, and it is what the reward is for.
+            live.assign(choice.id, arm, propensity);
+            (choice.name, choice.propensity) = (arm.to_string(), propensity);
+        }
         if let Some(made) = made {
             *bandit = Some(made);
         }
@@ -101,11 +107,8 @@ impl Sona {
         if asked.module >= self.lora.names().len() {
             return Err(bad("a module that the loop lacks".into()));
         }
-        let choice = self.choose(asked.module, &x, &arms)?;
-        // Other weights would choose otherwise, but this arm was shown, and it is what the reward was for.
-        if let Some(b) = self.bandit().as_mut() {
-            b.assign(choice.id, &asked.arm, asked.propensity);
-        }
-        Ok(())
+        let (mut bandit, mut inner) = (self.bandit(), self.inner());
+        let made = Some((asked.arm.as_str(), asked.propensity));
+        self.choose_under(&mut bandit, &mut inner, asked.module, &x, &arms, made).map(drop)
     }
 }

@@ -109,10 +109,10 @@ impl Sona {
             }
             self.absorb(back, members, &task.taken, &task.route);
         }
-        if decision != Decision::RollBack {
-            if let Err(e) = self.publish(back) {
-                done.notes.push(format!("not published: {e}").into());
-            }
+        if decision != Decision::RollBack
+            && let Err(e) = self.publish(back)
+        {
+            done.notes.push(format!("not published: {e}").into());
         }
         self.inner().window.recycle(task.taken, self.settings.max_pending_samples);
         Ok(done)

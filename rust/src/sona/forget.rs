@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::finish::Decision;
+use super::gather::concerns;
 use super::records::{Ended, Recorder, kind, unpack};
 use super::recover::{Mode, begin_file, journal_dir, read_event};
 use super::state::sequence_of;
@@ -159,11 +160,14 @@ impl Sona {
                 "feedback other than squared-error targets came after it: use replay",
             ));
         }
-        let scaled =
-            back.slow.iter().flat_map(|a| &a.learners).all(|l| l.rls.is_some() || l.basis_unit.is_some());
-        let first = inner.window.iter().find(|q| !q.held_out && squared(&q.sample.feedback));
-        if !scaled && (!inner.complete || first.is_some_and(|q| q.sample.event == event)) {
-            return Err(refused(event, "it may have set the scale of the recursion: use replay"));
+        for m in self.concerned(s.module.map(|m| m as usize)) {
+            let mut all = back.slow.iter().map(|a| &a.learners[m]);
+            let scaled = all.all(|l| l.rls.is_some() || l.basis_unit.is_some());
+            let taught = |q: &&Pending| !q.held_out && concerns(q.sample.module, m as u32);
+            let first = inner.window.iter().filter(taught).find(|q| squared(&q.sample.feedback));
+            if !scaled && (!inner.complete || first.is_some_and(|q| q.sample.event == event)) {
+                return Err(refused(event, "it may have set the scale of the recursion: use replay"));
+            }
         }
         let mut learners = lora.inspect(<[_]>::to_vec);
         for m in self.concerned(s.module.map(|m| m as usize)) {
@@ -216,8 +220,12 @@ impl Sona {
                 return Err(refused(event, format!("the journal begins with event {first}")));
             }
             let (journal, _) = twin.journal_in(&to, options)?;
-            if waits {
-                twin.inner().window.remove(event);
+            let waiting = twin.inner().window.iter().find(|p| p.sample.event == event).cloned();
+            if let Some(p) = waiting {
+                if !twin.inner().complete {
+                    return Err(refused(event, "events had left the window when the journal began"));
+                }
+                twin.forget_pending(&other, &p)?;
             }
             let begin = twin.bytes_of(&other, config.clone(), number + 1)?;
             atomic::write(&begin_file(&to), |w| w.write_all(&begin))?;
@@ -333,7 +341,10 @@ impl Sona {
                     });
                 }
                 kind::REFUSED => {
-                    all.pop();
+                    let number = record.payload.first_chunk::<8>().map(|n| u64::from_le_bytes(*n));
+                    if all.last().is_some_and(|line: &Audit| line.event == number) {
+                        all.pop();
+                    }
                     continue;
                 }
                 kind::CANCELLED => line.kind = "cancelled",

@@ -9,6 +9,7 @@ use super::result::{Adaptation, Loop, Outcome};
 use super::stats::{HELD_OUT, UNDER_THRESHOLD};
 use super::window::Incoming;
 use super::{Inner, Sona};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::learn::learner::Event as Step;
 use crate::learn::{Feedback, Learner, Rule, StepResult, TargetLoss};
@@ -36,8 +37,12 @@ pub(super) struct Learned {
     after: f64,
 }
 
-/// Numbers up to this cannot overflow any storage in one step.
+/// Feedback up to this, and weights up to [`FAR`], cannot overflow any storage in one step.
 const CALM: f64 = 100.0;
+/// Bounds of weights that are far from what float16, and what wider storage, holds.
+const FAR: [f64; 2] = [1e3, 1e9];
+/// Squares of what a step divides by, from which it cannot go far, in float16 and in wider storage.
+const NEAR: [f64; 2] = [1e-4, 1e-12];
 
 impl Sona {
     /// The modules that an event concerns.
@@ -116,11 +121,14 @@ impl Sona {
         // Written down before it is learned, where there is a journal.
         inner.window.push(event, held_out, self.advantage(&e), e);
         let written = inner.record_event();
+        let recorded = written.is_ok();
         let learned = match written.and_then(|()| self.learn(&e, held_out)) {
             Ok(learned) => learned,
             Err(e) => {
-                // On disk it is taken back; a journal that cannot be written says so by itself.
-                drop(inner.record(kind::REFUSED, &[&event.to_le_bytes()]));
+                if recorded {
+                    // On disk it is taken back; a journal that cannot be written says so by itself.
+                    drop(inner.record(kind::REFUSED, &[&event.to_le_bytes()]));
+                }
                 inner.window.drop_newest();
                 return Err(e);
             }
@@ -239,13 +247,19 @@ fn calm(lora: &MicroLora, modules: std::ops::Range<usize>, step: Step<'_>) -> bo
         Feedback::Reward { reward, .. } => f64::from(reward.abs()) < CALM,
         Feedback::Preference { .. } | Feedback::Contrastive { .. } => false,
     };
+    let squared = matches!(step.feedback, Feedback::Target { loss: TargetLoss::Mse, .. });
+    let recursive = squared && lora.settings().instant.rule != Rule::Nlms;
     let mut u = Vec::new();
-    // A step divides by |u|: an input that A all but ignores is not calm.
-    let mut felt = |l: &Learner| l.bottleneck(k, step.x, &mut u).is_ok_and(|norm2| norm2 > 1.0 / CALM);
-    let mut learner = |l: &Learner| l.bounds.iter().all(|b| *b < CALM) && felt(l);
-    said && small(step.x)
-        && step.base.is_none_or(small)
-        && lora.inspect(|all| all[modules].iter().all(&mut learner))
+    let mut near = |l: &Learner| {
+        let narrow = usize::from(l.layer().b.dtype() != Dtype::F16);
+        // A step of the recursion is at most |error| / (2 sqrt(ridge)), any other |gradient| / |u|.
+        let divisor2 = match &l.rls {
+            Some(rls) if recursive => rls.ridge,
+            _ => l.bottleneck(k, step.x, &mut u).unwrap_or(f64::NAN),
+        };
+        l.bounds.iter().all(|b| *b < FAR[narrow]) && (NEAR[narrow]..1.0 / NEAR[1]).contains(&divisor2)
+    };
+    said && step.base.is_none_or(small) && lora.inspect(|all| all[modules].iter().all(&mut near))
 }
 
 /// Learns again, from an event that was kept: on learners that nobody reads.

@@ -109,6 +109,6 @@ pub(super) fn factor(rest: &mut &[u8], rank: usize, len: usize) -> Result<Factor
 }
 
 /// B of the f32 weights of learners.
-pub(super) fn b_factors<'a>(members: &'a [Vec<Learner>]) -> impl Iterator<Item = &'a Factor> {
+pub(super) fn b_factors(members: &[Vec<Learner>]) -> impl Iterator<Item = &Factor> {
     members.iter().flatten().map(|l| &*l.master().b)
 }

@@ -166,6 +166,7 @@ impl Sona {
         if !r.warmed_up {
             r.warmup_left = self.settings.warmup_inputs.saturating_sub(inner.window.trainable());
         }
+        r.journal_bytes = inner.recorder.as_ref().map_or(0, |r| r.journal.bytes());
         r.events = inner.next - 1;
         r.bytes.insert("window", inner.window.memory_bytes());
         r.bytes.insert("statistics", inner.stats.memory_bytes());

@@ -34,10 +34,8 @@ pub fn member_runs(
     replay: &[usize],
     members: &[Arc<Factor>],
 ) -> Result<Vec<Option<Run>>> {
-    if members.is_empty() {
-        return Err(Error::shape("members", "none", "at least one"));
-    }
     check::problem(problem)?;
+    shapes(&problem.slow.b, members)?;
     assignment("window", window, &problem.window, members.len())?;
     assignment("replay", replay, &problem.replay, members.len())?;
     let one = |(m, b): (usize, &Arc<Factor>)| {
@@ -54,7 +52,6 @@ pub fn member_runs(
             replay,
         };
         own.slow.b = Arc::clone(b);
-        check::problem(&own)?;
         if own.window.is_empty() && own.replay.is_empty() {
             return Ok(None);
         }
@@ -100,11 +97,32 @@ fn assignment(arg: &str, assigned: &[usize], rows: &Rows, members: usize) -> Res
     }
 }
 
+/// Refuses members that are not f32 factors of the shape of `like`.
+fn shapes(like: &Factor, members: &[Arc<Factor>]) -> Result<()> {
+    if members.is_empty() {
+        return Err(Error::shape("members", "none", "at least one"));
+    }
+    for (i, m) in members.iter().enumerate() {
+        let arg = format!("members[{i}]");
+        if m.geometry() != like.geometry() {
+            let [got, want] = [&**m, like].map(|f| format!("({}, {})", f.rank(), f.len()));
+            return Err(Error::shape(arg, got, want));
+        }
+        if m.dtype() != Dtype::F32 {
+            return Err(Error::Dtype { arg, got: m.dtype().to_string(), want: "f32".into() });
+        }
+        if !m.is_finite() {
+            return Err(Error::non_finite(arg));
+        }
+    }
+    Ok(())
+}
+
 /// `sum_k weights_k B_k`, f32; a one-hot weight gives that member bit for bit.
 ///
 /// # Errors
-/// No members, another number of weights, weights that are negative or not finite, members of unequal shapes or not
-/// in f32.
+/// No members, another number of weights, weights that are negative or not finite, members of unequal shapes, not
+/// in f32 or not finite.
 pub fn mix(k: &Kernels, weights: &[f32], members: &[Arc<Factor>]) -> Result<Factor> {
     let Some(first) = members.first() else { return Err(Error::shape("members", "none", "at least one")) };
     if weights.len() != members.len() {
@@ -114,20 +132,7 @@ pub fn mix(k: &Kernels, weights: &[f32], members: &[Arc<Factor>]) -> Result<Fact
     if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
         return Err(Error::config("weights", w, "finite numbers of 0 or more"));
     }
-    for (i, m) in members.iter().enumerate() {
-        if m.geometry() != first.geometry() {
-            let got = format!("({}, {})", m.rank(), m.len());
-            return Err(Error::shape(
-                format!("members[{i}]"),
-                got,
-                format!("({}, {})", first.rank(), first.len()),
-            ));
-        }
-        if m.dtype() != Dtype::F32 {
-            let (arg, got) = (format!("members[{i}]"), m.dtype().to_string());
-            return Err(Error::Dtype { arg, got, want: "f32".into() });
-        }
-    }
+    shapes(first, members)?;
     let mut mixed = Factor::zeros(first.rank(), first.len(), Dtype::F32);
     for (w, m) in weights.iter().zip(members).filter(|(w, _)| **w > 0.0) {
         k.axpy(*w, m.stream(), mixed.stream_mut());

@@ -5,7 +5,7 @@
 //! nothing moves nothing, equal Grams give the mean, an adapter with itself stays. Training adds the mean loss of
 //! the window and, by `replay_ratio`, that of the reservoir with its stored outputs (DER++, arXiv 2004.07211).
 //! Where nothing is replayed the penalty `lambda/2 tr((B - B_slow)^T G_slow / events (B - B_slow))` stands for
-//! it: elastic weight consolidation (Kirkpatrick et al. 2017) on the change itself, canonical units.
+//! it, or beside it what a recursion knows of all events (`prior`): elastic weight consolidation (Kirkpatrick et al. 2017) on the change itself, canonical units.
 
 use super::strategy::{Mix, Plan, normalised};
 use super::{Problem, Rows, Side};
@@ -66,8 +66,10 @@ pub(super) fn train(p: &Problem, plan: &mut Plan, window: &[f64], replay: &[f64]
     if !p.replay.stored.is_empty() {
         plan.logit = (s.replay_ratio * s.logit_weight / p.replay.len() as f64) as f32;
     }
-    if p.replay.is_empty() && p.slow.events > 0 {
-        let scale = s.ewc_lambda / p.slow.events as f64;
+    let replayed = plan.logit > 0.0 || plan.replay.iter().any(|&c| c > 0.0);
+    let strength = if replayed { s.prior } else { s.ewc_lambda };
+    if strength > 0.0 && p.slow.events > 0 {
+        let scale = strength / p.slow.events as f64;
         plan.anchor = p.slow.gram.iter().map(|g| g * scale).collect();
     }
     // The ridge belongs to all events together: a share per sample of the window would shrink B at every turn.

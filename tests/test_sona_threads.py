@@ -251,6 +251,7 @@ def test_a_fork_finds_no_lock_held():
         assert sona.running
     assert len(results) > 5
     assert not any(results), results
+    feed(sona, targets(20))
     assert sona.maybe_background(force=True) is not None
 
 

@@ -267,9 +267,43 @@ def test_a_forked_child_does_not_write_into_its_parents_journal(tmp_path):
         lines = sona.audit()
         assert [line["event"] for line in lines if line["kind"] == "event"] == list(range(1, 21))
     again = SonaLoop.open(tmp_path / "d")
-    assert again.opened.warnings == ()
+    (warning,) = again.opened.warnings
+    assert warning.startswith("opened without a journal")
     assert (weights(again) == kept).all()
     again.close()
+
+
+def test_without_a_journal_the_end_of_the_block_saves(tmp_path):
+    with SonaLoop.open(tmp_path / "d", config()) as sona:
+        feed(sona, 60)
+    with SonaLoop.open(tmp_path / "d") as again:
+        assert again.opened.found
+        assert again.opened.warnings == ()
+        assert again.stats().instant_count == 60
+        assert again.stats().pending_samples == 60
+        assert (weights(again) == weights(sona)).all()
+        feed(again, 5, seed=2)
+    last = SonaLoop.open(tmp_path / "d")
+    assert last.stats().instant_count == 65
+    feed(last, 1, seed=3)
+    last.close()
+    last.close()
+    assert SonaLoop.load(tmp_path / "d").stats().instant_count == 66
+
+
+def test_opening_without_a_journal_ends_the_one_that_was_there(tmp_path):
+    with SonaLoop.open(tmp_path / "d", config(), journal=JournalConfig()) as sona:
+        feed(sona, 30)
+    with SonaLoop.open(tmp_path / "d") as again:
+        assert [text.split(":")[0] for text in again.opened.warnings] == ["opened without a journal"]
+        assert (weights(again) == weights(sona)).all()
+        with pytest.raises(ex.ConfigError, match="journal"):
+            again.audit()
+    with SonaLoop.open(tmp_path / "d", journal=JournalConfig()) as once_more:
+        assert once_more.opened.warnings == ()
+        assert [line for line in once_more.audit() if line["kind"] == "event"] == []
+        with pytest.raises(ex.FeedbackError, match="event"):
+            once_more.forget(3)
 
 
 def test_what_was_found_is_logged(tmp_path, monkeypatch, caplog):

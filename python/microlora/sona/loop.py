@@ -15,12 +15,13 @@ from microlora.hot_swap import HotSwapManager
 from microlora.micro_lora import MicroLoRA
 from microlora.sona import making, processes, state
 from microlora.sona.background import Background
+from microlora.sona.calls import Calls
 from microlora.sona.config import SonaConfig
 from microlora.sona.journal import JournalConfig
 from microlora.sona.state import Opened
 from microlora.sona.stats import SonaStats
 from microlora.sona.text import Encoders
-from microlora.sona.watch import EventHook, Watched
+from microlora.sona.watch import EventHook
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SonaLoop"]
 
 
-class SonaLoop(Watched):
+class SonaLoop(Calls):
     """An adapter that learns from every event, consolidates in the background and trains on what is kept.
 
     * **instant**: `instant_adapt` learns from one event in microseconds; the next `forward` sees it.
@@ -297,7 +298,7 @@ class SonaLoop(Watched):
     def save(self, path: PathLike) -> None:
         """Writes the whole loop: weights, rules, memory, counters, what deep runs hold on to, and settings.
 
-        Encoders are not written, only their names. Any number of threads may read and learn meanwhile.
+        Encoders are not written, only their names and their vectors of two texts, to know them by. Any number of threads may read and learn meanwhile.
 
         Args:
             path: A directory, made where it is missing. What an earlier call wrote there is whole until this
@@ -321,13 +322,13 @@ class SonaLoop(Watched):
 
         Args:
             path: The directory.
-            encoder: As of the class; of the name that it was saved with.
+            encoder: As of the class; the one that it was saved with, by its name and its vectors of two texts.
             response_encoder: Likewise.
             on_event: As of the class.
 
         Raises:
             FormatError: Not such a directory, damaged, or written by a newer version.
-            ConfigError: Encoders of other names.
+            ConfigError: Encoders of other names, or that give other vectors.
             OSError: It cannot be read.
         """
         parts = state.read(path)
@@ -368,7 +369,7 @@ class SonaLoop(Watched):
             The loop; `opened` says what was found. Warnings are logged by ``microlora.sona.journal``.
 
         Raises:
-            ConfigError: Other settings than those of the state, or encoders of other names.
+            ConfigError: Other settings than those of the state, or encoders of other names or vectors.
             FormatError: A damaged state, or one of a newer version.
             OSError: Another process has it open, or the system refused.
         """

@@ -21,7 +21,7 @@ class Calls(Watched):
     """Choices among arms, and forgetting."""
 
     def choose(self, x: ArrayLike, arms: Sequence[str], module: str | None = None) -> Choice:
-        """Chooses one of some named arms for an input, by LinUCB in the adapter's bottleneck (arXiv 1003.0146).
+        """Chooses one of some named arms for an input: LinUCB (arXiv 1003.0146) in the bottleneck.
 
         Args:
             x: float32 (in_features,).

@@ -93,7 +93,7 @@ def deep_optimize(
         result = _run(loop, samples, distill, progress, cancel, base)
     except CancelledError:
         # The trainer speaks of its learner, which is a copy that nobody sees.
-        raise CancelledError("the deep run was cancelled; nothing changed: the loop serves as before") from None
+        raise CancelledError("the deep run was cancelled; nothing changed, the loop goes on") from None
     finally:
         loop._deep_lock.release()
     loop._done(result)

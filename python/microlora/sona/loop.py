@@ -298,7 +298,8 @@ class SonaLoop(Calls):
     def save(self, path: PathLike) -> None:
         """Writes the whole loop: weights, rules, memory, counters, what deep runs hold on to, and settings.
 
-        Encoders are not written, only their names and their vectors of two texts, to know them by. Any number of threads may read and learn meanwhile.
+        Encoders are not written, only their names and their vectors of two texts, to know them by. Any number
+        of threads may read and learn meanwhile.
 
         Args:
             path: A directory, made where it is missing. What an earlier call wrote there is whole until this
@@ -322,7 +323,7 @@ class SonaLoop(Calls):
 
         Args:
             path: The directory.
-            encoder: As of the class; the one that it was saved with, by its name and its vectors of two texts.
+            encoder: As of the class; the one that it was saved with (name and vectors are compared).
             response_encoder: Likewise.
             on_event: As of the class.
 

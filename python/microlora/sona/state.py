@@ -122,7 +122,9 @@ def read(path: PathLike) -> Parts:
     text = _core.sona_config(data)
     if text is None:
         raise FormatError(f"{file}: carries no settings of a loop")
-    values = check_document(str(file), read_json(str(file), text), ("config", "encoders", "probes"), SCHEMA_VERSION)
+    values = check_document(
+        str(file), read_json(str(file), text), ("config", "encoders", "probes"), SCHEMA_VERSION
+    )
     if "config" not in values:
         raise FormatError(f"{file}: lacks config")
     names = values.get("encoders")

@@ -108,8 +108,8 @@ class Encoders:
             apart = float(np.abs(now - then).max())
             if apart > SAME:
                 raise ConfigError(
-                    f"{arg}: got one whose vectors of known texts differ by {apart:.3g} from those that the loop "
-                    f"learned with, expected at most {SAME}: the same encoder, fitted to the same texts"
+                    f"{arg}: got one whose vectors of known texts differ by {apart:.3g} from those that the "
+                    f"loop learned with, expected at most {SAME}: the same encoder, fitted to the same texts"
                 )
 
     def check(self, dims: Dims) -> None:

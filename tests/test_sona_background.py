@@ -282,3 +282,15 @@ def test_subscribers_hear_of_what_the_thread_accepted():
         wait(lambda: heard)
     assert heard[0] == (1, 2)
     assert isinstance(sona.manager.active, ml.Adapter)
+
+
+def test_force_waits_for_the_warm_up_alone():
+    sona = loop(warmup_inputs=64, background_interval_ms=1e6)
+    assert not sona.visited
+    feed(sona, 50)
+    assert sona.maybe_background(force=True) is None
+    assert sona.visited
+    assert sona.stats().warmup_left == 64 - 45
+    feed(sona, 30, seed=1)
+    assert sona.maybe_background() is not None  # the warm-up is due whatever the interval
+    assert sona.maybe_background(force=True) is not None or sona.stats().background_count == 1

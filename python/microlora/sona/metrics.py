@@ -63,8 +63,7 @@ def _quantiles(stats: SonaStats) -> Values:
 
 def _outcomes(stats: SonaStats) -> Values:
     # Disjoint, so that they can be summed; the statistics count those rolled back among those refused.
-    kept = stats.refused - stats.rolled_back
-    counts = {"accepted": stats.accepted, "kept": kept, "rolled_back": stats.rolled_back}
+    counts = {"accepted": stats.accepted, "kept": stats.kept, "rolled_back": stats.rolled_back}
     return [({"outcome": name}, float(count)) for name, count in counts.items()]
 
 

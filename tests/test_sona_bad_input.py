@@ -41,7 +41,7 @@ EVENTS = {
     "a response of another width": (adapt(X, ml.Reward(0.5, X[:3])), ex.ShapeError, "response"),
     "base of another width": (adapt(X, T, base=X[:3]), ex.ShapeError, "base"),
     "NaN in base": (adapt(X, T, base=bad(NAN)), ex.NonFiniteError, "base"),
-    "an unknown module": (adapt(X, T, module="k_proj"), ex.ConfigError, "k_proj"),
+    "an unknown module": (adapt(X, T, module="k_proj"), ex.UnknownModuleError, "k_proj"),
     "quality of NaN": (adapt(X, T, NAN), ex.NonFiniteError, "quality"),
     "quality above 1": (adapt(X, T, 1.5), ex.FeedbackError, "quality: got 1.5"),
     "quality just above 1": (adapt(X, T, 1.0 + 1e-9), ex.FeedbackError, "quality: got 1.000000001"),
@@ -190,7 +190,9 @@ def test_encoders_that_fail(how, error):
     assert sona.to_bytes() == before
 
 
-@pytest.mark.parametrize("texts", [("", "so", 0.5), ("how?", " ", 0.5), ("how?", "so", NAN), ("how?", "so", 2)])
+@pytest.mark.parametrize(
+    "texts", [("", "so", 0.5), ("how?", " ", 0.5), ("how?", "so", NAN), ("how?", "so", 2)]
+)
 def test_texts_that_say_nothing(texts):
     sona = SonaLoop(core_config(), encoder=Words(WIDTH))
     feed(sona, targets(5))

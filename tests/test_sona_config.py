@@ -233,7 +233,7 @@ def sona_configs(draw):
         quality_threshold=draw(share),
         max_ms=draw(st.none() | st.floats(1e-3, 1e3)),
         reservoir_capacity=draw(st.integers(0, 1000)),
-        reservoir_max_bytes=draw(st.none() | st.integers(0, 10**9)),
+        reservoir_max_bytes=draw(st.none() | st.integers(1, 10**9)),
         reservoir_dtype=draw(st.sampled_from(["f32", "f16"])),
         reservoir_balance=draw(st.booleans()),
         holdout=draw(st.floats(0.0, 0.5)),

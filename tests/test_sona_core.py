@@ -245,7 +245,7 @@ def test_an_overflow_meanwhile_cancels():
     result, _ = finish(sona)
     assert result.outcome == "cancelled"
     assert not result.applied
-    assert "max_pending_samples" in result.notes[0]
+    assert any("max_pending_samples" in note for note in result.notes)
     assert weights(sona) == before == weights(bare)
     assert (sona.consolidated().lora_b("q_proj") == accepted).all()
     stats = sona.stats()
@@ -262,10 +262,12 @@ def test_a_window_goes_back_as_far_as_there_is_room():
     feed(sona, targets(20))
     assert sona.maybe_background(force=True).outcome == "goes_on"
     feed(sona, targets(12, 1))
-    sona.forget(32)  # a change of what was learned gives the consolidation up
+    # Asking for it gives the consolidation up, whether it can be done or not.
+    with pytest.raises(ml.exceptions.FeedbackError, match="scale"):
+        sona.forget(32)
     stats = sona.stats()
-    assert (stats.pending_samples, stats.overflowed_samples) == (29, 2)
-    assert finish(sona)[0].samples_used == 29
+    assert (stats.pending_samples, stats.overflowed_samples) == (30, 2)
+    assert finish(sona)[0].samples_used == 30
 
 
 # -- the gate --
@@ -290,7 +292,7 @@ def test_a_poisoned_window_is_rolled_back():
     assert (sona.lora["q_proj"].lora_b == accepted).all()
     assert result.quality_delta == pytest.approx(result.loss_before - result.loss_after)
     assert result.quality_delta > 0
-    assert sona.evaluate() < 0.1 * poisoned
+    assert sona.evaluate() < 0.2 * poisoned
     assert sona.stats().rolled_back == 1
     assert max(s[0] for s in sona.samples(False)) <= 80
     assert (sona.manager.active.lora_b("q_proj") == accepted).all()
@@ -314,7 +316,7 @@ def test_accepted_ones_lower_what_was_measured():
 
 
 def test_a_candidate_that_is_worse_than_the_live_weights_leaves_them():
-    sona = core_loop(consolidation="average", consolidation_steps=0)
+    sona = core_loop(consolidation="average", rank=WIDTH)
     feed(sona, targets(80))
     before, loss = weights(sona), sona.evaluate()
     result, _ = finish(sona)

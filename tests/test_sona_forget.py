@@ -1,4 +1,4 @@
-"""Events that are taken out again: exact by replay, to rounding by downdate, gone from the disk, or refused."""
+"""Events that are taken out again: by replay, to rounding by downdate, gone from the disk; or refused."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_by_replay_is_a_loop_that_never_saw_it(tmp_path_factory, chosen, seed, e
     config = core_config(ensemble_size=3, **NOISELESS, **chosen)
     steps = []
     for i, turn in enumerate(turns):
-        steps += [*targets(5, seed + i, quality=0.9), *mixed(5, seed + i), *([None] if turn else [])]
+        steps += [*targets(5, seed + i, quality=0.9), *mixed(5, 1000 + seed + i), *([None] if turn else [])]
     with closing(SonaLoop.open(folder / "a", config, journal=JOURNAL)) as sona:
         play(sona, steps)
         x = [step for step in steps if step is not None][event - 1].x

@@ -3,8 +3,8 @@
 import os
 import random
 import shutil
-import struct
 import signal
+import struct
 import time
 import zlib
 from contextlib import closing

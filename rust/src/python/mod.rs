@@ -5,6 +5,7 @@ compile_error!(
     "microlora does not support free-threaded CPython yet: build it with a standard CPython 3.11 or newer"
 );
 
+mod adaptation;
 mod adapter;
 mod anchor;
 mod array;
@@ -35,6 +36,8 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
+    use super::adaptation::PyAdaptation;
+    #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
     #[pymodule_export]
     use super::bandit::{PyBandit, PyChoice, off_policy};
@@ -64,7 +67,7 @@ mod _core {
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]
-    use super::sona::{PyAdaptation, PySona, sona_config};
+    use super::sona::{PySona, sona_config};
     #[pymodule_export]
     use super::step::PyStepResult;
     #[pymodule_export]

@@ -11,7 +11,8 @@ use super::window::Incoming;
 use super::{Inner, Sona};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::learn::learner::Event as Step;
+use crate::learn::feedback::Output;
+use crate::learn::learner::{Event as Step, LIMIT};
 use crate::learn::{Feedback, Learner, Rule, StepResult, TargetLoss};
 use crate::micro_lora::MicroLora;
 
@@ -174,6 +175,36 @@ impl Sona {
         Ok(())
     }
 
+    /// Refuses a held-out event for what a learned one would be refused: numbers that overflow once squared.
+    fn bearable(&self, e: &Incoming<'_>) -> Result<()> {
+        let (k, lora) = (self.kernels, self.member_of(e.x));
+        let advantage = self.advantage(e);
+        let (mut u, mut y) = (Vec::new(), Vec::new());
+        lora.inspect(|learners| {
+            for m in self.concerned(e.module.map(|m| m as usize)) {
+                let (l, b) = (&learners[m], &learners[m].master().b);
+                let norm2 = l.bottleneck(k, e.x, &mut u)?;
+                let reach = (norm2 * u.len() as f64).sqrt();
+                if !(reach.max(1.0) * l.bounds[1] < LIMIT) {
+                    let detail = ": its output would overflow float32".into();
+                    return Err(Error::NonFinite { arg: "x".into(), detail });
+                }
+                y.resize(b.len(), 0.0);
+                b.combine(k, &u, &mut y, false);
+                let delta = y.clone();
+                if let Some(base) = e.base {
+                    k.axpy(1.0, base, &mut y);
+                }
+                let at = Output { y: &y, delta: &delta };
+                if e.feedback.evaluate(k, at, advantage, None).is_some_and(|loss| !loss.is_finite()) {
+                    let (arg, detail) = (e.feedback.argument().into(), ": its loss overflows float32".into());
+                    return Err(Error::NonFinite { arg, detail });
+                }
+            }
+            Ok(())
+        })
+    }
+
     fn advantage(&self, e: &Incoming<'_>) -> f32 {
         let Feedback::Reward { reward, .. } = **e.feedback else { return 0.0 };
         let m = self.concerned(e.module.map(|m| m as usize)).start;
@@ -194,7 +225,7 @@ impl Sona {
     /// One event into the live learner; where a module refuses, none has learned.
     fn learn(&self, e: &Incoming<'_>, held_out: bool) -> Result<Option<Learned>> {
         if held_out {
-            return Ok(None);
+            return self.bearable(e).map(|()| None);
         }
         let modules = self.concerned(e.module.map(|m| m as usize));
         let step = Step { x: e.x, feedback: e.feedback, base: e.base, weight: e.weight };

@@ -114,6 +114,10 @@ impl Sona {
         if ends {
             // What comes now is not journalled, so the old journal ends here, and a later one begins anew.
             places.journal += 1;
+            if opened.replayed > 0 || places.journal > 1 {
+                let text = "opened without a journal: the one that was here ends, and with it what forget and audit know";
+                opened.warnings.push(text.into());
+            }
         }
         let number = places.journal;
         *self.place() = Some(places);
@@ -319,14 +323,20 @@ impl Sona {
         }
     }
 
-    /// Leaves the state directory: a journal is synced, the lock let go. The loop goes on without it.
+    /// Leaves the state directory: a journal is synced, without one the state is saved; the lock is let go. The
+    /// loop goes on without it.
     ///
     /// # Errors
-    /// What the system says of the sync.
+    /// What the system says of it; the directory is left all the same.
     pub fn close(&self) -> Result<()> {
         let _inside = self.gate.enter();
+        let back = &mut *self.back();
         let recorder = self.inner().recorder.take();
-        let done = recorder.map_or(Ok(()), |mut r| r.journal.sync());
+        let done = match recorder {
+            Some(mut r) => r.journal.sync(),
+            None if self.place().is_some() => self.checkpoint_into(back).map(drop),
+            None => Ok(()),
+        };
         *self.place() = None;
         done
     }

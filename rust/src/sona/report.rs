@@ -41,6 +41,8 @@ pub struct Report {
     pub accepted: u64,
     /// Those that the gate refused.
     pub refused: u64,
+    /// Of them, those where the live weights stayed as they were.
+    pub kept: u64,
     /// Of them, those where the last accepted weights came back.
     pub rolled_back: u64,
     /// Refused ones since the last that was accepted.
@@ -151,6 +153,7 @@ impl Sona {
         r.background_avg_latency_us = measured(background.count, background.mean_us);
         r.background_p99_us = measured(background.count, background.p99_us);
         (r.accepted, r.refused, r.rolled_back) = (c.accepted, c.kept + c.rolled_back, c.rolled_back);
+        r.kept = c.kept;
         (r.refused_in_a_row, r.unmeasured, r.cancelled) = (c.refused_in_a_row, c.unmeasured, c.cancelled);
         (r.deep_count, r.deep_refused) = (c.deep, c.deep_refused);
         r.pending_samples = inner.window.len();

@@ -62,6 +62,19 @@ CALLS = {
     "a choice of NaN": (lambda s: s.choose(bad(NAN), ["a"]), ex.NonFiniteError, "x"),
     "a choice of another width": (lambda s: s.choose(X[:3], ["a"]), ex.ShapeError, "x"),
     "a choice of another module": (lambda s: s.choose(X, ["a"], "v_proj"), ex.ConfigError, "first choice"),
+    "arms in one text": (lambda s: s.choose(X, "abc"), ex.DTypeError, "arms: got str"),
+    "arms of numbers": (lambda s: s.choose(X, ["a", 1]), ex.DTypeError, "arms[1]: got int"),
+    "a choice of a numbered module": (lambda s: s.choose(X, ["a"], 3), ex.DTypeError, "module: got int"),
+    "a reward for a name": (lambda s: s.reward("a", 0.5), ex.DTypeError, "choice: got str"),
+    "a reward for a number below 0": (lambda s: s.reward(-1, 0.5), ex.UnknownChoiceError, "choice: got -1"),
+    "a reward for a huge number": (lambda s: s.reward(2**70, 0.5), ex.UnknownChoiceError, "choice: got 1180"),
+    "a reward in words": (lambda s: s.reward(2, "good"), ex.DTypeError, "reward: got str"),
+    "forgetting a text": (lambda s: s.forget("5"), ex.DTypeError, "event: got str"),
+    "forgetting no event": (lambda s: s.forget(None), ex.DTypeError, "event: got NoneType"),
+    "forgetting a half": (lambda s: s.forget(1.5), ex.DTypeError, "event: got float"),
+    "forgetting below 0": (lambda s: s.forget(-1), ex.FeedbackError, "event: got -1"),
+    "forgetting in some way": (lambda s: s.forget(1, 3), ex.DTypeError, "how: got int"),
+    "forgetting in another way": (lambda s: s.forget(1, "so"), ex.ConfigError, "how: got"),
     "a reward for nothing": (lambda s: s.reward(99, 0.5), ex.MicroLoraError, "99"),
     "a reward of NaN": (lambda s: s.reward(2, NAN), ex.MicroLoraError, "reward"),
     "a reward again": (lambda s: s.reward(1, 0.5), ex.MicroLoraError, "1"),
@@ -243,3 +256,29 @@ def test_times_of_a_journal_never_go_back(tmp_path):
         feed(sona, targets(20))
         times = [line["time"] for line in sona.audit()]
     assert times == sorted(times)
+
+
+def test_a_choice_is_rewarded_by_itself_or_by_its_number(sona):
+    twin = core_loop()
+    twin.restore(core_loop().to_bytes())
+    for i in range(6):
+        by_itself, by_number = sona.choose(X, ("a", "b"), "q_proj"), twin.choose(X, ["a", "b"], "q_proj")
+        assert by_itself.name == ["a", "b"][by_itself.arm]
+        assert isinstance(sona.reward(by_itself, i), float)
+        assert isinstance(twin.reward(np.int64(by_number.id), np.float32(i)), float)
+    assert [reward for _, _, reward in sona.choices()][-6:] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert len(twin.choices()) == 6
+
+
+def test_a_result_is_not_the_number_of_its_event(sona):
+    result = sona.instant_adapt(*targets(1, 8)[0])
+    with pytest.raises(ex.DTypeError, match=r"event: got AdaptationResult, .*result\.event"):
+        sona.forget(result)
+    assert sona.forget(result.event) in ("replay", "downdate")
+
+
+def test_the_room_lists_what_it_has():
+    names = dir(ml.sona)
+    assert {*ml.sona.__all__, "__all__", "__name__"} <= set(names)
+    assert "TYPE_CHECKING" not in names
+    assert all(getattr(ml.sona, name) is not None for name in ml.sona.__all__)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import microlora as ml
 from microlora.config import InstantConfig, LoraConfig
 from microlora.sona import Finding, SonaConfig, SonaLoop, SonaStats
-from microlora.sona.diagnose import CHECKS, diagnose
-from microlora.sona.spectrum import fit_of
+from microlora.sona.diagnose import CHECKS, Facts, _rank, diagnose
+from microlora.sona.spectrum import Fit, fit_of
 from sona_support import WIDTH, feed, loop
 from support import normal, rng
 
@@ -46,7 +46,7 @@ def targets(t):
     return [(i, x, ml.Target(y), None, None, None, 1.0) for i, (x, y) in enumerate(zip(X, t, strict=False))]
 
 
-def stub(stats=None, config=None, samples=(), running=True, lora=None):
+def stub(stats=None, config=None, samples=(), running=True, lora=None, left=0.5, visited=False):
     """A loop that has measured just this."""
     config = {"hidden_dim": WIDTH, "lora": LoraConfig(target_modules=["q_proj"]), **(config or {})}
     config = SonaConfig(**config)
@@ -58,6 +58,8 @@ def stub(stats=None, config=None, samples=(), running=True, lora=None):
         running=running,
         modules=lora.modules,
         adapter=lora.adapter,
+        visited=visited,
+        evaluate=lambda adapter=None: None if left is None else (left if adapter is None else 1.0),
     )
 
 
@@ -112,7 +114,13 @@ LISTS = [
         "consolidation",
         {"stats": ROSE, "config": {"consolidation": "Average"}},
     ),
-    ("reduce the learning rate", "heldout_rising", "instant_lr", {"stats": ROSE}),
+    (
+        "reduce the learning rate",
+        "heldout_rising",
+        "instant_lr",
+        {"stats": {**ROSE, "nlms_steps": 221, "nlms_halvings": 9}},
+    ),
+    ("RLS has no rate", "heldout_rising", "feedback", {"stats": {**ROSE, "nlms_steps": 220}}),
     ("more diverse data", "heldout_rising", "reservoir_capacity", {"stats": ROSE, "config": GONE}),
     (
         "replay has no weight",
@@ -120,8 +128,18 @@ LISTS = [
         "replay_ratio",
         {"stats": ROSE, "config": {"replay_ratio": 0}},
     ),
-    ("it was better once", "heldout_rising", "instant_lr", {"stats": {"heldout_loss_least": 0.3}}),
-    ("the gate rolls back", "heldout_rising", "instant_lr", {"stats": {"refused": 11, "rolled_back": 11}}),
+    ("it was better once", "heldout_rising", "feedback", {"stats": {"heldout_loss_least": 0.3}}),
+    ("the gate rolls back", "rolled_back", "feedback", {"stats": {"refused": 3, "rolled_back": 3}}),
+    (
+        "a row of refusals",
+        "nothing_learned",
+        "feedback",
+        {
+            "stats": {"background_count": 9, "refused": 5, "refused_in_a_row": 5, "held_out_samples": 9},
+            "left": 0.97,
+        },
+    ),
+    ("nothing is learned", "nothing_learned", "feedback", {"stats": {"refused": 0}, "left": 1.02}),
     # High latency
     ("reduce rank", "high_latency", "lora.rank", {"stats": {"instant_p50_us": 1500.0}, "config": BIG}),
     (
@@ -184,8 +202,13 @@ SILENT = [
     {"samples": rewards([0.85] * 19)},
     {"samples": rewards([0.85] * 39 + [0.9])},
     {"stats": {"heldout_loss_last": 1.09, "heldout_loss_least": 0.8}},
-    {"stats": {"refused": 40, "rolled_back": 10, "accepted": 0}},
-    {"stats": {"background_count": 3, "refused": 3, "rolled_back": 3}},
+    {"stats": {"refused": 38, "refused_in_a_row": 36, "accepted": 2}},
+    {"stats": {"refused": 38, "refused_in_a_row": 36, "accepted": 2}, "left": 0.94},
+    {"stats": {"refused": 38, "refused_in_a_row": 36, "accepted": 2}, "left": None},
+    {"stats": {"held_out_samples": 19, "refused_in_a_row": 4}, "left": 1.5},
+    {"stats": ROSE, "left": 0.01},
+    {"stats": {"background_count": 9, "refused": 9, "refused_in_a_row": 4}, "left": 1.5},
+    {"stats": {"refused": 2, "rolled_back": 2}},
     {"stats": {"nlms_steps": 19, "nlms_halvings": 19}},
     {"stats": {"nlms_steps": 440, "nlms_halvings": 200, "refused_steps": 20}},
     {"stats": {"held_out_samples": 3, "rolled_back": 1}},
@@ -196,6 +219,17 @@ SILENT = [
     {"config": TWO, "lora": learned([])},
     {"stats": {"warmed_up": False, "warmup_left": 30, "instant_count": 9}},
     {"stats": {"background_count": 0, "refused": 0, "pending_samples": 29}},
+    {"stats": {"background_count": 0, "refused": 0, "pending_samples": 30}, "visited": True},
+    {
+        "stats": {
+            "background_count": 0,
+            "refused": 0,
+            "pending_samples": 30,
+            "warmed_up": False,
+            "warmup_left": 3,
+            "instant_count": 9,
+        }
+    },
 ]
 
 
@@ -229,6 +263,47 @@ def test_a_rank_too_small_for_the_stream_is_measured(rank, found):
         assert seen[0].setting == "lora.rank"
         assert seen[0].evidence["error_without_limit"] < 0.1 * seen[0].evidence["error_at_rank"]
         assert 0 < seen[0].evidence["energy"] < 0.6
+
+
+def test_a_rank_that_leaves_nothing_to_learn_is_large_enough():
+    fit = Fit(rank=1, energy=1.0, held=1e-4, whole=1e-8, nothing=1.0)
+    for error, found in ((1e-4, []), (0.019, []), (0.021, ["lora.rank"])):
+        facts = Facts(stub())
+        facts.fits = {"q_proj": fit._replace(held=error)}
+        assert [setting for setting, _, _ in _rank(facts)] == found
+
+
+def world(rows, seed=3):
+    """Events of a loop with the defaults, as they come: inputs of four directions, targets by ``rows``."""
+    r = rng(seed)
+    basis, w = normal(r, 4, 16), normal(r, 16, 16) / 4
+    sona = SonaLoop(SonaConfig(hidden_dim=16, background_interval_ms=0.0, max_ms=None))
+    for i in range(rows):
+        x = normal(r, 4) @ basis
+        yield sona, i, x, x @ w, r
+        sona.maybe_background()
+
+
+def test_a_stream_that_is_learned_has_no_finding():
+    for sona, _, x, t, _ in world(500):
+        sona.instant_adapt(x, ml.Target(t))
+    assert sona.stats().kept == sona.stats().refused > 10
+    assert sona.diagnose() == []
+
+
+def test_targets_of_which_the_inputs_say_nothing_are_found():
+    for sona, _, x, t, r in world(500):
+        sona.instant_adapt(x, ml.Target(normal(r, len(t))))
+    found = {f.code: f.setting for f in sona.diagnose()}
+    assert found["nothing_learned"] == "feedback"
+    assert "instant_lr" not in found.values()
+
+
+def test_a_poisoned_stretch_is_found():
+    for sona, i, x, t, _ in world(500):
+        sona.instant_adapt(x, ml.Target(-t if 300 <= i < 364 else t))
+    assert sona.stats().rolled_back >= 3
+    assert "rolled_back" in [f.code for f in sona.diagnose()]
 
 
 def test_noise_is_no_reason_for_a_larger_rank():

@@ -111,8 +111,36 @@ def test_encoders_must_be_those_it_learned_with(tmp_path):
     for make in (SonaLoop.load, SonaLoop.open):
         with pytest.raises(ex.ConfigError, match=r"encoder: got .*others.*words"):
             make(tmp_path / "s", encoder=other)
+    for arg in ("encoder", "response_encoder"):
+        fitted = Words()
+        # Of the same name and width; one of its texts has moved by a little more than rounding explains.
+        fitted.encode = lambda texts: _turned(Words().encode(texts), 0.005)
+        given = {"encoder": Words(), arg: fitted}
+        for make in (SonaLoop.load, SonaLoop.open):
+            with pytest.raises(ex.ConfigError, match=rf"^{arg}: got .*differ by 0\.00"):
+                make(tmp_path / "s", **given)
+        fitted.encode = lambda texts: _turned(Words().encode(texts), 0.0005)
+        SonaLoop.load(tmp_path / "s", **given)
     bare = SonaLoop.load(tmp_path / "s")
     close(bare.forward(np.ones(12, np.float32)), sona.forward(np.ones(12, np.float32)), rtol=0)
+
+
+def _turned(vectors, by):
+    """Each vector scaled to length 1, and turned by a small angle in the plane of two coordinates."""
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    a, b = vectors[:, 0].copy(), vectors[:, 1].copy()
+    vectors[:, 0], vectors[:, 1] = np.cos(by) * a - np.sin(by) * b, np.sin(by) * a + np.cos(by) * b
+    return vectors
+
+
+def test_an_encoder_that_gives_no_vectors_stops_no_save(tmp_path):
+    mute = Words()
+    sona = saved(tmp_path, encoder=mute)
+    mute.encode = lambda texts: 1 / 0
+    again = SonaLoop.load(tmp_path / "s", encoder=mute)
+    again.save(tmp_path / "t")
+    assert state.read(tmp_path / "t").probes is None
+    assert SonaLoop.load(tmp_path / "t", encoder=Words()).encoder.name == sona.encoder.name
 
 
 GOOD = {"schema_version": 1, "config": config().to_dict(), "encoders": None}
@@ -124,6 +152,8 @@ GOOD = {"schema_version": 1, "config": config().to_dict(), "encoders": None}
         (json.dumps({**GOOD, "schema_version": 2}), ex.FormatError, "newer"),
         (json.dumps({"schema_version": 1}), ex.FormatError, "lacks config"),
         (json.dumps({**GOOD, "config": {"holdout": 3}}), ex.ConfigError, "holdout: got 3"),
+        (json.dumps({**GOOD, "probes": [1, "a"]}), ex.FormatError, "probes are no vectors"),
+        (json.dumps({**GOOD, "probes": [[1.0], [1.0]]}), ex.FormatError, "probes are no vectors"),
         (json.dumps({**GOOD, "more": 1}), ex.ConfigError, "unknown key 'more'"),
         ("{", ex.FormatError, "not valid JSON"),
         ("[]", ex.FormatError, "got a JSON list"),
@@ -267,9 +297,43 @@ def test_a_forked_child_does_not_write_into_its_parents_journal(tmp_path):
         lines = sona.audit()
         assert [line["event"] for line in lines if line["kind"] == "event"] == list(range(1, 21))
     again = SonaLoop.open(tmp_path / "d")
-    assert again.opened.warnings == ()
+    (warning,) = again.opened.warnings
+    assert warning.startswith("opened without a journal")
     assert (weights(again) == kept).all()
     again.close()
+
+
+def test_without_a_journal_the_end_of_the_block_saves(tmp_path):
+    with SonaLoop.open(tmp_path / "d", config()) as sona:
+        feed(sona, 60)
+    assert (weights(SonaLoop.load(tmp_path / "d")) == weights(sona)).all()
+    with SonaLoop.open(tmp_path / "d") as again:
+        assert again.opened.found
+        assert again.opened.warnings == ()
+        assert again.stats().instant_count == 60
+        feed(again, 5, seed=2)
+    last = SonaLoop.open(tmp_path / "d")
+    assert last.stats().instant_count == 65
+    feed(last, 1, seed=3)
+    last.close()
+    last.close()
+    assert SonaLoop.load(tmp_path / "d").stats().instant_count == 66
+
+
+def test_opening_without_a_journal_ends_the_one_that_was_there(tmp_path):
+    with contextlib.closing(SonaLoop.open(tmp_path / "d", config(), journal=JournalConfig())) as sona:
+        feed(sona, 30)
+        assert sona.maybe_background(force=True).loop_type == "background"
+    with contextlib.closing(SonaLoop.open(tmp_path / "d")) as again:
+        assert [text.split(":")[0] for text in again.opened.warnings] == ["opened without a journal"]
+        assert (weights(again) == weights(sona)).all()
+        with pytest.raises(ex.ConfigError, match="journal"):
+            again.audit()
+    with contextlib.closing(SonaLoop.open(tmp_path / "d", journal=JournalConfig())) as once_more:
+        assert once_more.opened.warnings == ()
+        assert [line for line in once_more.audit() if line["kind"] == "event"] == []
+        with pytest.raises(ex.FeedbackError, match="event"):
+            once_more.forget(3)
 
 
 def test_what_was_found_is_logged(tmp_path, monkeypatch, caplog):

@@ -16,6 +16,7 @@ CORE = {
     "background_count": 3,
     "accepted": 2,
     "refused": 1,
+    "kept": 1,
     "accumulated_quality": 8.5,
     "heldout_loss_first": 0.5,
     "heldout_loss_last": 0.25,
@@ -39,7 +40,7 @@ def test_text_says_what_was_measured_and_nothing_else():
     text = str(SonaStats.from_core(CORE))
     assert "9 of 12 events learned, mean 3.2 us, p99 9.0 us" in text
     assert "1 held out, 2 quality" in text
-    assert "3 consolidations, 2 accepted, 1 refused" in text
+    assert "3 consolidations, 2 accepted, 1 kept the live weights, 0 rolled back" in text
     assert "held-out 0.5 -> 0.25" in text
     assert "3,345 bytes" in text
     assert "nan" not in text

@@ -40,6 +40,11 @@ telemetry.configure()
 _LATER = {"AsyncSona": "aio", "DeepResult": "deep", "Finding": "diagnose"}
 
 
+def __dir__() -> list[str]:
+    """The public names, those that are loaded later among them."""
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING"})
+
+
 def __getattr__(name: str) -> object:
     """What is only loaded when it is used."""
     if name in _LATER:

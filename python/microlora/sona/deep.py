@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from microlora._checks import flag
-from microlora.exceptions import ConfigError, DTypeError, SwapError
+from microlora.exceptions import CancelledError, ConfigError, DTypeError, SwapError
 from microlora.micro_lora import MicroLoRA
 from microlora.progress import CancelToken
 from microlora.sona import distil
@@ -91,6 +91,9 @@ def deep_optimize(
         raise SwapError("deep_optimize: another deep run is under way, expected one at a time")
     try:
         result = _run(loop, samples, distill, progress, cancel, base)
+    except CancelledError:
+        # The trainer speaks of its learner, which is a copy that nobody sees.
+        raise CancelledError("the deep run was cancelled; nothing changed, the loop goes on") from None
     finally:
         loop._deep_lock.release()
     loop._done(result)

@@ -12,6 +12,7 @@ import numpy as np
 
 from microlora._checks import FrozenMap
 from microlora._core import Reward, Target
+from microlora.adapter import Adapter
 from microlora.sona.consolidation import Consolidation
 from microlora.sona.spectrum import Fit, fit_of
 
@@ -24,6 +25,10 @@ __all__ = ["Finding", "diagnose"]
 
 #: Fewer samples say nothing about a stream.
 ENOUGH = 20
+#: Fewer rollbacks, or refusals in a row, happen on a stream that is sound.
+ROLLBACKS, REFUSALS = 3, 5
+#: A share of the error of no adapter that is no trouble, and one that is hardly better than none.
+LITTLE, HARDLY = 0.02, 0.95
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,19 @@ class Facts:
         self.config: SonaConfig = loop.config
         self.stats: SonaStats = loop.stats()
         self.running = loop.running
+
+    @cached_property
+    def left(self) -> float:
+        """Held-out loss of the live weights as a share of that of no adapter; NaN where none is measured."""
+        adapter = self.loop.adapter()
+        zeros = {m: (adapter.lora_a(m), np.zeros_like(adapter.lora_b(m))) for m in self.loop.modules()}
+        loss, nothing = self.loop.evaluate(), self.loop.evaluate(Adapter.from_factors(zeros, alpha=1.0))
+        return loss / nothing if loss is not None and nothing else math.nan
+
+    @property
+    def steps_matter(self) -> bool:
+        """Whether most of what is learned is learned by NLMS; RLS has no step size."""
+        return self.stats.nlms_steps > 0.5 * self.stats.instant_applied
 
     @cached_property
     def samples(self) -> list[Any]:
@@ -123,17 +141,11 @@ def _rising(facts: Facts) -> Said:
     stats, config = facts.stats, facts.config
     first, last = stats.heldout_loss_first, stats.heldout_loss_last
     least = stats.heldout_loss_least
-    rose = math.isfinite(first) and math.isfinite(last) and (last > 1.1 * first or last > 1.5 * least)
-    back = stats.background_count >= 4 and stats.rolled_back > 0.25 * stats.background_count
-    if not (rose or back):
+    if not (math.isfinite(first) and math.isfinite(last) and (last > 1.1 * first or last > 1.5 * least)):
         return
-    evidence = {
-        "first": first,
-        "least": least,
-        "last": last,
-        "rolled_back": stats.rolled_back,
-        "of": stats.background_count,
-    }
+    if facts.left <= LITTLE:
+        return
+    evidence = {"first": first, "least": least, "last": last}
     if config.consolidation not in (Consolidation.EWC_MERGE, Consolidation.ENSEMBLE):
         setting, way = "consolidation", "take 'ewc_merge', or 'ensemble' for uses that have little in common"
     elif config.reservoir_capacity == 0 and config.canonical_lambda == 0.0:
@@ -142,10 +154,41 @@ def _rising(facts: Facts) -> Said:
         setting, way = "reservoir_capacity", "remember samples: they hold more than a penalty does"
     elif config.replay_ratio == 0.0:
         setting, way = "replay_ratio", "remembered samples have no weight beside new ones: raise it"
+    elif facts.steps_matter:
+        setting, way = "instant_lr", "take smaller steps, or look whether the feedback is right"
     else:
-        setting = "instant_lr"
-        way = "take smaller steps (or a larger lora.instant.rho), or look whether the feedback is right"
+        setting = "feedback"
+        way = "look whether it is right, and whether inputs decide it; lora.instant.rho holds RLS back"
     yield setting, f"the held-out loss rises with what is learned lately: {way}", evidence
+
+
+def _rolled_back(facts: Facts) -> Said:
+    stats = facts.stats
+    if stats.rolled_back >= ROLLBACKS:
+        yield (
+            "feedback",
+            "what was learned made held-out events worse and was taken back: some feedback contradicts "
+            "the rest (wrong, poisoned, or a change of mind): look at what came then (audit), and forget it",
+            {"rolled_back": stats.rolled_back, "of": stats.background_count},
+        )
+
+
+def _nothing(facts: Facts) -> Said:
+    stats = facts.stats
+    many = stats.background_count >= 2 * REFUSALS and stats.held_out_samples >= ENOUGH
+    # Where the live weights are good already, a candidate that is no better is refused, and nothing is wrong.
+    if (many or stats.refused_in_a_row >= REFUSALS) and facts.left > HARDLY:
+        yield (
+            "feedback",
+            "held-out events are hardly better off with the live weights than with none: look whether the "
+            "feedback is right, and whether the inputs say what is wanted",
+            {
+                "share_of_no_adapter": facts.left,
+                "refused": stats.refused,
+                "of": stats.background_count,
+                "in_a_row": stats.refused_in_a_row,
+            },
+        )
 
 
 def _large_steps(facts: Facts) -> Said:
@@ -174,7 +217,8 @@ def _small_steps(facts: Facts) -> Said:
 
 def _rank(facts: Facts) -> Said:
     for module, fit in facts.fits.items():
-        if fit.whole < 0.8 * fit.held and fit.whole < 0.9 * fit.nothing:
+        remains = fit.held > LITTLE * fit.nothing
+        if remains and fit.whole < 0.8 * fit.held and fit.whole < 0.9 * fit.nothing:
             yield (
                 "lora.rank",
                 f"{module}: the inputs hold more of what is wanted than rank {fit.rank} lets through: raise "
@@ -200,7 +244,9 @@ def _warm_up(facts: Facts) -> Said:
 
 def _never(facts: Facts) -> Said:
     stats, config = facts.stats, facts.config
-    if stats.background_count == 0 and stats.pending_samples >= 3 * config.background_min_samples:
+    collecting = stats.warmup_left > 0 and not stats.warmed_up
+    waits = stats.background_count == 0 and stats.pending_samples >= 3 * config.background_min_samples
+    if waits and not (collecting or facts.loop.visited):
         how = "the thread has not come to it" if facts.running else "nothing runs it"
         yield (
             "start()",
@@ -262,6 +308,8 @@ CHECKS: tuple[Row, ...] = (
     Row("constant_feedback", _constant),
     Row("below_threshold", _low_quality),
     Row("heldout_rising", _rising),
+    Row("rolled_back", _rolled_back),
+    Row("nothing_learned", _nothing),
     Row("step_too_large", _large_steps),
     Row("step_too_small", _small_steps),
     Row("rank_too_small", _rank),

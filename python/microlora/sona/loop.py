@@ -15,12 +15,13 @@ from microlora.hot_swap import HotSwapManager
 from microlora.micro_lora import MicroLoRA
 from microlora.sona import making, processes, state
 from microlora.sona.background import Background
+from microlora.sona.calls import Calls
 from microlora.sona.config import SonaConfig
 from microlora.sona.journal import JournalConfig
 from microlora.sona.state import Opened
 from microlora.sona.stats import SonaStats
 from microlora.sona.text import Encoders
-from microlora.sona.watch import EventHook, Watched
+from microlora.sona.watch import EventHook
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["SonaLoop"]
 
 
-class SonaLoop(Watched):
+class SonaLoop(Calls):
     """An adapter that learns from every event, consolidates in the background and trains on what is kept.
 
     * **instant**: `instant_adapt` learns from one event in microseconds; the next `forward` sees it.
@@ -76,6 +77,7 @@ class SonaLoop(Watched):
     _install_lock: threading.Lock
     _fisher: bytes | None
     _opened: Opened | None
+    _visited: bool
 
     def __new__(
         cls,
@@ -102,7 +104,7 @@ class SonaLoop(Watched):
         self._config, self._lora, self._manager, self._encoders = config, lora, manager, encoders
         self._on_event, self._told, self._outcomes = on_event, manager.generation, {}
         self._deep_lock, self._install_lock, self._fisher = threading.Lock(), threading.Lock(), None
-        self._opened = None
+        self._opened, self._visited = None, False
         self._background = Background(self)
         processes.on_fork(self)
         self.observe()
@@ -134,6 +136,11 @@ class SonaLoop(Watched):
     def running(self) -> bool:
         """Whether the background thread of `start` runs."""
         return self._background.running
+
+    @property
+    def visited(self) -> bool:
+        """Whether `maybe_background` was ever called, by the thread of `start` or by anyone."""
+        return self._visited
 
     def adapter(self) -> Adapter:  # type: ignore[override]
         """The live weights as a value."""
@@ -205,12 +212,14 @@ class SonaLoop(Watched):
         """Consolidates if it is due, for ``max_ms`` at most; the GIL is free meanwhile.
 
         Args:
-            force: Consolidate what there is, whatever the interval and the number of events.
+            force: Consolidate what there is, whatever the interval and the number of events; not while the
+                warm-up still collects its ``warmup_inputs``.
 
         Returns:
-            What was done, or None where nothing was due. One with the outcome ``"goes_on"`` left work for
-            the next call.
+            What was done, or None where nothing was due: also with ``force`` while the warm-up collects, or
+            where no event waits. One with the outcome ``"goes_on"`` left work for the next call.
         """
+        self._visited = True
         result = super().maybe_background(force)
         if result is not None:
             self._done(result)
@@ -289,7 +298,8 @@ class SonaLoop(Watched):
     def save(self, path: PathLike) -> None:
         """Writes the whole loop: weights, rules, memory, counters, what deep runs hold on to, and settings.
 
-        Encoders are not written, only their names. Any number of threads may read and learn meanwhile.
+        Encoders are not written, only their names and their vectors of two texts, to know them by. Any number
+        of threads may read and learn meanwhile.
 
         Args:
             path: A directory, made where it is missing. What an earlier call wrote there is whole until this
@@ -313,13 +323,13 @@ class SonaLoop(Watched):
 
         Args:
             path: The directory.
-            encoder: As of the class; of the name that it was saved with.
+            encoder: As of the class; the one that it was saved with (name and vectors are compared).
             response_encoder: Likewise.
             on_event: As of the class.
 
         Raises:
             FormatError: Not such a directory, damaged, or written by a newer version.
-            ConfigError: Encoders of other names.
+            ConfigError: Encoders of other names, or that give other vectors.
             OSError: It cannot be read.
         """
         parts = state.read(path)
@@ -342,7 +352,11 @@ class SonaLoop(Watched):
 
         The directory is locked until `close`, or the end of the ``with`` block. With a journal every event is
         written down before it is learned, so that a killed process loses at most the one that it was writing.
-        `checkpoint` saves the state.
+        `checkpoint` saves the state at any time; without a journal `close` and the end of the ``with`` block
+        save it too, and what came since then is lost with a killed process.
+
+        Opening without a journal where there was one learns again what it holds and ends it: events of
+        before can neither be audited nor forgotten any more, and `opened` warns of it.
 
         Args:
             path: The directory, made where it is missing.
@@ -350,13 +364,13 @@ class SonaLoop(Watched):
             encoder: As of the class.
             response_encoder: As of the class.
             on_event: As of the class.
-            journal: Settings of the journal; None keeps none, and learns again what an earlier one holds.
+            journal: Settings of the journal; None keeps none, and ends an earlier one.
 
         Returns:
             The loop; `opened` says what was found. Warnings are logged by ``microlora.sona.journal``.
 
         Raises:
-            ConfigError: Other settings than those of the state, or encoders of other names.
+            ConfigError: Other settings than those of the state, or encoders of other names or vectors.
             FormatError: A damaged state, or one of a newer version.
             OSError: Another process has it open, or the system refused.
         """
@@ -392,7 +406,14 @@ class SonaLoop(Watched):
         return super().checkpoint()
 
     def close(self) -> None:
-        """Syncs the journal and leaves the directory of `open`; the loop goes on without it."""
+        """Leaves the directory of `open`; the loop goes on without it, and nothing is written there any more.
+
+        A journal is synced; without one the state is saved, as by `checkpoint`. Nothing without a directory.
+        The end of a ``with`` block does it as well, after `stop`.
+
+        Raises:
+            OSError: The system refused.
+        """
         super().close()
         self._opened = None
 

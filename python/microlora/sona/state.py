@@ -6,7 +6,9 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 import microlora._core as _core
 from microlora._checks import SCHEMA_KEY, check_document, read_json, write_json
@@ -15,6 +17,8 @@ from microlora.sona.config import SonaConfig
 from microlora.sona.journal import JournalConfig
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from microlora.files import PathLike
     from microlora.sona.loop import SonaLoop
 
@@ -27,12 +31,13 @@ _log = logging.getLogger("microlora.sona.journal")
 
 
 class Parts(NamedTuple):
-    """Settings, the core's state, what deep runs hold on to, and the encoders' names."""
+    """Settings, the core's state, what deep runs hold on to, and the encoders' names and vectors."""
 
     config: SonaConfig
     state: bytes
     fisher: bytes | None
     encoders: tuple[str, ...] | None
+    probes: tuple[NDArray[np.float32], NDArray[np.float32]] | None
 
 
 class Opened(NamedTuple):
@@ -55,9 +60,15 @@ class Opened(NamedTuple):
 
 
 def about(loop: SonaLoop) -> str:
-    """What the core keeps for us in a state: settings and the encoders' names, as JSON."""
+    """What the core keeps for us in a state: settings, the encoders' names and vectors, as JSON."""
+    probes = loop._encoders.probes
     return write_json(
-        {SCHEMA_KEY: SCHEMA_VERSION, "config": loop.config.to_dict(), "encoders": loop._encoders.names}
+        {
+            SCHEMA_KEY: SCHEMA_VERSION,
+            "config": loop.config.to_dict(),
+            "encoders": loop._encoders.names,
+            "probes": None if probes is None else [np.round(p.astype(float), 6).tolist() for p in probes],
+        }
     )
 
 
@@ -75,8 +86,9 @@ def write(loop: SonaLoop, path: PathLike) -> None:
             f"path: got {folder}, which has a journal, expected another directory: checkpoint() of the loop "
             "that has it open saves there"
         )
+    text = about(loop)
     with loop._install_lock:
-        data, fisher = loop.to_bytes(about(loop)), loop._fisher
+        data, fisher = loop.to_bytes(text), loop._fisher
     write_fisher(folder, fisher)
     _core.write_file(str(folder / STATE), data)
 
@@ -110,12 +122,27 @@ def read(path: PathLike) -> Parts:
     text = _core.sona_config(data)
     if text is None:
         raise FormatError(f"{file}: carries no settings of a loop")
-    values = check_document(str(file), read_json(str(file), text), ("config", "encoders"), SCHEMA_VERSION)
+    values = check_document(
+        str(file), read_json(str(file), text), ("config", "encoders", "probes"), SCHEMA_VERSION
+    )
     if "config" not in values:
         raise FormatError(f"{file}: lacks config")
     names = values.get("encoders")
     encoders = None if names is None else tuple(str(name) for name in names)
-    return Parts(SonaConfig.from_dict(values["config"]), data, _fisher(folder), encoders)
+    probes = _probes(file, values.get("probes"))
+    return Parts(SonaConfig.from_dict(values["config"]), data, _fisher(folder), encoders, probes)
+
+
+def _probes(file: Path, values: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    if values is None:
+        return None
+    try:
+        query, response = (np.array(rows, np.float32) for rows in values)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{file}: probes are no vectors of two encoders") from error
+    if query.ndim != 2 or response.ndim != 2:
+        raise FormatError(f"{file}: probes are no vectors of two encoders")
+    return query, response
 
 
 def _fisher(folder: Path) -> bytes | None:
@@ -134,6 +161,7 @@ def _take(loop: SonaLoop, parts: Parts) -> None:
     names = loop._encoders.names
     if None not in (names, parts.encoders) and names != parts.encoders:
         raise ConfigError(f"encoder: got {names}, expected {parts.encoders}, which the loop learned with")
+    loop._encoders.check_probes(parts.probes)
     loop._fisher = parts.fisher
 
 
@@ -141,7 +169,7 @@ def restore(loop: SonaLoop, parts: Parts) -> None:
     """Puts the parts into a new loop of their settings.
 
     Raises:
-        ConfigError: Encoders of other names.
+        ConfigError: Encoders of other names or vectors.
         FormatError: A damaged state.
     """
     _take(loop, parts)
@@ -152,7 +180,7 @@ def open_in(loop: SonaLoop, path: PathLike, parts: Parts | None, journal: Journa
     """Has a new loop go on from a directory, and write there from now on.
 
     Raises:
-        ConfigError: Encoders of other names.
+        ConfigError: Encoders of other names or vectors.
         FormatError: A damaged state.
         OSError: Another process has it open, or the system refused.
     """

@@ -37,6 +37,7 @@ class SonaStats:
         background_p99_us: 99th percentile.
         accepted: Consolidations that are served.
         refused: Those whose result the gate refused.
+        kept: Those of them where the live weights stay: they are as good, or nothing contradicts them.
         rolled_back: Those of them where the live weights failed too, so that the last accepted ones are back.
         refused_in_a_row: Those since the last one that was accepted.
         unmeasured: Consolidations kept without a judgement, for want of held-out samples.
@@ -86,6 +87,7 @@ class SonaStats:
     background_p99_us: float = _NAN
     accepted: int = 0
     refused: int = 0
+    kept: int = 0
     rolled_back: int = 0
     refused_in_a_row: int = 0
     unmeasured: int = 0
@@ -189,7 +191,7 @@ _LINES: Mapping[str, Any] = {
     "background": lambda s: _joined(
         f"{s.background_count} consolidations",
         f"{s.accepted} accepted",
-        f"{s.refused} refused",
+        f"{s.kept} kept the live weights",
         f"{s.rolled_back} rolled back",
         _named("mean", _us(s.background_avg_latency_us)),
         f"{s.pending_samples} events wait",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["Encoders", "TextEvent", "check_quality"]
+__all__ = ["PROBES", "Encoders", "TextEvent", "check_quality"]
+
+#: Texts by whose vectors an encoder is known again, in words that most corpora have.
+PROBES = ("how do I read a file and return each line that matches", "the sum of a list of numbers 0 1 2 3")
+#: Largest difference of a coordinate between two runs of one encoder, whose machines may differ.
+SAME = 1e-3
 
 Dims = Mapping[str, tuple[int, int]]
 
@@ -75,6 +81,36 @@ class Encoders:
         if self.query is None or self.response is None:
             return None
         return str(self.query.name), str(self.response.name)
+
+    @cached_property
+    def probes(self) -> tuple[Floats, Floats] | None:
+        """Vectors of `PROBES`, of queries and of responses; None where an encoder has none to give."""
+        if self.query is None or self.response is None:
+            return None
+        try:
+            query = self._encode(self.query, list(PROBES))
+            same = self.response is self.query
+            return query, query if same else self._encode(self.response, list(PROBES))
+        except MicroLoraError:
+            return None  # whoever needs its vectors will hear of it
+
+    def check_probes(self, known: tuple[Floats, Floats] | None) -> None:
+        """Refuses encoders whose vectors are not those that a loop learned with.
+
+        Raises:
+            ConfigError: Names the encoder and the difference.
+        """
+        if known is None or self.probes is None:
+            return
+        for arg, now, then in zip(("encoder", "response_encoder"), self.probes, known, strict=True):
+            if now.shape != then.shape:
+                raise ConfigError(f"{arg}: got vectors of {now.shape[1]} features, expected {then.shape[1]}")
+            apart = float(np.abs(now - then).max())
+            if apart > SAME:
+                raise ConfigError(
+                    f"{arg}: got one whose vectors of known texts differ by {apart:.3g} from those that the "
+                    f"loop learned with, expected at most {SAME}: the same encoder, fitted to the same texts"
+                )
 
     def check(self, dims: Dims) -> None:
         """Refuses encoders that fit no module.

@@ -98,7 +98,7 @@ fn what_comes_after_forgetting_is_not_favoured() {
 #[test]
 fn what_was_evicted_does_not_come_back_by_another_offer() {
     for (balance, seed) in (0..40).flat_map(|seed| [(false, seed), (true, seed)]) {
-        let class = |e: u64| u32::from(e % 3 == 0);
+        let class = |e: u64| u32::from(e.is_multiple_of(3));
         let mut r = Reservoir::new(Settings { balance, ..settings(40, 0.1, seed) }).unwrap();
         (1..=50).for_each(|e| drop(r.offer(&small(e), &[], class(e))));
         let kept = [events(&r, false), events(&r, true)].concat();

@@ -191,7 +191,9 @@ def poison(row: Row, bench: Bench) -> dict[str, Any]:
     turns = {"before": Counter[str](), "during": Counter[str](), "after": Counter[str]()}
 
     def at(n: int) -> str:
-        return "before" if n <= first else "during" if n <= last else "after"
+        """Where the window that ends with event n lies; one poisoned event is enough for "during"."""
+        began = log[-1]["event"] if log else 0
+        return "before" if n <= first else "during" if began < last else "after"
 
     def look(n: int, done: Any) -> None:
         if done is not None:

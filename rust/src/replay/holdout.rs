@@ -142,5 +142,7 @@ mod tests {
         assert!(forth.iter().all(|k| *k < 1 << BITS));
         let distinct: std::collections::BTreeSet<_> = forth.iter().collect();
         assert_eq!(distinct.len(), 200);
+        let mut positions = Draws::new(5, HOLD_OUT);
+        assert!((0..200).all(|n| !distinct.contains(&positions.get(n))), "hold-out and keys share draws");
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::familiar::familiar;
 use super::finish::Decision;
 use super::gather::{Gathered, Shape, gram};
 use super::held_out::{Contrast, Sum, masters};
@@ -51,6 +52,9 @@ pub(super) struct Task {
     /// A is to be chosen, nothing is merged.
     pub warm_up: bool,
 }
+
+/// Events of contradicting windows in a row after which they are believed.
+const CHANGE_OF_MIND: u64 = 256;
 
 impl Sona {
     /// One turn of the background loop, where one is due (or `force`): up to `max_ms` of work. `None`: not due.
@@ -295,8 +299,8 @@ impl Sona {
         for (p, _) in task.taken.iter().zip(&task.route).filter(|(p, r)| !p.held_out && **r == member) {
             window.pending(&shape, p);
         }
-        let window = window.finish(self.kernels, &shape, false).rows;
-        if window.event.is_empty() {
+        let window = window.finish(self.kernels, &shape, false);
+        if window.rows.event.is_empty() {
             task.at += 1;
             return Ok(None);
         }
@@ -314,7 +318,10 @@ impl Sona {
                 replay.entry(&shape, &e);
             }
         }
-        let replay = replay.finish(self.kernels, &shape, false).rows;
+        let replay = replay.finish(self.kernels, &shape, false);
+        let known = familiar(&replay, &window);
+        let (window, replay) = (window.rows, replay.rows);
+        task.contrast.add(self.kernels, &window, &task.slow[member].learners[module].master().b, &known);
         let added = gram(&window);
         let known = |q: &&f32| !q.is_nan();
         let n = window.quality.iter().filter(known).count();
@@ -333,7 +340,6 @@ impl Sona {
             events: window.event.len() as u64,
             quality: (n > 0).then_some(mean),
         };
-        task.contrast.add(self.kernels, &window, &slow.b);
         let mut prior = 0.0;
         if self.accumulates() && self.strategy.name == consolidate::STRATEGIES[0].name {
             // The recursion has the accepted events in it, and the window: it is what to start from, and each of
@@ -374,9 +380,13 @@ impl Sona {
     /// The gate: held-out loss of the accepted, the live and the candidate weights.
     pub(super) fn judge(&self, back: &mut Back, task: Task) -> Result<Adaptation> {
         let layers: Vec<_> = task.live[0].iter().map(|l| &**l.master()).collect();
-        // A window on which the accepted weights do worse than none says the opposite of what was learned: a
-        // change of mind and a poisoned stream look the same, so it has no vote in its own case.
-        let contradiction = task.contrast.contradicts(self.settings.gate_tolerance);
+        // A window on which the accepted weights do worse than none, on inputs like those that they were accepted
+        // for, says the opposite of what was learned: a poisoned stream and a change of mind look the same, so it
+        // has no vote in its own case. What goes on for long is believed.
+        let contradiction = match self.settings.holdout > 0.0 && back.contradicted < CHANGE_OF_MIND {
+            true => task.contrast.contradicts(self.settings.gate_tolerance),
+            false => None,
+        };
         let contradicts = contradiction.is_some();
         let held = self.held_out(back, if contradicts { &[] } else { &task.taken }, &layers);
         let now = self.members.load_full();
@@ -401,6 +411,14 @@ impl Sona {
             ));
         }
         let decision = match verdict {
+            _ if contradicts => {
+                notes.push(format!(
+                    "taken back, live held-out loss {:.4e}: the last accepted weights ({:.4e}) serve again",
+                    mean(live),
+                    mean(slow)
+                ));
+                Decision::RollBack
+            }
             Verdict::Accept => Decision::Accept,
             Verdict::KeepLive => {
                 notes.push(format!(
@@ -412,7 +430,7 @@ impl Sona {
             }
             // Squares of few events fit their noise, and the recursion needs more of them: taking them away
             // would keep it there. Only what says the opposite of what was learned is taken away.
-            Verdict::RollBack if !contradicts && self.accumulates() => {
+            Verdict::RollBack if self.accumulates() => {
                 notes.push(format!(
                     "refused: held-out loss {:.4e} against {:.4e} of the last accepted weights; the live weights \
                      ({:.4e}) go on, for nothing contradicts them and more events will tell",
@@ -449,7 +467,7 @@ impl Sona {
             loss_after,
             used: if decision == Decision::Accept { task.used } else { 0 },
             ungated: verdict == Verdict::Unmeasured,
-            distrusted: decision == Decision::RollBack && contradicts,
+            distrusted: contradicts,
             members: task.members.loras.len(),
         };
         notes.extend(task.notes.iter().cloned());

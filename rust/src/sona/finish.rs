@@ -102,6 +102,7 @@ impl Sona {
         done.quality_delta = ended.loss_before.unwrap_or(f64::NAN) - ended.loss_after.unwrap_or(f64::NAN);
         (done.samples_used, done.ungated) = (ended.used, ended.ungated);
         back.slow = accepted;
+        back.contradicted = if ended.distrusted { back.contradicted + task.taken.len() as u64 } else { 0 };
         if !ended.distrusted {
             back.bank = task.bank;
             for &(from, into) in &task.merged {

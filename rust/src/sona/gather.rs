@@ -23,6 +23,8 @@ pub(super) struct Shape<'a> {
 pub(super) struct Gathered {
     pub rows: Rows,
     x: Vec<f32>,
+    /// `|x|^2` of each.
+    pub x2: Vec<f32>,
     /// Inputs are kept where members are chosen by them.
     pub inputs: Vec<f32>,
 }
@@ -79,6 +81,7 @@ impl Gathered {
     pub fn finish(mut self, k: &Kernels, shape: &Shape<'_>, keep_inputs: bool) -> Self {
         let layer = shape.layer;
         self.rows.u = vec![0.0; self.x.len() / layer.in_features() * layer.rank()];
+        self.x2 = self.x.chunks_exact(layer.in_features()).map(|x| k.dot(x, x)).collect();
         layer.a.dots_batch(k, &self.x, &mut self.rows.u, layer.scaling());
         if keep_inputs {
             self.inputs = std::mem::take(&mut self.x);

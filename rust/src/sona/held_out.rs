@@ -78,12 +78,12 @@ pub(super) struct Contrast {
 const CERTAIN: f64 = 2.0;
 
 impl Contrast {
-    pub fn add(&mut self, k: &Kernels, rows: &Rows, b: &Factor) {
+    pub fn add(&mut self, k: &Kernels, rows: &Rows, b: &Factor, familiar: &[bool]) {
         let n = rows.event.len();
         let mut none = vec![f64::NAN; n];
         each(k, rows, &[b], &vec![0.0; n], |i, loss| none[i] = loss);
         each(k, rows, &[b], &vec![1.0; n], |i, loss| {
-            if none[i].is_nan() {
+            if none[i].is_nan() || !familiar[i] {
                 return;
             }
             let worse = loss - none[i];

@@ -25,6 +25,7 @@ use crate::swap::HotSwap;
 mod absorb;
 mod background;
 mod choose;
+mod familiar;
 mod finish;
 mod forget;
 mod gather;
@@ -106,6 +107,8 @@ struct Back {
     bank: PatternBank,
     slow: Vec<Accepted>,
     task: Option<Task>,
+    /// Events of the windows in a row that contradicted what was accepted.
+    contradicted: u64,
     started: Option<std::time::Instant>,
     warm: bool,
     /// Nothing is published while a journal is replayed.
@@ -187,6 +190,7 @@ impl Sona {
                 bank: PatternBank::new(bank, settings.pattern_threshold as f32, widths[0])?,
                 slow: vec![Accepted::new(learners)],
                 task: None,
+                contradicted: 0,
                 started: None,
                 // An A that a learned B was made for stays.
                 warm: settings.warmup_inputs == 0 || !untouched,

@@ -44,7 +44,7 @@ pub(super) struct Ended {
     pub loss_after: Option<f64>,
     pub used: usize,
     pub ungated: bool,
-    /// Whether the window contradicted what was accepted, so that it is not rehearsed either.
+    /// Whether the window contradicted what was accepted, so that it is not rehearsed.
     pub distrusted: bool,
     /// Factors that follow: members, and modules of each.
     pub members: usize,

@@ -36,6 +36,7 @@ struct Document {
     /// Number of the journal's directory; 0 outside one.
     journal: u64,
     warm: bool,
+    contradicted: u64,
     /// Whether live weights are the accepted ones with the window on top.
     complete: bool,
     /// Module of the bandit, where there is one.
@@ -83,6 +84,7 @@ impl Sona {
             sequence: inner.sequence(),
             journal,
             warm: back.warm,
+            contradicted: back.contradicted,
             complete: inner.complete && back.task.is_none(),
             bandit: bandit.as_ref().map(LiveBandit::module),
             enabled: self.lora.enabled(),
@@ -238,7 +240,16 @@ impl Sona {
         }
         self.lora.set_enabled(doc.enabled);
         self.members.store(Arc::new(Members { loras, centroids }));
-        *back = Back { reservoir, bank, slow, task: None, started: None, warm: doc.warm, quiet: back.quiet };
+        *back = Back {
+            reservoir,
+            bank,
+            slow,
+            task: None,
+            contradicted: doc.contradicted,
+            started: None,
+            warm: doc.warm,
+            quiet: back.quiet,
+        };
         inner.next = doc.next;
         inner.set_sequence(doc.sequence);
         inner.window = window;

@@ -154,7 +154,7 @@ def bandit_block(data: dict[str, Any]) -> str:
     where = data["environment"]
     parts += [
         table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]]),
-        f"One thread on {where['cpu']}; Python {where['python']}, NumPy {where['numpy']} with {where['blas']}.",
+        f"One thread on {where['cpu']}; Python {where['python']}, NumPy {where['numpy']}, {where['blas']}.",
     ]
     return "\n\n".join(parts)
 

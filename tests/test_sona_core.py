@@ -436,7 +436,8 @@ def test_every_strategy_takes_every_feedback(strategy, variant):
     assert stats.instant_count == seen == 240
     assert stats.reservoir_samples <= (0 if variant == "no reservoir" else sona.config.reservoir_capacity)
     assert (stats.reservoir_samples == 0) == (not sona.samples(False))
-    assert (stats.held_out_samples > 0) == bool({"accepted", "kept"} & set(outcomes))
+    # What contradicts nothing is kept for the gate even where it was taken back.
+    assert stats.held_out_samples > 0 or not {"accepted", "kept"} & set(outcomes)
     if variant == "few bytes":
         assert stats.reservoir_samples < 60
     restored = core_loop(consolidation=strategy, ensemble_size=3, pattern_threshold=0.2, **VARIANTS[variant])

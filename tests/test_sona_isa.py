@@ -1,4 +1,4 @@
-"""A journal written on one instruction set and replayed on another: nearly the same weights, and it says so."""
+"""A journal of one instruction set, replayed on another: nearly the same weights, and it says so."""
 
 import os
 import subprocess

@@ -16,7 +16,7 @@ use super::{Accepted, Back, Sona};
 use crate::error::Result;
 use crate::factor::Factor;
 use crate::learn::consolidate::{self, Problem, Run, Side, Verdict};
-use crate::learn::{Learner, Rule};
+use crate::learn::{Feedback, Learner, Rule, TargetLoss};
 use crate::replay::PatternBank;
 
 /// A consolidation under way.
@@ -341,7 +341,7 @@ impl Sona {
             quality: (n > 0).then_some(mean),
         };
         let mut prior = 0.0;
-        if self.accumulates() && self.strategy.name == consolidate::STRATEGIES[0].name {
+        if self.accumulates(&task.taken) && self.strategy.name == consolidate::STRATEGIES[0].name {
             // The recursion has the accepted events in it, and the window: it is what to start from, and each of
             // its events counts as much as one of the window.
             slow.b = Arc::clone(&layer.b);
@@ -371,10 +371,14 @@ impl Sona {
         Run::new(self.kernels, problem).map(Some)
     }
 
-    /// Whether the instant rule keeps every event in its state (recursive least squares that forget nothing).
-    fn accumulates(&self) -> bool {
+    /// Whether the instant rule has kept these events in its state: recursive least squares that forget nothing, and
+    /// nothing but targets of squared error. Other feedback moves B as a gradient step does.
+    fn accumulates(&self, taken: &[Pending]) -> bool {
         let instant = &self.lora.settings().instant;
-        instant.rule != Rule::Nlms && instant.forgetting == 1.0
+        let squared = |f: &Feedback| matches!(f, Feedback::Target { loss: TargetLoss::Mse, .. });
+        instant.rule != Rule::Nlms
+            && instant.forgetting == 1.0
+            && taken.iter().all(|p| p.held_out || squared(&p.sample.feedback))
     }
 
     /// The gate: held-out loss of the accepted, the live and the candidate weights.
@@ -411,7 +415,7 @@ impl Sona {
             ));
         }
         let decision = match verdict {
-            _ if contradicts => {
+            verdict if contradicts && verdict != Verdict::Unmeasured => {
                 notes.push(format!(
                     "taken back, live held-out loss {:.4e}: the last accepted weights ({:.4e}) serve again",
                     mean(live),
@@ -430,7 +434,7 @@ impl Sona {
             }
             // Squares of few events fit their noise, and the recursion needs more of them: taking them away
             // would keep it there. Only what says the opposite of what was learned is taken away.
-            Verdict::RollBack if self.accumulates() => {
+            Verdict::RollBack if self.accumulates(&task.taken) => {
                 notes.push(format!(
                     "refused: held-out loss {:.4e} against {:.4e} of the last accepted weights; the live weights \
                      ({:.4e}) go on, for nothing contradicts them and more events will tell",
@@ -467,7 +471,7 @@ impl Sona {
             loss_after,
             used: if decision == Decision::Accept { task.used } else { 0 },
             ungated: verdict == Verdict::Unmeasured,
-            distrusted: contradicts,
+            distrusted: contradicts && verdict != Verdict::Unmeasured,
             members: task.members.loras.len(),
         };
         notes.extend(task.notes.iter().cloned());

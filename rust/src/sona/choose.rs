@@ -76,7 +76,8 @@ impl Sona {
     /// Says what a choice earned.
     ///
     /// # Errors
-    /// A choice that is unknown or settled, a reward that is not finite. Nothing changes then.
+    /// A choice that is unknown or settled, a reward that is not finite: nothing changes then. A journal that cannot be
+    /// written: the reward is taken, and lost with the process.
     pub fn reward(&self, choice: u64, reward: f64) -> Result<Rewarded> {
         let mut bandit = self.bandit();
         let Some(bandit) = bandit.as_mut() else {

@@ -3,6 +3,9 @@
 use super::BlockType;
 use crate::error::{Error, Result};
 
+/// No type has an f16 scale for larger numbers; the squares of the searches are finite up to here.
+const LARGEST: f32 = 1e9;
+
 fn check_width(kind: BlockType, arg: &str, rows: usize, cols: usize) -> Result<usize> {
     let per_row = kind.row_bytes(cols).ok_or_else(|| {
         let want = format!("rows of a multiple of {} numbers for {kind}", kind.elements());
@@ -32,8 +35,7 @@ pub fn quantize_rows(kind: BlockType, arg: &str, x: &[f32], rows: usize, cols: u
             i * kind.elements() / cols
         ),
     };
-    let largest = kind.row().largest;
-    if let Some(i) = x.iter().position(|v| v.abs() > largest) {
+    if let Some(i) = x.iter().position(|v| v.abs() > LARGEST) {
         return Err(too_large(i / kind.elements()));
     }
     let mut out = vec![0; bytes];
@@ -44,11 +46,36 @@ pub fn quantize_rows(kind: BlockType, arg: &str, x: &[f32], rows: usize, cols: u
     }
 }
 
+/// Checks that `bytes` are `(rows, cols)` numbers.
+///
+/// # Errors
+/// `Shape` when the rows are not whole blocks or the bytes are not that many.
+pub fn check_blocks(kind: BlockType, arg: &str, bytes: &[u8], rows: usize, cols: usize) -> Result<()> {
+    let want = check_width(kind, "shape", rows, cols)?;
+    if bytes.len() != want {
+        let shape = format!("{want}: ({rows}, {cols}) of {kind}");
+        return Err(Error::shape(arg, format!("{} bytes", bytes.len()), shape));
+    }
+    Ok(())
+}
+
+/// Checks the scales of whole blocks.
+///
+/// # Errors
+/// `NonFinite` for an infinite or NaN one.
+pub fn check_finite(kind: BlockType, arg: &str, bytes: &[u8]) -> Result<()> {
+    match kind.first_non_finite(bytes) {
+        Some(block) => {
+            Err(Error::NonFinite { arg: arg.into(), detail: format!(" in the scale of block {block}") })
+        }
+        None => Ok(()),
+    }
+}
+
 /// The numbers of `(rows, cols)` quantised blocks, row-major.
 ///
 /// # Errors
-/// `Shape` when the rows are not whole blocks or the bytes are not that many; `NonFinite` for an infinite or
-/// NaN scale.
+/// As [`check_blocks`] and [`check_finite`].
 pub fn dequantize_rows(
     kind: BlockType,
     arg: &str,
@@ -56,15 +83,8 @@ pub fn dequantize_rows(
     rows: usize,
     cols: usize,
 ) -> Result<Vec<f32>> {
-    let want = check_width(kind, "shape", rows, cols)?;
-    if bytes.len() != want {
-        let shape = format!("{want}: ({rows}, {cols}) of {kind}");
-        return Err(Error::shape(arg, format!("{} bytes", bytes.len()), shape));
-    }
-    if let Some(block) = kind.first_non_finite(bytes) {
-        let detail = format!(" in the scale of block {block}");
-        return Err(Error::NonFinite { arg: arg.into(), detail });
-    }
+    check_blocks(kind, arg, bytes, rows, cols)?;
+    check_finite(kind, arg, bytes)?;
     Error::check_memory(arg, (rows * cols).checked_mul(4))?;
     let mut out = vec![0.0; rows * cols];
     kind.dequantize(bytes, &mut out);

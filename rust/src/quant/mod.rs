@@ -13,7 +13,7 @@ mod q6_k;
 mod q8_0;
 pub mod types;
 
-pub use blocks::{dequantize_rows, quantize_rows};
+pub use blocks::{check_blocks, check_finite, dequantize_rows, quantize_rows};
 pub use min_scale::{pack_scales, unpack_scales};
 pub use types::{BLOCKS, BlockRow, BlockType};
 

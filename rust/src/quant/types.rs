@@ -32,9 +32,6 @@ pub enum BlockType {
     Q4_0,
 }
 
-/// Largest finite f16.
-const HALF_MAX: f32 = 65504.0;
-
 /// What there is to know about one type. The functions work on one block.
 pub struct BlockRow {
     /// The type.
@@ -49,8 +46,6 @@ pub struct BlockRow {
     pub bytes: usize,
     /// Byte offsets of the f16 fields.
     pub halves: &'static [usize],
-    /// Magnitude above which a block may need a scale that f16 does not hold.
-    pub largest: f32,
     /// `elements` finite numbers to `bytes` bytes.
     pub quantize: fn(&[f32], &mut [u8]),
     /// `bytes` bytes to `elements` numbers.
@@ -66,7 +61,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 32,
         bytes: 34,
         halves: &[0],
-        largest: HALF_MAX * 127.0,
         quantize: q8_0::quantize,
         dequantize: q8_0::dequantize,
     },
@@ -77,7 +71,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 256,
         bytes: 210,
         halves: &[208],
-        largest: HALF_MAX * 31.0 * 128.0,
         quantize: q6_k::quantize,
         dequantize: q6_k::dequantize,
     },
@@ -88,7 +81,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 256,
         bytes: 176,
         halves: &[0, 2],
-        largest: HALF_MAX * 63.0,
         quantize: q5_k::quantize,
         dequantize: q5_k::dequantize,
     },
@@ -99,7 +91,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 256,
         bytes: 144,
         halves: &[0, 2],
-        largest: HALF_MAX * 63.0,
         quantize: q4_k::quantize,
         dequantize: q4_k::dequantize,
     },
@@ -110,7 +101,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 32,
         bytes: 20,
         halves: &[0, 2],
-        largest: HALF_MAX,
         quantize: q4_1::quantize,
         dequantize: q4_1::dequantize,
     },
@@ -121,7 +111,6 @@ pub static BLOCKS: [BlockRow; 6] = [
         elements: 32,
         bytes: 18,
         halves: &[0],
-        largest: HALF_MAX * 8.0,
         quantize: q4_0::quantize,
         dequantize: q4_0::dequantize,
     },

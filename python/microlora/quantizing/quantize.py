@@ -18,7 +18,7 @@ from microlora.quantizing.measure import Measured, inputs_of, relative
 from microlora.quantizing.profiles import QuantizationProfile
 from microlora.quantizing.report import QuantizationReport, QuantizedModule
 from microlora.quantizing.search import smallest
-from microlora.quantizing.types import RECIPES, Pair, asked, fitting, size_of
+from microlora.quantizing.types import Pair, asked, fitting, size_of
 
 __all__ = ["Quantization", "quantize"]
 
@@ -146,7 +146,7 @@ def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
 
 
 def _notes(adapter: Adapter) -> tuple[str, ...]:
-    extra = adapter.extra_names()
+    extra = sorted(adapter.extra_tensors)
     if not extra:
         return ()
     return (f"tensors that are no factors are left out: {', '.join(extra[:5])}",)

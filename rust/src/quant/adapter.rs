@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{QuantLayer, Side, SideType};
+use super::{QuantLayer, QuantMatrix, Side, SideType};
 use crate::adapter::{Adapter, unknown_module};
 use crate::error::{Error, Result};
-use crate::format::AdapterParts;
+use crate::format::{AdapterParts, Along, FactorParts, QuantModuleParts, Tensor};
+use crate::factor::Factor;
 use crate::low_rank::LowRank;
 use crate::snapshot::LEARNER_PREFIX;
 
@@ -76,6 +77,32 @@ impl QuantAdapter {
         Ok(adapter)
     }
 
+    /// Packs what a file held.
+    ///
+    /// # Errors
+    /// Factors of a shape or type that does not run, or with a scale that is not finite.
+    pub fn from_parts(rest: &AdapterParts, modules: &[QuantModuleParts]) -> Result<Self> {
+        let layers = modules.iter().map(|m| {
+            let (a, b) = (side(&m.path, "lora_a", &m.a)?, side(&m.path, "lora_b", &m.b)?);
+            Ok((m.path.clone(), Arc::new(QuantLayer::new(a, b, m.alpha, m.use_rslora)?)))
+        });
+        Self::new(layers.collect::<Result<_>>()?, rest.clone())
+    }
+
+    /// The modules for a file; blocks are byte for byte those that were loaded. [`QuantAdapter::rest`] is what
+    /// else belongs into it.
+    pub fn to_parts(&self) -> Vec<QuantModuleParts> {
+        let module = |(path, layer): &(String, Arc<QuantLayer>)| QuantModuleParts {
+            path: path.clone(),
+            alpha: layer.alpha,
+            rank: layer.rank(),
+            use_rslora: layer.rslora,
+            a: factor_parts(path, "lora_a", &layer.a),
+            b: factor_parts(path, "lora_b", &layer.b),
+        };
+        self.modules.iter().map(module).collect()
+    }
+
     /// The layer of one module.
     ///
     /// # Errors
@@ -96,5 +123,48 @@ impl QuantAdapter {
     pub fn memory_bytes(&self) -> usize {
         let extra = self.rest.extra.iter().filter(|t| !t.data.is_mapped()).map(|t| t.data.len());
         self.modules.iter().map(|(_, l)| l.memory_bytes()).sum::<usize>() + extra.sum::<usize>()
+    }
+}
+
+/// A plain factor's tensor has PEFT's shape: A (rank, in), B (out, rank).
+fn side(path: &str, which: &str, parts: &FactorParts) -> Result<Side> {
+    let name = format!("{path}.{which}");
+    match parts {
+        FactorParts::Plain(t) => {
+            let (&[first, second], Some(dtype)) = (&t.shape[..], t.factor_dtype()) else {
+                let got = format!("{} {:?}", t.dtype, t.shape);
+                return Err(Error::shape(name, got, "a matrix of F32, F16 or BF16"));
+            };
+            let transposed = which == "lora_b";
+            let (rank, len) = if transposed { (second, first) } else { (first, second) };
+            Ok(Side::Plain(Factor::from_bits(&t.data, rank, len, dtype, transposed)?))
+        }
+        FactorParts::Blocks { kind, along, rows, cols, data } => {
+            let matrix = QuantMatrix::from_bytes(*kind, &name, data, *rows, *cols)?;
+            Ok(match along {
+                Along::Features => Side::Blocks(matrix),
+                Along::Rank => Side::BlocksAlongRank(matrix),
+            })
+        }
+    }
+}
+
+fn factor_parts(path: &str, which: &str, side: &Side) -> FactorParts {
+    let blocks = |m: &QuantMatrix, along| FactorParts::Blocks {
+        kind: m.kind(),
+        along,
+        rows: m.rows(),
+        cols: m.cols(),
+        data: m.to_bytes().into(),
+    };
+    match side {
+        Side::Blocks(m) => blocks(m, Along::Features),
+        Side::BlocksAlongRank(m) => blocks(m, Along::Rank),
+        Side::Plain(f) => {
+            let transposed = which == "lora_b";
+            let shape = if transposed { vec![f.len(), f.rank()] } else { vec![f.rank(), f.len()] };
+            let name = format!("{path}.{which}");
+            FactorParts::Plain(Tensor { name, dtype: f.dtype().into(), shape, data: f.to_bits(transposed).into() })
+        }
     }
 }

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.quantized import QuantizedAdapter
     from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
@@ -98,6 +99,7 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "QuantizedAdapter",
     "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
@@ -161,6 +163,7 @@ _ROOMS = {
         "merge",
         "resize",
     ),
+    "quantized": ("QuantizedAdapter",),
     "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (
         "training",

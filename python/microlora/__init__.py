@@ -50,6 +50,13 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.quantizing import (
+        Quantization,
+        QuantizationProfile,
+        QuantizationReport,
+        quantization_profile,
+        quantize,
+    )
     from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
@@ -94,6 +101,9 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "Quantization",
+    "QuantizationProfile",
+    "QuantizationReport",
     "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
@@ -124,6 +134,8 @@ __all__ = [
     "merging",
     "num_threads",
     "presets",
+    "quantization_profile",
+    "quantize",
     "resize",
     "save",
     "set_num_threads",
@@ -154,6 +166,13 @@ _ROOMS = {
         "extract",
         "merge",
         "resize",
+    ),
+    "quantizing": (
+        "Quantization",
+        "QuantizationProfile",
+        "QuantizationReport",
+        "quantization_profile",
+        "quantize",
     ),
     "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (

@@ -111,7 +111,6 @@ def quantize(
         modules=tuple(rows),
         memory_before=value.memory_bytes,
         memory_after=made.memory_bytes,
-        notes=_notes(value),
         **facts,
     )
     return Quantization(made, report)
@@ -144,9 +143,3 @@ def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
         bytes_after=after,
     )
 
-
-def _notes(adapter: Adapter) -> tuple[str, ...]:
-    extra = sorted(adapter.extra_tensors)
-    if not extra:
-        return ()
-    return (f"tensors that are no factors are left out: {', '.join(extra[:5])}",)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
+    from microlora.formats import AdapterFile, Conversion, Limits, convert
     from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
     from microlora.hot_swap import HotSwapManager
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterDataset",
+    "AdapterFile",
     "AdapterMerger",
     "AdapterMetadata",
     "AdapterTrainer",
@@ -79,6 +81,7 @@ __all__ = [
     "CancelToken",
     "CentroidRouter",
     "Contrastive",
+    "Conversion",
     "EwcPlusPlus",
     "Feedback",
     "FuseReport",
@@ -89,6 +92,7 @@ __all__ = [
     "InstantConfig",
     "LearningEvent",
     "LearningRateSchedule",
+    "Limits",
     "LoraChain",
     "LoraConfig",
     "LoraConfigBuilder",
@@ -122,6 +126,7 @@ __all__ = [
     "collect_gram",
     "compose_parallel",
     "compose_sequential",
+    "convert",
     "create_lora",
     "data",
     "diff",
@@ -150,6 +155,7 @@ _ROOMS = {
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
+    "formats": ("AdapterFile", "Conversion", "Limits", "convert"),
     "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
     "hot_swap": ("HotSwapManager",),

@@ -476,6 +476,112 @@ class Sona:
         """Version of the live learner: counts every change of its weights."""
 
 @disjoint_base
+class AdapterFile:
+    """The compiled part of :class:`microlora.AdapterFile`: all that a file holds."""
+
+    def __new__(cls, source: AdapterFile) -> Self: ...
+    @staticmethod
+    def open(
+        path: str | PathLike[str],
+        mmap: bool,
+        strict: bool,
+        limits: tuple[int, int, int, int] | None = None,
+        alpha: float | None = None,
+        orientation: str | None = None,
+    ) -> AdapterFile:
+        """Reads any known format.
+
+        Raises:
+            FormatError: The file is broken, ambiguous, beyond the limits or of no known format.
+            OSError: The file cannot be read.
+        """
+
+    @staticmethod
+    def build(
+        modules: Sequence[
+            tuple[str, str, float, bool, tuple[str, Sequence[int], bytes], tuple[str, Sequence[int], bytes]]
+        ],
+        extra: Sequence[tuple[str, str, Sequence[int], bytes]],
+        config_json: str | None = None,
+        metadata_json: str | None = None,
+        peft_config: str | None = None,
+    ) -> AdapterFile:
+        """Content from Python.
+
+        Args:
+            modules: (path, kind, alpha, use_rslora, A, B) of each, a factor as (dtype, shape, bytes).
+            extra: Other tensors as (name, dtype, shape, bytes).
+            config_json: Settings of ours.
+            metadata_json: Metadata of ours.
+            peft_config: The text of an adapter_config.json.
+
+        Raises:
+            ShapeError: Byte counts or shapes that do not fit.
+            ConfigError: Unknown kind or dtype, a name twice.
+            NonFiniteError: NaN or infinity in a factor.
+        """
+
+    @staticmethod
+    def of(adapter: Adapter) -> AdapterFile:
+        """An adapter as a file would hold it."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format it was read from; empty when it was built."""
+
+    @property
+    def file(self) -> str:
+        """Where it was read from."""
+
+    def rows(
+        self,
+    ) -> list[tuple[str, str, int, float, bool, tuple[str, list[int]], tuple[str, list[int]]]]:
+        """`(path, kind, rank, alpha, use_rslora, (dtype, shape) of A, of B)` of each module."""
+
+    def factor_bytes(self, module: int) -> tuple[bytes, bytes]:
+        """Bytes of A and of B of the module at that place in `rows`."""
+
+    def extra(self) -> list[tuple[str, str, list[int]]]:
+        """`(name, dtype, shape)` of each tensor that is no factor."""
+
+    def extra_bytes(self, tensor: int) -> bytes:
+        """Bytes of the tensor at that place in `extra`."""
+
+    def variant_rows(self) -> list[tuple[str, str, str]]:
+        """`(kind, at, why)` of everything that is not plain LoRA on linear layers."""
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors and settings that nothing uses."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing and no error."""
+
+    @property
+    def peft_config(self) -> str | None:
+        """The text of `adapter_config.json`, where there was one."""
+
+    @property
+    def config_json(self) -> str | None:
+        """Settings of ours, as JSON."""
+
+    @property
+    def metadata_json(self) -> str | None:
+        """Metadata of ours, as JSON."""
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Other entries of a safetensors header."""
+
+    def runnable(self, allow: Sequence[str]) -> Adapter:
+        """The adapter that runs, without the variants that `allow` drops by name.
+
+        Raises:
+            UnsupportedVariantError: A variant is left.
+        """
+
+@disjoint_base
 class Adapter:
     """The compiled part of :class:`microlora.Adapter`: an immutable set of factors with its settings."""
 
@@ -1538,8 +1644,18 @@ def adapter_from_factors(
 ) -> Adapter:
     """An adapter from (name, A (rank, in), B (out, rank), alpha); see `microlora.Adapter.from_factors`."""
 
-def load(path: str | PathLike[str], mmap: bool, strict: bool) -> tuple[Adapter, list[str], list[str]]:
-    """Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.
+def adapter_file_formats() -> list[tuple[str, str]]:
+    """Every format that is read: name, and what it is known by."""
+
+def load(
+    path: str | PathLike[str],
+    mmap: bool,
+    strict: bool,
+    limits: tuple[int, int, int, int] | None = None,
+    alpha: float | None = None,
+    orientation: str | None = None,
+) -> tuple[Adapter, list[str], list[str]]:
+    """Reads any known format: the adapter, the names of unused tensors, and notes.
 
     Raises:
         FormatError: The file is broken.

@@ -78,6 +78,10 @@ class UnsupportedVariantError(FormatError):
     """A sound file of a kind that must not be applied as plain LoRA (DoRA, PiSSA init, pickle ...)."""
 
 
+class DestinationExistsError(MicroLoraError, FileExistsError):
+    """Something lies where a file was to be written, and ``overwrite`` was not given; it was not touched."""
+
+
 class DeviceError(MicroLoraError, RuntimeError):
     """The device asked for cannot be had; the message says what to install."""
 

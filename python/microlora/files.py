@@ -14,6 +14,7 @@ from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError, FormatError, UnusedTensorWarning
 
 if TYPE_CHECKING:
+    from microlora.formats.limits import Limits
     from microlora.micro_lora import MicroLoRA
 
 PathLike = str | os.PathLike[str]
@@ -63,7 +64,15 @@ def save(
         raise ConfigError(f"format: got {format!r}, expected 'safetensors' or 'peft'")
 
 
-def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
+def load(
+    path: PathLike,
+    *,
+    mmap: bool = False,
+    strict: bool = True,
+    limits: Limits | None = None,
+    alpha: float | None = None,
+    orientation: str | None = None,
+) -> Adapter:
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
@@ -72,7 +81,11 @@ def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
             listed in an :class:`~microlora.exceptions.UnusedTensorWarning`. Variants that change the
-            mathematics (DoRA, PiSSA and so on) are refused either way.
+            mathematics (DoRA, PiSSA and so on) are refused either way;
+            :meth:`AdapterFile.read <microlora.AdapterFile.read>` keeps them.
+        limits: What the file may ask for; by default :class:`microlora.Limits`.
+        alpha: Scaling numerator, for formats that carry none.
+        orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
 
     Returns:
         The adapter, with the file's dtypes.
@@ -82,7 +95,8 @@ def load(path: PathLike, *, mmap: bool = False, strict: bool = True) -> Adapter:
         UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
         OSError: The file cannot be read.
     """
-    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict)
+    bounds = None if limits is None else limits.as_tuple()
+    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict, bounds, alpha, orientation)
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:

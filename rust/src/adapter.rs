@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factor::Factor;
-use crate::format::{AdapterParts, ModuleParts, Tensor};
+use crate::format::{AdapterParts, ModuleKind, ModuleParts, Tensor};
 use crate::layer::Layer;
 use crate::snapshot::LEARNER_PREFIX;
 
@@ -52,6 +52,10 @@ impl Adapter {
         }
         let mut modules = Vec::with_capacity(parts.modules.len());
         for m in &parts.modules {
+            if m.kind != ModuleKind::Linear {
+                let reason = format!("LoRA on {} layers is kept in files and not run here", m.kind.as_str());
+                return Err(Error::unsupported(&m.path, reason));
+            }
             let (&[rank, inputs], &[outputs, _]) = (&m.a.shape[..], &m.b.shape[..]) else {
                 return Err(Error::shape(
                     &m.path,
@@ -121,6 +125,7 @@ fn module_parts(path: &str, layer: &Layer) -> ModuleParts {
     };
     ModuleParts {
         path: path.into(),
+        kind: ModuleKind::Linear,
         alpha: layer.alpha,
         rank: layer.rank(),
         use_rslora: layer.rslora,

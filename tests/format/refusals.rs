@@ -145,7 +145,7 @@ fn wrong_factors_are_named() {
     };
     let text = config(json!({}));
     let check = |tensors: Vec<Tensor>, kind: &str, words: &[&str]| {
-        for opts in [STRICT, LENIENT, LoadOptions { mmap: true, strict: true }] {
+        for opts in [STRICT, LENIENT, LoadOptions { mmap: true, ..STRICT }] {
             assert_refused(load_dir(&text, &tensors, &opts), kind, words);
         }
     };
@@ -230,7 +230,7 @@ fn foreign_files_are_refused_by_content() {
         let path = at("adapter.safetensors");
         std::fs::write(&path, content).unwrap();
         for mmap in [false, true] {
-            let got = load(&path, &LoadOptions { mmap, strict: true });
+            let got = load(&path, &LoadOptions { mmap, ..STRICT });
             assert_refused(got, kind, &[word, "adapter.safetensors"]);
         }
     }

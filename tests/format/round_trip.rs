@@ -97,7 +97,7 @@ fn files_load_mapped_and_copied_alike() {
     save_peft(&pair, &parts, &PeftOptions::default()).unwrap();
     for path in [&single, &pair, &pair.join("adapter_model.safetensors")] {
         let copied = load(path, &LENIENT).unwrap();
-        let mapped = load(path, &LoadOptions { mmap: true, strict: false }).unwrap();
+        let mapped = load(path, &LoadOptions { mmap: true, ..LENIENT }).unwrap();
         assert_eq!(copied, mapped);
         let data = |l: &microlora::format::Loaded| l.parts.extra[0].data.clone();
         assert!(data(&mapped).is_mapped() && !data(&copied).is_mapped());

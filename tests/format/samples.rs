@@ -3,10 +3,16 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use microlora::format::{AdapterParts, LoadOptions, Loaded, ModuleParts, Tensor, TensorDtype, load};
+use microlora::format::{
+    AdapterParts, Limits, LoadOptions, Loaded, MAX_HEADER, MAX_TENSORS, ModuleKind, ModuleParts, Tensor,
+    TensorDtype, load,
+};
 
-pub const STRICT: LoadOptions = LoadOptions { mmap: false, strict: true };
-pub const LENIENT: LoadOptions = LoadOptions { mmap: false, strict: false };
+pub const STRICT: LoadOptions =
+    LoadOptions { mmap: false, strict: true, limits: LIMITS, alpha: None, orientation: None };
+pub const LENIENT: LoadOptions = LoadOptions { strict: false, ..STRICT };
+const LIMITS: Limits =
+    Limits { header_bytes: MAX_HEADER, tensors: MAX_TENSORS, total_bytes: 64 << 30, rank: 1 << 20 };
 
 /// A tensor of small numbers that every dtype holds exactly.
 pub fn tensor(name: &str, dtype: TensorDtype, shape: &[usize], seed: u8) -> Tensor {
@@ -35,7 +41,7 @@ pub fn module_of(
 ) -> ModuleParts {
     let a = tensor(&format!("{path}.lora_a"), dtypes[0], &[rank, 6], 3);
     let b = tensor(&format!("{path}.lora_b"), dtypes[1], &[5, rank], 5);
-    ModuleParts { path: path.into(), alpha, rank, use_rslora, a, b }
+    ModuleParts { path: path.into(), kind: ModuleKind::Linear, alpha, rank, use_rslora, a, b }
 }
 
 /// Two layers of one rank and alpha, and one that differs.

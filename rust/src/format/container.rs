@@ -12,6 +12,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
 use super::json::{StringMap, show};
+use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
 use crate::error::{Error, Result};
 
@@ -190,8 +191,15 @@ pub(crate) fn parse_heading(head: &[u8], len: usize, file: &str) -> Result<Headi
 
 /// Parses a whole file; tensors are slices of `bytes`. `file` is the name errors carry.
 pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
+    parse_within(bytes, file, &Limits::default())
+}
+
+/// [`parse`] with limits of the caller's.
+pub(crate) fn parse_within(bytes: &Bytes, file: &str, limits: &Limits) -> Result<Container> {
     let start = heading_len(bytes, bytes.len(), file)?;
+    limits.check_header((start - LEN) as u64, file)?;
     let Heading { metadata, entries } = parse_heading(&bytes[..start], bytes.len(), file)?;
+    limits.check_tensors(entries.len() as u64, file)?;
     let tensor = |Entry { name, dtype, shape, span }| {
         let outside = || Error::format(file, format!("tensor {}: outside of the file", show(&name)));
         let data = bytes.slice(span).ok_or_else(outside)?;

@@ -6,29 +6,61 @@
 pub(crate) mod atomic;
 pub(crate) mod container;
 pub(crate) mod json;
+mod limits;
 mod pattern;
 pub mod peft;
 pub(crate) mod shards;
 mod single;
 mod source;
+mod table;
 pub mod tensor;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
+pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
 pub use single::{FORMAT, FORMAT_VERSION, from_bytes, save_single, to_bytes};
+pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
 use crate::error::{Error, Result};
 use json::show;
+
+/// What kind of layer a pair of factors adapts, which says how its tensors lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ModuleKind {
+    /// A (rank, in_features), B (out_features, rank): the only kind that is run here.
+    #[default]
+    Linear,
+    /// A (rank, num_embeddings), B (dim, rank); the delta of the table is `s (B A)^T`.
+    Embedding,
+    /// A (rank, in_channels, kernel ...), B (out_channels, rank, 1 ...).
+    Conv,
+    /// One pair per expert: A (experts, rank, in_features), B (experts, out_features, rank).
+    Experts,
+}
+
+impl ModuleKind {
+    /// Name in messages and in `drop:<kind>`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            ModuleKind::Linear => "linear",
+            ModuleKind::Embedding => "embedding",
+            ModuleKind::Conv => "conv",
+            ModuleKind::Experts => "experts",
+        }
+    }
+}
 
 /// One adapted layer as a file holds it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModuleParts {
     /// Short name or full module path, without PEFT's prefix.
     pub path: String,
+    /// Kind of layer; shapes below are those of a linear one.
+    pub kind: ModuleKind,
     /// Scaling numerator.
     pub alpha: f64,
     /// Rows of A and columns of B.
@@ -60,8 +92,28 @@ pub struct AdapterParts {
     pub header: BTreeMap<String, String>,
 }
 
-/// How to load.
+/// Which way factors lie in a file that does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Orientation {
+    /// A (rank, in), B (out, rank), as PEFT.
+    RankFirst,
+    /// A (in, rank), B (rank, out), as MLX.
+    RankLast,
+}
+
+/// Something in a file that is not plain LoRA on linear layers: kept, and not run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// Short name, the `<kind>` of `drop:<kind>`.
+    pub kind: String,
+    /// Tensor, module or setting that shows it.
+    pub at: String,
+    /// What it changes, and the way out.
+    pub why: String,
+}
+
+/// How to load.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoadOptions {
     /// Map the file instead of copying it: the tensors are then pages of the file (see
     /// [`crate::mapping::Mapping`] for what that asks of everybody who writes it).
@@ -69,40 +121,77 @@ pub struct LoadOptions {
     /// Refuse unused tensors and unknown settings; otherwise they are listed, and tensors kept in `extra`.
     /// Variants that change the maths are refused either way.
     pub strict: bool,
+    /// What a file may ask for.
+    pub limits: Limits,
+    /// Scaling numerator, for formats that have none.
+    pub alpha: Option<f64>,
+    /// Which way factors lie, for formats that do not say.
+    pub orientation: Option<Orientation>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { mmap: false, strict: true }
+        LoadOptions { mmap: false, strict: true, limits: Limits::default(), alpha: None, orientation: None }
     }
 }
 
 /// A loaded file.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Loaded {
+    /// Name of its row in [`FORMATS`] (empty when it came from memory).
+    pub format: &'static str,
     /// The content.
     pub parts: AdapterParts,
+    /// What is not plain LoRA on linear layers; an adapter without it is another one.
+    pub variants: Vec<Variant>,
     /// Tensors and settings that nothing uses (empty when strict).
     pub unused: Vec<String>,
     /// What is worth knowing and no error: pattern keys that match nothing, a transposed base layer.
     pub notes: Vec<String>,
 }
 
-/// Loads an adapter: a PEFT directory, the weights file in one, or our single file. The content
-/// decides, not the name.
+/// Reads whatever adapter lies at a path, variants included. The content decides, not the name.
+///
+/// # Errors
+/// A file that is broken, ambiguous, beyond the limits or of no known format.
+pub fn read(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
+    table::read(source::Source::open(path, opts)?, opts)
+}
+
+/// [`read`], for use: what is not plain LoRA on linear layers is refused.
+///
+/// # Errors
+/// Those of [`read`], and the first variant.
 pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
-    let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if meta.is_dir() {
-        return peft::from_dir(path, opts);
+    let loaded = read(path, opts)?;
+    loaded.check_runs(&path.display().to_string(), &[])?;
+    Ok(loaded)
+}
+
+impl Loaded {
+    /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).
+    ///
+    /// # Errors
+    /// The first variant that is not allowed, with all the names to allow.
+    pub fn check_runs(&self, file: &str, allow: &[String]) -> Result<()> {
+        let allowed = |v: &&Variant| !allow.iter().any(|a| a.strip_prefix("drop:") == Some(&v.kind));
+        let mut left = self.variants.iter().filter(allowed);
+        let Some(first) = left.next() else { return Ok(()) };
+        let mut kinds = vec![first.kind.as_str()];
+        for v in left {
+            if !kinds.contains(&v.kind.as_str()) {
+                kinds.push(&v.kind);
+            }
+        }
+        let names: Vec<String> = kinds.iter().map(|k| format!("\"drop:{k}\"")).collect();
+        let reason = format!(
+            "{}: {}; AdapterFile.read keeps it as it is, allow=[{}] leaves it out",
+            json::show(&first.at),
+            first.why,
+            names.join(", ")
+        );
+        Err(Error::unsupported(file, reason))
     }
-    let bytes = source::open(path, opts.mmap)?;
-    let file = path.display().to_string();
-    let container = container::parse(&bytes, &file)?;
-    if single::is_ours(&container) {
-        return single::from_container(container, &file, opts.strict);
-    }
-    drop((container, bytes));
-    peft::from_file(path, opts)
 }
 
 /// Checks shapes, dtypes and numbers of one pair of factors and returns their rank. `names` are the
@@ -151,12 +240,17 @@ fn check_factors(a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result
 
 impl AdapterParts {
     /// Checks what a writer relies on; errors name the module.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.check_names()?;
         for m in &self.modules {
             let (a, b) = (format!("{}.lora_a", m.path), format!("{}.lora_b", m.path));
             for (name, t, want) in [(&a, &m.a, "(rank, in_features)"), (&b, &m.b, "(out_features, rank)")] {
-                if t.shape.len() != 2 || t.shape.contains(&0) {
+                let dims = match m.kind {
+                    ModuleKind::Linear | ModuleKind::Embedding => 2..=2,
+                    ModuleKind::Experts => 3..=3,
+                    ModuleKind::Conv => 3..=5,
+                };
+                if !dims.contains(&t.shape.len()) || t.shape.contains(&0) {
                     return Err(Error::shape(name, format!("{:?}", t.shape), want));
                 }
                 if t.factor_dtype().is_none() {
@@ -168,7 +262,8 @@ impl AdapterParts {
                     return Err(Error::non_finite(name));
                 }
             }
-            if m.a.shape[0] != m.rank || m.b.shape[1] != m.rank {
+            let (in_a, in_b) = if m.kind == ModuleKind::Experts { (1, 2) } else { (0, 1) };
+            if m.a.shape[in_a] != m.rank || m.b.shape[in_b] != m.rank {
                 let got = format!("{:?} and {:?}", m.a.shape, m.b.shape);
                 let want = format!("({0}, in_features) and (out_features, {0})", m.rank);
                 return Err(Error::shape(format!("{a}, {b}"), got, want));

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
 use super::json::{StringMap, show, show_list};
+use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
-use super::{AdapterParts, Loaded, ModuleParts, atomic, check_factors, source};
+use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, source};
 use crate::error::{Error, Result};
 
 /// The header's `format`.
@@ -88,6 +89,15 @@ fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
     container::lay_out(&metadata, tensors, file)
 }
 
+pub(super) fn knows(source: &Source) -> bool {
+    matches!(&source.content, Content::Safetensors(container) if is_ours(container))
+}
+
+pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
+    let Content::Safetensors(container) = source.content else { return Err(source.unknown()) };
+    from_container(container, &source.file, opts.strict)
+}
+
 /// True for a file that says it is ours, whatever its version.
 pub(super) fn is_ours(container: &Container) -> bool {
     container.metadata.get("format").is_some_and(|f| f == FORMAT)
@@ -142,7 +152,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, notes: Vec::new() })
+    Ok(Loaded { format: "safetensors", parts, unused, ..Loaded::default() })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<()> {
@@ -178,5 +188,5 @@ fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str)
         );
         return Err(Error::format(file, reason));
     }
-    Ok(ModuleParts { path, alpha, rank, use_rslora, a, b })
+    Ok(ModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora, a, b })
 }

@@ -2,22 +2,87 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::container;
+use super::LoadOptions;
+use super::container::{self, Container};
 use super::json::MAX_TEXT;
+use super::limits::Limits;
 use super::tensor::Bytes;
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
 
-/// Largest file that is copied to memory; a larger one can be mapped.
-const MAX_COPY: u64 = 64 << 30;
-
 const PICKLE: &str = "a pickle: loading one runs whatever code it carries, so it is never opened here; if you trust \
                       it, read it with torch.load(path, weights_only=True) and save it with safetensors.torch.save_file";
 
+/// A file or directory that was opened and is not yet understood.
+pub(crate) struct Source {
+    pub path: PathBuf,
+    /// The name that errors carry.
+    pub file: String,
+    pub content: Content,
+}
+
+/// What lies at a path.
+pub(crate) enum Content {
+    Directory,
+    Safetensors(Container),
+    /// Any other file.
+    Other(Bytes),
+}
+
+impl Source {
+    /// Opens a path, and parses the header where it is safetensors.
+    pub fn open(path: &Path, opts: &LoadOptions) -> Result<Self> {
+        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        let file = path.display().to_string();
+        let content = if meta.is_dir() {
+            Content::Directory
+        } else {
+            let bytes = open(path, opts.mmap, &opts.limits)?;
+            if container::looks_like(&bytes) {
+                Content::Safetensors(container::parse_within(&bytes, &file, &opts.limits)?)
+            } else {
+                Content::Other(bytes)
+            }
+        };
+        Ok(Source { path: path.to_owned(), file, content })
+    }
+
+    /// The first bytes; of a directory none.
+    pub fn head(&self) -> &[u8] {
+        match &self.content {
+            Content::Other(bytes) => &bytes[..bytes.len().min(64)],
+            _ => &[],
+        }
+    }
+
+    /// True for a directory that holds a file of this name.
+    pub fn has(&self, name: &str) -> bool {
+        matches!(self.content, Content::Directory) && self.path.join(name).is_file()
+    }
+
+    /// The refusal of what no format knows.
+    pub fn unknown(&self) -> Error {
+        match &self.content {
+            Content::Directory => Error::format(
+                &self.file,
+                "a directory without the files of an adapter (adapter_config.json and its weights)",
+            ),
+            _ => sniff(self.head(), &self.file).err().unwrap_or_else(|| {
+                // Too short or too long a header: the parser of safetensors says which.
+                let Content::Other(bytes) = &self.content else {
+                    return Error::format(&self.file, "no adapter");
+                };
+                let parsed = container::parse(bytes, &self.file).err();
+                parsed.unwrap_or_else(|| Error::format(&self.file, "of no format that is known here"))
+            }),
+        }
+    }
+}
+
 /// Reads or maps a regular file, after a look at its first bytes.
-pub(super) fn open(path: &Path, mmap: bool) -> Result<Bytes> {
+pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
     let at = |e| Error::io(path, e);
     let meta = fs::metadata(path).map_err(at)?;
     let name = path.display();
@@ -27,14 +92,15 @@ pub(super) fn open(path: &Path, mmap: bool) -> Result<Bytes> {
     let mut file = File::open(path).map_err(at)?;
     let mut head = Vec::with_capacity(64);
     (&mut file).take(64).read_to_end(&mut head).map_err(at)?;
-    sniff(&head, &name.to_string())?;
+    refuse_pickled(&head, &name.to_string())?;
     if mmap {
         return Ok(Bytes::from_mapping(Mapping::open(&file).map_err(at)?));
     }
-    if meta.len() > MAX_COPY {
+    if meta.len() > limits.total_bytes {
         let reason = format!(
-            "{} bytes, more than the {MAX_COPY} that are copied to memory; use mmap=True",
-            meta.len()
+            "{} bytes, more than the {} that are copied to memory (limits: total_bytes); use mmap=True",
+            meta.len(),
+            limits.total_bytes
         );
         return Err(Error::format(name, reason));
     }
@@ -96,11 +162,7 @@ pub(super) fn sniff(head: &[u8], file: &str) -> Result<()> {
     if container::looks_like(head) {
         return Ok(());
     }
-    let pickle = head.starts_with(b"PK\x03\x04")
-        || (head.first() == Some(&0x80) && matches!(head.get(1), Some(0..=5)));
-    if pickle {
-        return Err(Error::unsupported(file, PICKLE));
-    }
+    refuse_pickled(head, file)?;
     let other = [
         (&b"GGUF"[..], "a GGUF file, expected safetensors"),
         (b"\x89HDF", "an HDF5 file, expected safetensors"),
@@ -112,6 +174,16 @@ pub(super) fn sniff(head: &[u8], file: &str) -> Result<()> {
         Some((_, what)) => Err(Error::format(file, *what)),
         None => Ok(()),
     }
+}
+
+/// Refuses a pickle, bare or in the zip archive that torch makes of it.
+pub(super) fn refuse_pickled(head: &[u8], file: &str) -> Result<()> {
+    let pickle = head.starts_with(b"PK\x03\x04")
+        || (head.first() == Some(&0x80) && matches!(head.get(1), Some(0..=5)));
+    if pickle && !container::looks_like(head) {
+        return Err(Error::unsupported(file, PICKLE));
+    }
+    Ok(())
 }
 
 /// The refusal of a pickle that is known by its name alone.

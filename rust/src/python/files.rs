@@ -7,6 +7,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::adapter::PyAdapter;
+use super::adapter_file::{LimitsTuple, limits_of, orientation_of};
 use super::array::input;
 use crate::adapter::Adapter;
 use crate::dtype::Dtype;
@@ -21,10 +22,27 @@ fn wrap(loaded: format::Loaded) -> PyResult<Loaded> {
     Ok((PyAdapter::from(Adapter::from_parts(&loaded.parts)?), loaded.unused, loaded.notes))
 }
 
-/// Reads a PEFT directory or a single file: the adapter, the names of unused tensors, and notes.
+/// Every format that is read: name, and what it is known by.
 #[pyfunction]
-pub(super) fn load(py: Python<'_>, path: PathBuf, mmap: bool, strict: bool) -> PyResult<Loaded> {
-    wrap(py.detach(|| format::load(&path, &LoadOptions { mmap, strict }))?)
+pub(super) fn adapter_file_formats() -> Vec<(&'static str, &'static str)> {
+    format::FORMATS.iter().map(|row| (row.name, row.known_by)).collect()
+}
+
+/// Reads any known format: the adapter, the names of unused tensors, and notes.
+#[pyfunction]
+#[pyo3(signature = (path, mmap, strict, limits=None, alpha=None, orientation=None))]
+pub(super) fn load(
+    py: Python<'_>,
+    path: PathBuf,
+    mmap: bool,
+    strict: bool,
+    limits: Option<LimitsTuple>,
+    alpha: Option<f64>,
+    orientation: Option<&str>,
+) -> PyResult<Loaded> {
+    let orientation = orientation_of(orientation)?;
+    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
+    wrap(py.detach(|| format::load(&path, &opts))?)
 }
 
 /// The same from the bytes of a single file.

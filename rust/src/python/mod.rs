@@ -7,6 +7,7 @@ compile_error!(
 
 mod adaptation;
 mod adapter;
+mod adapter_file;
 mod anchor;
 mod array;
 mod bandit;
@@ -41,6 +42,8 @@ mod _core {
     #[pymodule_export]
     use super::adapter::{PyAdapter, PySnapshot};
     #[pymodule_export]
+    use super::adapter_file::PyAdapterFile;
+    #[pymodule_export]
     use super::bandit::{PyBandit, PyChoice, off_policy};
     #[pymodule_export]
     use super::chain::PyChain;
@@ -51,7 +54,9 @@ mod _core {
     #[pymodule_export]
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
-    use super::files::{adapter_from_factors, from_bytes, load, save_peft, save_single, write_file};
+    use super::files::{
+        adapter_file_formats, adapter_from_factors, from_bytes, load, save_peft, save_single, write_file,
+    };
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]

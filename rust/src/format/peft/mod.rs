@@ -7,7 +7,7 @@ mod write;
 
 pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
-pub(super) use read::{from_dir, from_file};
+pub(super) use read::{is_key, knows, read};
 pub(crate) use write::placed;
 pub use write::{PeftOptions, save_peft};
 

@@ -6,14 +6,50 @@ use std::path::Path;
 
 use super::super::container::{self, Container};
 use super::super::json::{show, show_list};
+use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
-use super::super::{AdapterParts, LoadOptions, Loaded, ModuleParts, check_factors, source};
+use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
 use super::config::{self, PeftConfig};
 use super::names::{Key, classify};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
+
+/// A directory with PEFT's files, or the weights file of one.
+pub(crate) fn knows(source: &Source) -> bool {
+    let has_config = || match source::Text::read(&source.path.join(CONFIG_FILE)) {
+        Ok(text) => text.text.contains("\"peft_type\""),
+        Err(_) => true, // its reader says what is wrong with it
+    };
+    match &source.content {
+        Content::Directory => {
+            [WEIGHTS_FILE, PICKLED_WEIGHTS].iter().any(|name| source.has(name))
+                || (source.has(CONFIG_FILE) && has_config())
+                || !hint(&source.path).is_empty()
+        }
+        Content::Safetensors(_) => is_weights_of_dir(&source.path),
+        Content::Other(_) => false,
+    }
+}
+
+/// A name with PEFT's prefix and a mark of one of its factors or variants.
+pub(crate) fn is_key(key: &str) -> bool {
+    key.starts_with(PREFIX) && !matches!(classify(key), Key::Other)
+}
+
+/// Reads what [`knows`] knows.
+pub(crate) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
+    match source.content {
+        Content::Directory => from_dir(&source.path, opts),
+        _ => from_file(&source.path, opts),
+    }
+}
+
+fn is_weights_of_dir(path: &Path) -> bool {
+    path.file_name().is_some_and(|n| n == WEIGHTS_FILE)
+        && path.parent().is_some_and(|dir| dir.join(CONFIG_FILE).is_file())
+}
 
 /// Reads an adapter directory.
 pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
@@ -30,10 +66,10 @@ pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
     // configuration is the same file after the weights were opened.
     for _ in 0..3 {
         let text = source::Text::read(&config)?;
-        let bytes = source::open(&weights, opts.mmap)?;
+        let bytes = source::open(&weights, opts.mmap, &opts.limits)?;
         if text.is_still(&config) {
             let names = [config.display().to_string(), weights.display().to_string()];
-            return build(&text.text, &bytes, [&names[0], &names[1]], opts.strict);
+            return build(&text.text, &bytes, [&names[0], &names[1]], opts);
         }
     }
     Err(Error::format(dir.display(), format!("{CONFIG_FILE} changed while the adapter was being read")))
@@ -45,7 +81,7 @@ pub(crate) fn from_file(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
-    if path.file_name().is_some_and(|n| n == WEIGHTS_FILE) && dir.join(CONFIG_FILE).is_file() {
+    if is_weights_of_dir(path) {
         return from_dir(dir, opts);
     }
     let reason = format!(
@@ -57,7 +93,8 @@ pub(crate) fn from_file(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 
 /// Reads an adapter from the two files' content.
 pub fn from_memory(config: &str, weights: &[u8], strict: bool) -> Result<Loaded> {
-    build(config, &Bytes::from(weights.to_vec()), [CONFIG_FILE, WEIGHTS_FILE], strict)
+    let opts = LoadOptions { strict, ..LoadOptions::default() };
+    build(config, &Bytes::from(weights.to_vec()), [CONFIG_FILE, WEIGHTS_FILE], &opts)
 }
 
 /// A named adapter lies one level below: say so.
@@ -82,7 +119,8 @@ struct Slot {
 #[derive(Default)]
 struct Pair([Option<Slot>; 2]);
 
-fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool) -> Result<Loaded> {
+fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadOptions) -> Result<Loaded> {
+    let strict = opts.strict;
     let config = config::parse(text, config_file)?;
     if strict && !config.unknown.is_empty() {
         let reason = format!(
@@ -92,7 +130,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
         return Err(Error::unsupported(config_file, reason));
     }
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
-    let Container { metadata, tensors } = container::parse(bytes, file)?;
+    let Container { metadata, tensors } = container::parse_within(bytes, file, &opts.limits)?;
     let Sorted { pairs, extra, mut unused } = sort_out(tensors, &config, file)?;
     if strict && !unused.is_empty() {
         let reason =
@@ -110,7 +148,9 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     let prefix = common_prefix(&pairs);
     let mut modules = Vec::with_capacity(pairs.len());
     for (path, pair) in pairs {
-        modules.push(module(path, pair, &config, file)?);
+        let module = module(path, pair, &config, file)?;
+        opts.limits.check_rank(module.rank, &module.path, file)?;
+        modules.push(module);
     }
     unused.extend(config.unknown.iter().map(|k| format!("{CONFIG_FILE}: {k}")));
     let mut header = metadata;
@@ -127,7 +167,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], strict: bool
     parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     parts.check_json(file)?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, notes })
+    Ok(Loaded { format: "peft", parts, unused, notes, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, the others, and which of those nothing uses.
@@ -224,7 +264,8 @@ fn module(path: String, pair: Pair, config: &PeftConfig, file: &str) -> Result<M
         )));
     }
     let alpha = config.alpha_for(&path);
-    Ok(ModuleParts { path, alpha, rank, use_rslora: config.use_rslora, a: a.tensor, b: b.tensor })
+    let (a, b) = (a.tensor, b.tensor);
+    Ok(ModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora: config.use_rslora, a, b })
 }
 
 #[cfg(test)]

@@ -1,0 +1,37 @@
+"""How much a file may ask for before it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from microlora._checks import integer
+
+__all__ = ["Limits"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what is read; every reader checks them before it takes memory.
+
+    Attributes:
+        header_bytes: Bytes of a header (of safetensors its JSON, of GGUF all before the data).
+        tensors: Tensors in one file.
+        total_bytes: Bytes of one file that is copied to memory; a larger one can be mapped.
+        rank: Rank of one module.
+
+    Raises:
+        ConfigError: names the field.
+    """
+
+    header_bytes: int = 100_000_000
+    tensors: int = 1 << 20
+    total_bytes: int = 64 << 30
+    rank: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("header_bytes", "tensors", "total_bytes", "rank"):
+            object.__setattr__(self, name, integer(f"limits.{name}", getattr(self, name), 1, 2**63 - 1))
+
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """The fields in the order that the core takes."""
+        return self.header_bytes, self.tensors, self.total_bytes, self.rank

@@ -1,0 +1,85 @@
+//! Every format of adapter files, one row each: what it is known by, and who reads it.
+
+use super::json::show;
+use super::source::{Content, Source};
+use super::{LoadOptions, Loaded, peft, single};
+use crate::error::{Error, Result};
+
+/// One format.
+pub struct Row {
+    /// Public name.
+    pub name: &'static str,
+    /// What it is known by, in words.
+    pub known_by: &'static str,
+    /// Whether the content is of this format by its first bytes, its files or its header.
+    knows: fn(&Source) -> bool,
+    /// For styles that share the safetensors container: whether a tensor's name is of this style.
+    is_key: Option<fn(&str) -> bool>,
+    read: fn(Source, &LoadOptions) -> Result<Loaded>,
+}
+
+/// All formats. A new one is one file and one row here.
+pub static FORMATS: [Row; 2] = [
+    Row {
+        name: "safetensors",
+        known_by: "safetensors with `format` = `microlora` in its header",
+        knows: single::knows,
+        is_key: None,
+        read: single::read,
+    },
+    Row {
+        name: "peft",
+        known_by: "a directory with adapter_config.json (`peft_type`) and adapter_model.safetensors, or the latter",
+        knows: peft::knows,
+        is_key: Some(peft::is_key),
+        read: peft::read,
+    },
+];
+
+/// Finds the one row that knows the source.
+///
+/// # Errors
+/// None does, or keys of two styles are mixed.
+pub(super) fn row_of(source: &Source) -> Result<&'static Row> {
+    if let Some(row) = FORMATS.iter().find(|row| (row.knows)(source)) {
+        return Ok(row);
+    }
+    let file = source.file.as_str();
+    let Content::Safetensors(container) = &source.content else {
+        return Err(source.unknown());
+    };
+    let first = |row: &Row| {
+        container.tensors.iter().map(|t| t.name.as_str()).find(|k| row.is_key.is_some_and(|is| is(k)))
+    };
+    let found: Vec<(&Row, &str)> = FORMATS.iter().filter_map(|row| Some((row, first(row)?))).collect();
+    match found[..] {
+        [(row, _)] => Ok(row),
+        [] => {
+            let first = container.tensors.first().map(|t| format!(" (the first is {})", show(&t.name)));
+            let reason = format!(
+                "safetensors, but no tensor has a name of a style that is known here{}; of a PEFT adapter pass the \
+                 directory with its adapter_config.json, which has the scaling",
+                first.unwrap_or_default()
+            );
+            Err(Error::format(file, reason))
+        }
+        [(a, key_a), (b, key_b), ..] => Err(Error::format(
+            file,
+            format!(
+                "ambiguous style: {} is of {}, {} of {}; split the file, or rename the keys of one style",
+                show(key_a),
+                a.name,
+                show(key_b),
+                b.name
+            ),
+        )),
+    }
+}
+
+/// Reads with the row that knows the source.
+pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
+    let row = row_of(&source)?;
+    let mut loaded = (row.read)(source, opts)?;
+    loaded.format = row.name;
+    Ok(loaded)
+}

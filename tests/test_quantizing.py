@@ -1,4 +1,4 @@
-"""Quantised adapters from Python: types, fallbacks, errors against dense twins, budgets, profiles, reports."""
+"""Quantised adapters: types, fallbacks, errors against dense twins, budgets, profiles, reports."""
 
 import json
 
@@ -144,7 +144,7 @@ def test_other_bad_input():
     with pytest.raises(DTypeError, match="is quantised already"):
         ml.quantize(ml.quantize(value, "q8_0").adapter, "q8_0")
     huge = ml.Adapter.from_factors({"m": (np.full((1, 32), 1e9, "f4"), np.ones((32, 1), "f4"))}, alpha=1)
-    with pytest.raises(NonFiniteError, match="module m, lora_a: .*too large for a q8_0 scale"):
+    with pytest.raises(NonFiniteError, match=r"module m, lora_a: .*too large for a q8_0 scale"):
         ml.quantize(huge, "q8_0")
     with pytest.raises(NonFiniteError, match="module m, lora_a: holds numbers too large for f16"):
         ml.quantize(huge, "f16")
@@ -197,7 +197,9 @@ def test_one_calibration_for_all_modules_of_a_width():
 def test_bad_calibration():
     value = adapter()
     x = normal(rng(7), 10, 512)
-    with pytest.raises(ShapeError, match=r"calibration, module m1: got shape \(10, 512\), expected \(n, 256\)"):
+    with pytest.raises(
+        ShapeError, match=r"calibration, module m1: got shape \(10, 512\), expected \(n, 256\)"
+    ):
         ml.quantize(value, "q8_0", calibration=x)
     with pytest.raises(ConfigError, match="calibration: got module 'm9'"):
         ml.quantize(value, "q8_0", calibration={"m9": x})
@@ -243,7 +245,7 @@ def test_smaller_errors_take_more_bytes():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_budget_is_near_the_best_of_all_choices(seed):
-    """Against every combination of options: never smaller, and within a step of one module of the smallest."""
+    """Against every combination of options: never smaller, and never much larger than the smallest."""
     r = rng(seed)
     value = adapter(((256, 512), (512, 32), (96, 256)), rank=4, seed=seed, size=float(r.uniform(0.2, 2)))
     modules = [Measured.of(value, name, None) for name in value.modules()]
@@ -274,7 +276,9 @@ def test_options_beat_one_another_in_one_way():
 
 def test_a_budget_that_nothing_keeps_names_the_best():
     value = adapter()
-    with pytest.raises(ConfigError, match=r"target_error: got 1e-06, expected at least (\S+), the delta") as e:
+    with pytest.raises(
+        ConfigError, match=r"target_error: got 1e-06, expected at least (\S+), the delta"
+    ) as e:
         ml.quantize(value, target_error=1e-6)
     best = float(str(e.value).split("at least ")[1].split(",")[0])
     assert ml.quantize(value, target_error=1.01 * best).report.delta_error <= 1.01 * best
@@ -318,7 +322,9 @@ def test_profiles(names, recipe, figures):
     profile = ml.quantization_profile(*names)
     assert profile.recipe == recipe
     assert (profile.quality_threshold, profile.size_reduction, profile.inference_speed_gain) == figures
-    assert bool(profile.device) == (names[1].lower() in ("mobile", "desktop") or names[0] == "workflow-builder")
+    assert bool(profile.device) == (
+        names[1].lower() in ("mobile", "desktop") or names[0] == "workflow-builder"
+    )
     report = ml.quantize(adapter(), profile).report
     assert report.recipe == recipe
     assert {m.types for m in report.modules} == {tuple(profile.types)}
@@ -329,7 +335,7 @@ def test_profiles(names, recipe, figures):
 
 def test_profile_names_that_are_none():
     for bad in (("", "mobile"), ("poet", 3), (None, "mobile")):
-        with pytest.raises(ConfigError, match="adapter_type|device"):
+        with pytest.raises(ConfigError, match=r"adapter_type|device"):
             ml.quantization_profile(*bad)
 
 

@@ -1,8 +1,9 @@
 """What other numbers in the factors change: norms out of Grams, never a dense weight change.
 
 With ``D = s A^T B``, A (r, in), B (r, out), and stored factors ``A + dA``, ``B + dB``, the change is
-``s [A; dA]^T K [B; dB]`` with ``K = [[0, I], [I, I]]``. Its squared norm under second moments ``G`` of the inputs
-is ``s^2 tr(P K Q K)`` with ``P = [A; dA] G [A; dA]^T`` and ``Q = [B; dB] [B; dB]^T``: matrices of twice the rank.
+``s [A; dA]^T K [B; dB]`` with ``K = [[0, I], [I, I]]``. Its squared norm under second moments ``G`` of the
+inputs is ``s^2 tr(P K Q K)`` with ``P = [A; dA] G [A; dA]^T`` and ``Q = [B; dB] [B; dB]^T``: matrices of
+twice the rank.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 
 from microlora._checks import real, wrong
-from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.gram import Gram
 from microlora.merging.parents import Source, as_adapter
@@ -51,13 +50,14 @@ def quantize(
 
     Args:
         adapter: An :class:`Adapter`, a :class:`MicroLoRA` or the path of a file.
-        type: ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"``, ``"f16"``, ``"bf16"`` or
-            ``"f32"`` for all factors; ``"q4_k_m"``: A in q4_k, B in q6_k; ``{"lora_a": name, "lora_b": name}``;
-            ``{module: any of these}`` with ``"*"`` for the others; or a :class:`QuantizationProfile`.
+        type: For all factors ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"``,
+            ``"f16"``, ``"bf16"`` or ``"f32"``; ``"q4_k_m"``: A in q4_k, B in q6_k;
+            ``{"lora_a": name, "lora_b": name}``; ``{module: any of these}`` with ``"*"`` for the others; or a
+            :class:`QuantizationProfile`.
         calibration: Inputs (n, in_features) that every module reads, or ``{module: inputs or Gram}``: the
             report then has the error of outputs on them.
-        target_error: Instead of a type: the smallest types whose relative error, over all modules together, is
-            at most this. Of outputs where there is calibration, else of weight changes.
+        target_error: Instead of a type: the smallest types whose relative error, over all modules together,
+            is at most this. Of outputs where there is calibration, else of weight changes.
         progress: Called with ``(done, total, what)`` between modules.
         cancel: A token looked at between modules.
 
@@ -65,8 +65,8 @@ def quantize(
         The quantised adapter and a :class:`QuantizationReport`.
 
     Raises:
-        ConfigError: Neither or both of type and target_error, unknown names, or a target that no types reach
-            (the message has the least error that some do).
+        ConfigError: Neither or both of type and target_error, unknown names, or a target that no types
+            reach (the message has the least error that some do).
         NonFiniteError: Numbers that a type cannot hold, or NaN or infinity in the calibration.
         ShapeError: Calibration of another width.
         DTypeError: Calibration that is not floating point, or no adapter.
@@ -142,4 +142,3 @@ def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
         bytes_before=before,
         bytes_after=after,
     )
-

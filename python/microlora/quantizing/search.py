@@ -72,8 +72,8 @@ def smallest(
 ) -> Found:
     """Types that keep the relative error of the whole at or below ``target`` in few bytes.
 
-    From the smallest types of every module, the step that takes off most squared error per byte is taken until
-    the target holds; then modules go back to smaller types where it still does.
+    From the smallest types of every module, the step that takes off most squared error per byte is taken
+    until the target holds; then modules go back to smaller types where it still does.
 
     Raises:
         ConfigError: No types reach the target.
@@ -111,8 +111,8 @@ def smallest(
     if total() > limit:
         best = math.sqrt(total())
         raise ConfigError(
-            f"target_error: got {target:g}, expected at least {best:.3g}, the {measure} error of the best types "
-            "that these widths permit"
+            f"target_error: got {target:g}, expected at least {best:.3g}, the {measure} error of the best "
+            "types that these widths permit"
         )
     _give_back(tables, at, limit)
     types = {m.name: table[i].types for m, table, i in zip(modules, tables, at, strict=True)}

@@ -45,8 +45,8 @@ def quantize(
 ) -> Quantization:
     """The adapter with its factors in blocks of few bits, which run as they are.
 
-    Blocks lie along in_features of A and along out_features of B; the bytes of each are llama.cpp's. A type
-    whose blocks are longer than a width divides gives way to ``q8_0``, and that to 16 bits: the report says so.
+    Blocks lie along in_features of A and along out_features of B; the bytes of each are llama.cpp's. Where a
+    width is not whole blocks, the type gives way to ``q8_0`` and that to 16 bits; the report says so.
 
     Args:
         adapter: An :class:`Adapter`, a :class:`MicroLoRA` or the path of a file.
@@ -133,8 +133,8 @@ def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
         rank=shapes[0][0],
         in_features=shapes[0][1],
         out_features=shapes[1][1],
-        asked=None if wanted is None else tuple(wanted),
-        types=tuple(types),
+        asked=None if wanted is None else (wanted.lora_a, wanted.lora_b),
+        types=(types.lora_a, types.lora_b),
         delta_error=relative(delta),
         delta_norm=delta[1],
         output_error=None if output is None else relative(output),

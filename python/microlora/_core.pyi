@@ -19,6 +19,7 @@ from microlora.progress import CancelToken, Progress
 __all__ = [
     "AdaptationResult",
     "Adapter",
+    "AdapterFile",
     "Bandit",
     "Chain",
     "Choice",
@@ -40,6 +41,7 @@ __all__ = [
     "SwapHandle",
     "Target",
     "__version__",
+    "adapter_file_formats",
     "adapter_from_factors",
     "available_isas",
     "block_types",

@@ -188,8 +188,8 @@ def quant_block(data: dict[str, Any]) -> str:
     """What every type costs the adapters of the continual-learning benchmark, and what was asked for."""
     where, seeds = data["environment"], data["seeds"]
     parts = [
-        f"Adapters of rank 8 for digits turned by 90 degrees (accuracy {data['accuracy']:.3f} in float32), mean "
-        f"over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}; the change of accuracy with its standard deviation)."
+        f"Adapters of rank 8 for digits turned by 90 degrees (accuracy {data['accuracy']:.3f} in float32), "
+        f"mean over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]}), with the standard deviation of changes."
     ]
     for group in data["groups"]:
         parts += [f"{group['title']}:", table(data["head"], group["rows"])]

@@ -55,10 +55,8 @@ def test_every_row(bench, name):
         assert not line["fell_back"]
         assert line["memory"][1] <= line["memory"][0]
     if row.group == AS_IT_IS:
-        assert ("layers.0" in line["fell_back"]) == row.kind.startswith("q") and row.kind not in (
-            "q8_0",
-            "q4_0",
-        )
+        assert ("layers.0" in line["fell_back"]) == (row.kind in {"q6_k", "q4_k", "q4_k_m"})
+        assert "layers.2" in line["fell_back"]
     if row.group == SEARCHED:
         assert line["output_error"] <= row.target_error
     if row.error is not None:

@@ -99,6 +99,23 @@ def test_widths_that_are_no_whole_blocks_fall_back():
     assert kept.delta_error == 0.0
 
 
+def test_blocks_of_b_along_the_rank():
+    value = adapter(((256, 96), (256, 10)), rank=32)
+    made, report = ml.quantize(value, "q4_k", b_along_rank=True, calibration=normal(rng(1), 20, 256))
+    assert [m.types for m in report.modules] == [("q4_k", "q8_0")] * 2
+    for m in report.modules:
+        whole, off = change(value, made, m.name)
+        assert m.delta_error == pytest.approx(np.linalg.norm(off) / np.linalg.norm(whole), rel=1e-6)
+        b = stored(value.lora_b(m.name), "q8_0", Name(m.name, "lora_b"))
+        np.testing.assert_array_equal(made.dequantize().lora_b(m.name), b)
+    small = ml.quantize(adapter(rank=8), "q8_0", b_along_rank=True).report
+    assert {m.types for m in small.modules} == {("q8_0", "f16")}
+    found = ml.quantize(value, target_error=0.05, b_along_rank=True).report
+    assert found.delta_error == pytest.approx(found.reached_error, rel=1e-9)
+    with pytest.raises(ConfigError, match="b_along_rank: got 1"):
+        ml.quantize(value, "q8_0", b_along_rank=1)
+
+
 @given(st.sampled_from([*BLOCK_TYPES, "f16", "f32"]), st.integers(1, 2048), st.sampled_from(["f32", "bf16"]))
 def test_fitting_always_fits(name, width, dtype):
     got = fitting(name, width, dtype)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from microlora._checks import real, wrong
+from microlora._checks import flag, real, wrong
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.gram import Gram
 from microlora.merging.parents import Source, as_adapter
@@ -40,6 +40,7 @@ def quantize(
     *,
     calibration: Calibration | None = None,
     target_error: float | None = None,
+    b_along_rank: bool = False,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
 ) -> Quantization:
@@ -58,6 +59,8 @@ def quantize(
             report then has the error of outputs on them.
         target_error: Instead of a type: the smallest types whose relative error, over all modules together,
             is at most this. Of outputs where there is calibration, else of weight changes.
+        b_along_rank: Lay the blocks of B along the rank, as GGUF files have them: then it is the rank that
+            must be whole blocks.
         progress: Called with ``(done, total, what)`` between modules.
         cancel: A token looked at between modules.
 
@@ -78,8 +81,9 @@ def quantize(
     if (type is None) == (target_error is None):
         got = "neither" if type is None else "both"
         raise ConfigError(f"type, target_error: got {got}, expected one of them")
+    turned = flag("b_along_rank", b_along_rank)
     moments = inputs_of(calibration, value.dims)
-    modules = [Measured.of(value, name, moments.get(name)) for name in value.modules()]
+    modules = [Measured.of(value, name, moments.get(name), b_along_rank=turned) for name in value.modules()]
     wanted: dict[str, Pair] | None = None
     facts: dict[str, Any] = {}
     if target_error is not None:
@@ -105,7 +109,7 @@ def quantize(
         rows.append(_row(module, None if wanted is None else wanted[module.name], types[module.name]))
         if progress is not None:
             progress(i + 1, len(modules), f"quantised {module.name}")
-    made = QuantizedAdapter.from_adapter(value, types)
+    made = QuantizedAdapter.from_adapter(value, types, b_along_rank=turned)
     report = QuantizationReport(
         recipe=recipe,
         modules=tuple(rows),
@@ -117,22 +121,21 @@ def quantize(
 
 
 def _fitted(module: Measured, pair: Pair) -> Pair:
-    widths = (module.a.shape[1], module.b.shape[1])
+    widths = [shape[1] for shape in module.shapes]
     return Pair(*(fitting(t, w, d) for t, w, d in zip(pair, widths, module.dtypes, strict=True)))
 
 
 def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
     delta, output = module.delta(types), module.output(types)
-    shapes = (module.a.shape, module.b.shape)
     before, after = (
-        sum(size_of(kind, shape) for kind, shape in zip(kinds, shapes, strict=True))
+        sum(size_of(kind, shape) for kind, shape in zip(kinds, module.shapes, strict=True))
         for kinds in (module.dtypes, types)
     )
     return QuantizedModule(
         name=module.name,
-        rank=shapes[0][0],
-        in_features=shapes[0][1],
-        out_features=shapes[1][1],
+        rank=len(module.a),
+        in_features=module.a.shape[1],
+        out_features=module.b.shape[1],
         asked=None if wanted is None else (wanted.lora_a, wanted.lora_b),
         types=(types.lora_a, types.lora_b),
         delta_error=relative(delta),

@@ -53,11 +53,12 @@ def weights(modules: Sequence[Measured]) -> tuple[list[float], str]:
 def options(module: Measured, weight: float) -> list[Option]:
     """Every pair of types that nothing beats in both size and error, smallest first."""
     found = []
-    for kind_a in candidates(module.a.shape[1], module.dtypes.lora_a):
-        for kind_b in candidates(module.b.shape[1], module.dtypes.lora_b):
+    shape_a, shape_b = module.shapes
+    for kind_a in candidates(shape_a[1], module.dtypes.lora_a):
+        for kind_b in candidates(shape_b[1], module.dtypes.lora_b):
             types = Pair(kind_a, kind_b)
             error = relative(module.output(types) or module.delta(types))
-            size = size_of(kind_a, module.a.shape) + size_of(kind_b, module.b.shape)
+            size = size_of(kind_a, shape_a) + size_of(kind_b, shape_b)
             found.append(Option(types, size, weight * error * error))
     found.sort(key=lambda o: (o.bytes, o.cost))
     kept: list[Option] = []

@@ -141,7 +141,7 @@ def candidates(width: int, dtype: str) -> list[str]:
 
 
 def size_of(kind: str, shape: tuple[int, int]) -> int:
-    """Bytes of a (rank, width) factor as it is stored, without padding."""
+    """Bytes of a (rows, width) factor as it is stored, without padding."""
     rows, width = shape
     if kind in PLAIN:
         return PLAIN[kind] * rows * width
@@ -160,7 +160,7 @@ class Name:
 
 
 def stored(x: Floats, kind: str, name: Name) -> Floats:
-    """The numbers that come back when ``x`` (rank, width) is stored as ``kind``.
+    """The numbers that come back when ``x`` (rows, width) is stored as ``kind``.
 
     Raises:
         NonFiniteError: Numbers too large for the type.

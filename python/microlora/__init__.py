@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.quantized import QuantizedAdapter
     from microlora.quantizing import (
         Quantization,
         QuantizationProfile,
@@ -108,6 +109,7 @@ __all__ = [
     "Quantization",
     "QuantizationProfile",
     "QuantizationReport",
+    "QuantizedAdapter",
     "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
@@ -173,6 +175,7 @@ _ROOMS = {
         "merge",
         "resize",
     ),
+    "quantized": ("QuantizedAdapter",),
     "quantizing": (
         "Quantization",
         "QuantizationProfile",

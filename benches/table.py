@@ -21,11 +21,11 @@ from report import Report, machine  # noqa: E402
 from rows import (  # noqa: E402
     files,
     fusing,
-    gguf,
     hot_swap,
     learning,
     merging,
     quantized,
+    quantizing,
     read_path,
     science,
     sona,
@@ -47,7 +47,18 @@ def main() -> int:
     report = Report()
     facts: dict[str, Any] = machine()
     print("  ".join(f"{k}: {v}" for k, v in facts.items()), flush=True)
-    sections = (read_path, quantized, hot_swap, learning, sona, training, merging, fusing, files, gguf)
+    sections = (
+        read_path,
+        quantized,
+        quantizing,
+        hot_swap,
+        learning,
+        sona,
+        training,
+        merging,
+        fusing,
+        files,
+    )
     for section in (*sections, science, startup):
         section.run(report, clock, smoke=args.smoke)
     print(report.text())

@@ -1720,6 +1720,34 @@ def unfuse_model(
         OSError: The system refused. Nothing is left behind in any error.
     """
 
+def block_types() -> list[tuple[str, int, int, int]]:
+    """(name, number in ggml, numbers per block, bytes per block) of every block type, most exact first."""
+
+def quantize_blocks(x: ArrayLike, type: str) -> bytes:
+    """Quantises along the rows; the bytes are those that llama.cpp writes.
+
+    Args:
+        x: Floating point (rows, cols), cols a multiple of the block's length; read as float32.
+        type: ``q8_0``, ``q6_k``, ``q5_k``, ``q4_k``, ``q4_1`` or ``q4_0``.
+
+    Returns:
+        The blocks of the rows, one row after the other.
+
+    Raises:
+        ConfigError: Another type.
+        ShapeError: Not two dimensions, or rows that are not whole blocks.
+        NonFiniteError: NaN or infinity, or numbers too large for the f16 scale of their block.
+    """
+
+def dequantize_blocks(data: bytes, type: str, rows: int, cols: int) -> NDArray[np.float32]:
+    """The numbers of quantised rows, float32 (rows, cols).
+
+    Raises:
+        ConfigError: An unknown type.
+        ShapeError: Rows that are not whole blocks, or another number of bytes.
+        NonFiniteError: A scale that is infinite or NaN.
+    """
+
 def isa() -> str:
     """The instruction set that adapters made now use: ``scalar``, ``avx2`` or ``avx512``.
 

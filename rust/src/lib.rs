@@ -22,6 +22,7 @@ pub mod merge;
 pub mod micro_lora;
 pub mod parallel;
 pub mod probe;
+pub mod quant;
 pub mod replay;
 pub mod rng;
 pub mod snapshot;

@@ -25,6 +25,7 @@ mod long;
 mod machine;
 mod merge;
 mod micro_lora;
+mod quant;
 mod replay_memory;
 mod sona;
 mod step;
@@ -69,6 +70,8 @@ mod _core {
     use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::quant::{block_types, dequantize_blocks, quantize_blocks};
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]

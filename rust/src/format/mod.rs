@@ -5,6 +5,7 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+pub mod gguf;
 pub(crate) mod json;
 mod limits;
 mod pattern;

@@ -20,6 +20,7 @@ mod extract;
 mod feedback;
 mod files;
 mod fuse;
+mod gguf;
 mod handle;
 mod long;
 mod machine;
@@ -59,6 +60,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};
+    #[pymodule_export]
+    use super::gguf::{gguf_interleaves, gguf_keep_names, gguf_translate, save_gguf};
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]

@@ -50,6 +50,9 @@ __all__ = [
     "extract_from_files",
     "from_bytes",
     "fuse_model",
+    "gguf_interleaves",
+    "gguf_keep_names",
+    "gguf_translate",
     "isa",
     "list_tensors",
     "load",
@@ -64,6 +67,7 @@ __all__ = [
     "probe_swap",
     "resize",
     "save_peft",
+    "save_gguf",
     "save_single",
     "set_num_threads",
     "sona_config",
@@ -1702,6 +1706,38 @@ def fuse_model(
         FormatError: A broken file.
         CancelledError: The token was set.
         OSError: The system refused. Nothing is left behind in any error.
+    """
+
+def gguf_interleaves(architecture: str) -> bool | None:
+    """Whether llama.cpp interleaves the rows of q and k of an architecture; None where that is not known."""
+
+def gguf_translate(file: AdapterFile, places: Mapping[str, tuple[str, int | None]]) -> AdapterFile:
+    """The file with the model's names and row order: ``places`` maps a module to its path and its heads.
+
+    Raises:
+        FormatError: A module without a place, or two at one.
+        ShapeError: Heads that do not divide the rows.
+    """
+
+def gguf_keep_names(file: AdapterFile) -> AdapterFile:
+    """The file with llama.cpp's names and row order, as they are."""
+
+def save_gguf(
+    file: AdapterFile,
+    path: str | PathLike[str],
+    architecture: str,
+    targets: Mapping[str, tuple[str, int | None]],
+    dtype: str,
+    tokens: Sequence[int] | None,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> list[str]:
+    """Writes the modules that have a target (base tensor, heads) as a GGUF adapter; returns notes.
+
+    Raises:
+        ConfigError: An unknown dtype, a name that ggml does not hold, no modules.
+        NonFiniteError: A number that the dtype cannot hold.
+        OSError: The system refused; an older file is left whole.
     """
 
 def unfuse_model(

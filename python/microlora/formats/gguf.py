@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from microlora.formats.convert import Options
     from microlora.formats.file import AdapterFile, FileModule
 
-__all__ = ["losses", "named", "write"]
+__all__ = ["DTYPES", "has_own_names", "losses", "named", "write"]
+
+DTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
 
 ARCHITECTURE = "general.architecture"
 TOKENS = "adapter.alora.invocation_tokens"
 # Kinds that the format has room for.
 _HELD = ("row_order", "embedding", "experts", "alora", "linear")
+
+
+def has_own_names(file: _core.AdapterFile) -> bool:
+    """Whether modules have llama.cpp's names."""
+    return ARCHITECTURE in file.header
 
 
 def named(
@@ -37,9 +44,9 @@ def named(
         raise ConfigError(f"names: got {names!r}, expected 'gguf' or None")
     if base_config is None and names is None:
         return file
-    if file.format != "gguf":
+    if not has_own_names(file):
         which = "names" if base_config is None else "base_config"
-        raise ConfigError(f"{which}: got one for a {file.format} file, expected none (it has the model's names)")
+        raise ConfigError(f"{which}: got one for a {file.format or 'built'} file, expected none (names are not llama.cpp's)")
     if base_config is None:
         return _core.gguf_keep_names(file)
     if names is not None:
@@ -90,8 +97,6 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
     architecture = file.header.get(ARCHITECTURE)
     if options.base_config is not None:
         base = Base.from_config(options.base_config)
-        if architecture is not None:
-            raise ConfigError("base_config: got one for llama.cpp's names, expected none (or read the file with it)")
         architecture, targets = base.architecture, _targets(file, modules, base)
     elif architecture is not None:
         targets = {m.path: Place((f"{m.path}.weight", None)) for m in modules}

@@ -6,6 +6,7 @@ a name is asked for; which architectures store q and k in another order is the c
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class _NameMap(Protocol):
 def _names(architecture: str, blocks: int) -> _NameMap:
     """The package's map from names of every framework to tensors of one architecture."""
     try:
-        import gguf
+        gguf: Any = importlib.import_module("gguf")
     except ImportError as e:
         raise MissingExtraError("GGUF names need the gguf package: pip install 'microlora[gguf]'") from e
     arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -174,7 +175,7 @@ class Base:
         return Place((f"{found[1]}.weight", self._rotated(found[1])))
 
     def module(self, name: str) -> Place | None:
-        """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None where none is known."""
+        """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None where there is none."""
         names = _names(self.architecture, self.blocks).mapping
         if name not in names or names[name][1] != name:
             return None
@@ -241,4 +242,8 @@ def _split(name: str) -> bool:
 
 
 def _is_transformers(key: str) -> bool:
-    return key.startswith("model.") and not key.startswith(("model.layers.layers.", "model.transformer."))
+    return key == "model.embed_tokens" or (
+        key.startswith("model.layers.")
+        and not key.startswith("model.layers.layers.")
+        and (".self_attn." in key or ".mlp." in key)
+    )

@@ -31,7 +31,9 @@ pub(crate) fn from_bytes(bytes: &Bytes, file: &str, opts: &LoadOptions) -> Resul
     let alpha = match reader.get(ALPHA) {
         None => 0.0,
         Some(Value::F32(alpha)) if alpha.is_finite() => f64::from(*alpha),
-        Some(Value::F32(alpha)) => return Err(wrong(format!("{ALPHA}: got {alpha}, expected a finite number"))),
+        Some(Value::F32(alpha)) => {
+            return Err(wrong(format!("{ALPHA}: got {alpha}, expected a finite number")));
+        }
         Some(v) => {
             let reason =
                 format!("{ALPHA}: of type {}, expected f32 exactly (llama.cpp ends on any other)", v.kind());
@@ -152,7 +154,8 @@ impl Tensors<'_> {
                 }
             };
             let Some(path) = base.strip_suffix(".weight").filter(|p| !p.is_empty()) else {
-                let reason = format!("tensor {}: expected <base tensor>.weight before its suffix", show(&info.name));
+                let reason =
+                    format!("tensor {}: expected <base tensor>.weight before its suffix", show(&info.name));
                 return Err(Error::format(self.file, reason));
             };
             let at = *places.entry(path.to_owned()).or_insert_with(|| {
@@ -259,7 +262,8 @@ impl Tensors<'_> {
     }
 
     fn data(&self, info: &Info) -> Result<Bytes> {
-        let outside = || Error::format(self.file, format!("tensor {}: outside of the file", show(&info.name)));
+        let outside =
+            || Error::format(self.file, format!("tensor {}: outside of the file", show(&info.name)));
         self.bytes.slice(info.span.clone()).ok_or_else(outside)
     }
 
@@ -272,7 +276,8 @@ impl Tensors<'_> {
             shape.insert(0, 1); // ggml drops outer dimensions of 1
         }
         if shape.len() > 3 {
-            let reason = format!("tensor {}: shape {shape:?}, expected two or three dimensions", show(&info.name));
+            let reason =
+                format!("tensor {}: shape {shape:?}, expected two or three dimensions", show(&info.name));
             return Err(Error::format(self.file, reason));
         }
         let name = format!("{path}.{name}");
@@ -312,7 +317,8 @@ pub(super) fn transposed(t: &Tensor) -> Result<Tensor> {
     let mut data = vec![0; t.data.len()];
     for r in 0..rows {
         for c in 0..columns {
-            data[(c * rows + r) * size..][..size].copy_from_slice(&t.data[(r * columns + c) * size..][..size]);
+            data[(c * rows + r) * size..][..size]
+                .copy_from_slice(&t.data[(r * columns + c) * size..][..size]);
         }
     }
     Tensor::new(t.name.clone(), t.dtype, vec![columns, rows], data)
@@ -328,7 +334,8 @@ pub type Place = (String, Option<usize>);
 pub fn translate(mut loaded: Loaded, places: &BTreeMap<String, Place>, file: &str) -> Result<Loaded> {
     for m in &mut loaded.parts.modules {
         let Some((path, heads)) = places.get(&m.path) else {
-            let reason = format!("module {}: no module of the base (base_config) has that tensor", show(&m.path));
+            let reason =
+                format!("module {}: no module of the base (base_config) has that tensor", show(&m.path));
             return Err(Error::format(file, reason));
         };
         if let Some(heads) = heads {

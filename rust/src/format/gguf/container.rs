@@ -242,7 +242,10 @@ impl<'a> Reader<'a> {
         };
         let row = shape[shape.len() - 1];
         if !row.is_multiple_of(elements) {
-            return bad(self, format!("rows of {row} numbers are no whole blocks of {elements} ({})", type_name(kind)));
+            return bad(
+                self,
+                format!("rows of {row} numbers are no whole blocks of {elements} ({})", type_name(kind)),
+            );
         }
         let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
         let Some(bytes) = count.and_then(|n| (n / elements).checked_mul(size)) else {

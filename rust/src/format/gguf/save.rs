@@ -218,7 +218,9 @@ impl<'a> Notes<'a> {
         if !self.folded.is_empty() {
             let how = if self.rounded { "rounded to the nearest f32" } else { "exactly" };
             let names = show_list(&self.folded);
-            texts.push(format!("one alpha per file: other scalings were folded into lora_b ({how}) of {names}"));
+            texts.push(format!(
+                "one alpha per file: other scalings were folded into lora_b ({how}) of {names}"
+            ));
         }
         if !self.alphas.is_empty() {
             let names: Vec<&str> = self.alphas.into_iter().collect();

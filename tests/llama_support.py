@@ -1,4 +1,4 @@
-"""llama.cpp in this process, through the C functions that the package xllamacpp exports; base models for it."""
+"""llama.cpp in this process, through the C functions that xllamacpp exports, and base models for it."""
 
 import ctypes
 import importlib.util
@@ -66,9 +66,7 @@ class Llama:
         # What llama.cpp says goes into messages of failed tests, not to the terminal.
         self._callback = _LOG(lambda level, text, data: self.log.append(text.decode(errors="replace")))
         self.lib.llama_log_set(self._callback, None)
-        model = self.lib.llama_model_load_from_file(
-            os.fsencode(path), self.lib.llama_model_default_params()
-        )
+        model = self.lib.llama_model_load_from_file(os.fsencode(path), self.lib.llama_model_default_params())
         assert model, "".join(self.log[-20:])
         self.model = ctypes.c_void_p(model)
         settings = self.lib.llama_context_default_params()
@@ -130,8 +128,8 @@ def rms(a, b):
     return math.sqrt(float(np.mean((a - b) ** 2)))
 
 
-def copy_as_f32(source, target, changed=None, keep=lambda name: True):
-    """A GGUF model with every tensor in F32; ``changed`` maps names to other weights (numpy, outermost first)."""
+def copy_as_f32(source, target):
+    """A GGUF model with every tensor in F32."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -142,10 +140,8 @@ def copy_as_f32(source, target, changed=None, keep=lambda name: True):
         kind = field.types[0]
         sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub)
-    for tensor in filter(lambda t: keep(t.name), reader.tensors):
-        values = (changed or {}).get(tensor.name)
-        if values is None:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         values = np.ascontiguousarray(values, np.float32).reshape(tuple(tensor.shape[::-1]))
         writer.add_tensor(tensor.name, values)
     writer.write_header_to_file()

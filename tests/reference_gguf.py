@@ -52,7 +52,9 @@ def keys(architecture="llama", *, alpha=8.0, general="adapter", kind="lora", tok
 
 def rows(modules, extra=None):
     """Tensor rows of {base tensor: (A, B)}; None leaves a factor out."""
-    found = {f"{n}.weight.lora_{s}": t for n, pair in modules.items() for s, t in zip("ab", pair, strict=True)}
+    found = {
+        f"{n}.weight.lora_{s}": t for n, pair in modules.items() for s, t in zip("ab", pair, strict=True)
+    }
     found |= extra or {}
     return [
         (name, tuple(reversed(t.shape)), TYPES[t.dtype], t.tobytes())
@@ -61,7 +63,9 @@ def rows(modules, extra=None):
 
 
 def adapter_file(architecture, modules, *, extra=None, **settings):
-    modules = {n: tuple(None if t is None else np.asarray(t, np.float32) for t in p) for n, p in modules.items()}
+    modules = {
+        n: tuple(None if t is None else np.asarray(t, np.float32) for t in p) for n, p in modules.items()
+    }
     return encode(keys(architecture, **settings), rows(modules, extra))
 
 

@@ -1,4 +1,4 @@
-"""GGUF adapters in llama.cpp itself, beside transformers with the deltas merged into its weights in float32."""
+"""GGUF adapters in llama.cpp itself, beside transformers with the deltas merged into its float32 weights."""
 
 import ctypes
 import os
@@ -15,6 +15,7 @@ import llama_support as llama
 import microlora as ml
 from microlora import _core
 from microlora.exceptions import FormatError, UnsupportedVariantError
+from microlora.formats import architectures
 from reference_gguf import adapter_file, interleaved
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
@@ -105,9 +106,12 @@ def smollm2():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    inner = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+    inner = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
     state = {}
     for tensor in gguf.GGUFReader(path).tensors:
         name = tensor.name.removesuffix(".weight")
@@ -132,7 +136,11 @@ def case(smollm2):
     deltas = {p: (ALPHA / RANK) * (b @ a) for p, (a, b) in parts.items()}
     with llama.Llama(path) as running:
         yield Case(
-            running, parts, hf_logprobs(model, TOKENS), hf_logprobs(model, TOKENS, deltas), running.logprobs(TOKENS)
+            running,
+            parts,
+            hf_logprobs(model, TOKENS),
+            hf_logprobs(model, TOKENS, deltas),
+            running.logprobs(TOKENS),
         )
 
 
@@ -158,9 +166,9 @@ def test_seven_modules_of_several_blocks(case, tmp_path):
 def test_without_the_permutation_the_answers_are_wrong(case, tmp_path):
     path = tmp_path / "wrong.gguf"
     file = ml.AdapterFile.from_adapter(adapter(case.parts))
-    base = ml.formats.architectures.Base.from_config(SMOLLM2)
+    base = architectures.Base.from_config(SMOLLM2)
     targets = {m.path: (base.tensor(m.path)[0], None) for m in file.modules}
-    _core.save_gguf(file, path, "llama", targets, "f32", None, None, None)
+    _core.save_gguf(file, path, "llama", targets, "f32", None, None, None, None)
     assert case.of(path) > 0.1
 
 
@@ -258,15 +266,22 @@ def tiny(architecture, tied=False):
     pytest.importorskip("gguf", reason="gguf is not installed: make test-interop")
     torch.manual_seed(5)
     if architecture == "gemma3":
-        kind, config = transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig(
-            **TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=64
+        kind, config = (
+            transformers.Gemma3ForCausalLM,
+            transformers.Gemma3TextConfig(**TINY, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
         )
     elif architecture == "phi3":
-        kind, config = transformers.Phi3ForCausalLM, transformers.Phi3Config(
-            **TINY, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=64
+        kind, config = (
+            transformers.Phi3ForCausalLM,
+            transformers.Phi3Config(
+                **TINY, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=64
+            ),
         )
     else:
-        kind, config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**TINY, tie_word_embeddings=tied)
+        kind, config = (
+            transformers.LlamaForCausalLM,
+            transformers.LlamaConfig(**TINY, tie_word_embeddings=tied),
+        )
     model = kind(config).eval()
     for name, weight in model.named_parameters():
         spread = 0.2 if "norm" not in name else 0.05
@@ -425,8 +440,7 @@ def test_llama_ends_on_an_embedding_adapter_of_a_tied_base(tmp_path):
     file, _, _ = embedding_file(np.random.default_rng(4), 96, 64)
     path, _ = converted(tmp_path, file, config | {"tie_word_embeddings": False})
     program = (
-        "import sys, llama_support as s\n"
-        "with s.Llama(sys.argv[1]) as m: m.logprobs([1, 2, 3], sys.argv[2])\n"
+        "import sys, llama_support as s\nwith s.Llama(sys.argv[1]) as m: m.logprobs([1, 2, 3], sys.argv[2])\n"
     )
     command = [sys.executable, "-c", program, tmp_path / "base.gguf", path]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -52,6 +52,7 @@ __all__ = [
     "extract_from_files",
     "from_bytes",
     "fuse_model",
+    "gguf_alpha",
     "gguf_interleaves",
     "gguf_keep_names",
     "gguf_translate",
@@ -68,8 +69,8 @@ __all__ = [
     "probe_read_gbps",
     "probe_swap",
     "resize",
-    "save_peft",
     "save_gguf",
+    "save_peft",
     "save_single",
     "set_num_threads",
     "sona_config",
@@ -1719,6 +1720,13 @@ def fuse_model(
 def gguf_interleaves(architecture: str) -> bool | None:
     """Whether llama.cpp interleaves the rows of q and k of an architecture; None where that is not known."""
 
+def gguf_alpha(file: AdapterFile, modules: Sequence[str]) -> float:
+    """The one alpha that a file of these modules gets; other scalings are folded into B.
+
+    Raises:
+        ConfigError: An alpha that no float32 holds.
+    """
+
 def gguf_translate(file: AdapterFile, places: Mapping[str, tuple[str, int | None]]) -> AdapterFile:
     """The file with the model's names and row order: ``places`` maps a module to its path and its heads.
 
@@ -1737,10 +1745,13 @@ def save_gguf(
     targets: Mapping[str, tuple[str, int | None]],
     dtype: str,
     tokens: Sequence[int] | None,
+    config_json: str | None,
     progress: Progress | None,
     cancel: CancelToken | None,
 ) -> list[str]:
     """Writes the modules that have a target (base tensor, heads) as a GGUF adapter; returns notes.
+
+    ``config_json`` are our settings, as the weights in the file will be.
 
     Raises:
         ConfigError: An unknown dtype, a name that ggml does not hold, no modules.

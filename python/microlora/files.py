@@ -88,8 +88,8 @@ def load(
         limits: What the file may ask for; by default :class:`microlora.Limits`.
         alpha: Scaling numerator, for formats that carry none.
         orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
-        base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives the
-            model's own module names and row order back (needs the gguf package).
+        base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
+            the model's own module names and row order back (needs the gguf package).
         names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
 
     Returns:

@@ -1,7 +1,7 @@
 """Base models as GGUF knows them: architecture, tensor names and head counts, from a ``config.json``.
 
-The names of tensors come from the ``gguf`` package (``pip install 'microlora[gguf]'``), which is imported when
-a name is asked for; which architectures store q and k in another order is the core's table.
+The names of tensors come from the ``gguf`` package (``pip install 'microlora[gguf]'``), imported when a name
+is asked for; which architectures store q and k in another order is the core's table.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Base:
         """Reads a ``config.json``.
 
         Raises:
-            ConfigError: A model type that is not in :data:`FAMILIES`, or a number that is missing or no number.
+            ConfigError: A model type that is not in :data:`FAMILIES`, or a number that is none.
         """
         kind = config.get("model_type")
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -175,7 +175,7 @@ class Base:
         return Place((f"{found[1]}.weight", self._rotated(found[1])))
 
     def module(self, name: str) -> Place | None:
-        """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None where there is none."""
+        """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None if none."""
         names = _names(self.architecture, self.blocks).mapping
         if name not in names or names[name][1] != name:
             return None
@@ -201,7 +201,7 @@ class Base:
         if want is None or (want[0] in (0, inputs) and want[1] in (0, outputs)):
             return
         raise ShapeError(
-            f"{path}: got (in, out) ({inputs}, {outputs}), expected {want} for {tensor} of the base (base_config)"
+            f"{path}: got (in, out) ({inputs}, {outputs}), expected {want} for {tensor} of base_config"
         )
 
     def _shapes(self) -> dict[str, tuple[int, int]]:

@@ -193,4 +193,3 @@ def read_source(
     if isinstance(src, Adapter):
         return AdapterFile.from_adapter(src)
     return AdapterFile.read(src, alpha=alpha, orientation=orientation)
-

@@ -100,8 +100,8 @@ class AdapterFile(_core.AdapterFile):
             alpha: Scaling numerator, for formats that carry none.
             orientation: ``"rank_first"`` (A (rank, in), as PEFT) or ``"rank_last"`` (A (in, rank), as MLX),
                 for flat files whose shapes do not say.
-            base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
-                the model's own module names and row order back (needs the gguf package).
+            base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which
+                gives the model's own module names and row order back (needs the gguf package).
             names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
 
         Raises:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora.config import LoraConfig
 from microlora.exceptions import ConfigError, FormatError, UnsupportedVariantError
 from microlora.formats.architectures import Base, Place
 
 if TYPE_CHECKING:
-    from microlora.formats.convert import Options
+    from microlora.formats.conversion import Options
     from microlora.formats.file import AdapterFile, FileModule
 
 __all__ = ["DTYPES", "has_own_names", "losses", "named", "write"]
@@ -46,7 +47,9 @@ def named(
         return file
     if not has_own_names(file):
         which = "names" if base_config is None else "base_config"
-        raise ConfigError(f"{which}: got one for a {file.format or 'built'} file, expected none (names are not llama.cpp's)")
+        raise ConfigError(
+            f"{which}: got one for a {file.format or 'built'} file, expected none (names are not llama.cpp's)"
+        )
     if base_config is None:
         return _core.gguf_keep_names(file)
     if names is not None:
@@ -66,7 +69,9 @@ def named(
     return _core.gguf_translate(file, places)
 
 
-def _sizes(kind: str, shape_a: list[int] | tuple[int, ...], shape_b: list[int] | tuple[int, ...]) -> tuple[int, int]:
+def _sizes(
+    kind: str, shape_a: list[int] | tuple[int, ...], shape_b: list[int] | tuple[int, ...]
+) -> tuple[int, int]:
     """In and out of a module from the shapes of its factors."""
     at = 2 if kind == "experts" else 1
     return shape_a[at], shape_b[at - 1]
@@ -90,7 +95,7 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
     Raises:
         ConfigError: No base_config, or one of a model type without a row.
         FormatError: A module that the base has no tensor for.
-        UnsupportedVariantError: An output layer that is the embedding of its base, an embedding of such a base.
+        UnsupportedVariantError: A layer of a base whose output layer is its embedding.
         ShapeError: A module that does not fit the base's tensor.
     """
     modules = [m for m in file.modules if m.kind in _HELD]
@@ -102,15 +107,17 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
         targets = {m.path: Place((f"{m.path}.weight", None)) for m in modules}
     else:
         raise ConfigError(
-            "base_config: got None, expected the base model's config.json: GGUF needs its architecture and heads"
+            "base_config: got None, expected the base's config.json: GGUF needs its architecture and heads"
         )
+    dtype = options.dtype or "auto"
     return _core.save_gguf(
         file,
         os.fspath(path),
         architecture,
         targets,
-        options.dtype or "auto",
+        dtype,
         _tokens(file),
+        _config(file, modules, dtype),
         options.progress,
         options.cancel,
     )
@@ -122,8 +129,8 @@ def _targets(file: AdapterFile, modules: list[FileModule], base: Base) -> dict[s
         place = base.tensor(m.path)
         if place is None:
             raise FormatError(
-                f"{file.file}: module {m.path!r} is none of {base.family.model_type} with {base.blocks} blocks "
-                "(base_config), expected paths such as 'model.layers.0.self_attn.o_proj'"
+                f"{file.file}: module {m.path!r} is none of {base.family.model_type} with {base.blocks} "
+                "blocks (base_config), expected paths such as 'model.layers.0.self_attn.o_proj'"
             )
         if base.tied and place[0] in ("output.weight", "token_embd.weight"):
             raise UnsupportedVariantError(
@@ -134,6 +141,19 @@ def _targets(file: AdapterFile, modules: list[FileModule], base: Base) -> dict[s
         base.check_shape(m.path, place[0], inputs, outputs)
         targets[m.path] = place
     return targets
+
+
+def _config(file: AdapterFile, modules: list[FileModule], dtype: str) -> str | None:
+    """Our settings, as the weights will be: with the one alpha of the file, and its dtype."""
+    if file.config_json is None:
+        return None
+    alpha = _core.gguf_alpha(file, [m.path for m in modules])
+    changes: dict[str, Any] = {"dtype": dtype} if dtype in ("f32", "f16", "bf16") else {}
+    if any((m.alpha, m.use_rslora) != (alpha, False) for m in modules):
+        changes |= {"alpha": alpha, "use_rslora": False, "module_alphas": {}}
+    if not changes:
+        return file.config_json
+    return LoraConfig.from_json(file.config_json).replace(**changes).to_json()
 
 
 def _tokens(file: AdapterFile) -> list[int] | None:

@@ -105,7 +105,9 @@ def asked(value: object, modules: Iterable[str]) -> dict[str, Pair]:
     for key in value:
         if key != "*" and key not in names:
             hint = near(key, names) if isinstance(key, str) else ""
-            raise ConfigError(f"type: got module {key!r}, expected '*' or one of {', '.join(names[:9])}{hint}")
+            raise ConfigError(
+                f"type: got module {key!r}, expected '*' or one of {', '.join(names[:9])}{hint}"
+            )
     out = {}
     for name in names:
         if name not in value and "*" not in value:

@@ -20,7 +20,7 @@ use crate::error::Result;
 
 pub use adapter::{Place, ROW_ORDER, keep_names, translate};
 pub use encode::Encoding;
-pub use save::{GgufOptions, Target, save};
+pub use save::{GgufOptions, Target, common_alpha, save};
 
 pub(super) fn knows(source: &Source) -> bool {
     source.head().starts_with(container::MAGIC)

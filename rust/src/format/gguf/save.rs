@@ -45,13 +45,12 @@ pub fn save(
     tick: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Vec<String>> {
     parts.check()?;
-    let modules: Vec<(&ModuleParts, &Target)> =
-        parts.modules.iter().filter_map(|m| Some((m, opts.targets.get(&m.path)?))).collect();
+    let modules = placed(parts, opts.targets);
     if modules.is_empty() {
         return Err(Error::config("adapter", "no modules", "at least one for a GGUF file"));
     }
     check_names(&modules)?;
-    let alpha = common_alpha(&modules)?;
+    let alpha = common_alpha(modules.iter().map(|(m, _)| *m))?;
     let mut notes = Notes::default();
     let mut tensors = Vec::with_capacity(2 * modules.len());
     for (done, (m, target)) in modules.iter().enumerate() {
@@ -117,15 +116,26 @@ fn check_names(modules: &[(&ModuleParts, &Target)]) -> Result<()> {
     Ok(())
 }
 
+/// Modules that have a place, with it.
+fn placed<'a>(
+    parts: &'a AdapterParts,
+    targets: &'a BTreeMap<String, Target>,
+) -> Vec<(&'a ModuleParts, &'a Target)> {
+    parts.modules.iter().filter_map(|m| Some((m, targets.get(&m.path)?))).collect()
+}
+
 /// What alpha would be if the scaling were alpha / rank.
 fn alpha_of(m: &ModuleParts) -> f64 {
     if m.use_rslora { m.alpha * (m.rank as f64).sqrt() } else { m.alpha }
 }
 
 /// The one alpha of the file, before it is rounded: the most frequent. Zero would be read as a scaling of one.
-fn common_alpha(modules: &[(&ModuleParts, &Target)]) -> Result<f64> {
+///
+/// # Errors
+/// An alpha that no f32 holds.
+pub fn common_alpha<'a>(modules: impl Iterator<Item = &'a ModuleParts>) -> Result<f64> {
     let mut counts: Vec<(f64, usize)> = Vec::new();
-    for (m, _) in modules {
+    for m in modules {
         let alpha = alpha_of(m);
         if !(alpha as f32).is_finite() {
             return Err(Error::config(format!("{}.alpha", m.path), m.alpha, "a number that an f32 holds"));

@@ -178,7 +178,7 @@ soak: $(BUILT) ## Two million events over 64 adapters: is memory flat, how slow 
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science science-learning science-merging science-bandit docs clean
+.PHONY: science science-learning science-merging science-quant science-bandit docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
@@ -202,6 +202,15 @@ science-merging: $(BUILT) $(ORACLE)/.ready ## Merge adapters in every way, here 
 	@$(RUN_ORACLE) -m merging.table docs/data/merging.jsonl --json docs/data/merging.json
 	@$(RUN_ORACLE) -m merging.picture docs/data/merging.jsonl docs/merging.svg
 	@$(RUN_ORACLE) -m merging.personas --out docs/data/merging_personas.jsonl
+	@$(PY) docs/build.py
+
+science-quant: export PYTHONPATH := benches/science
+science-quant: export OPENBLAS_NUM_THREADS := 1
+science-quant: $(BUILT) $(VENV)/.extra-science ## Quantise the adapters of the continual-learning benchmark, for docs/quantization.md
+	@mkdir -p docs/data
+	@$(PY) -m quant.run --out docs/data/quant.jsonl
+	@$(PY) -m quant.profiles --out docs/data/quant_profiles.jsonl
+	@$(PY) -m quant.table docs/data/quant.jsonl --profiles docs/data/quant_profiles.jsonl --json docs/data/quant.json
 	@$(PY) docs/build.py
 
 science-bandit: export PYTHONPATH := benches/science

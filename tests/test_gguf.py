@@ -185,10 +185,28 @@ def test_blocks_are_those_of_the_codecs(tmp_path, names, dtype):
     assert "f16" in done.notes[0]
     assert "lora_b" in done.notes[0]
     raw = _core.quantize_blocks(a, dtype)
-    back = ml.load(path, names="gguf")
+    running = ml.load(path, names="gguf")
+    assert isinstance(running, ml.QuantizedAdapter)
+    assert running.types("blk.1.ffn_up") == (dtype, "f16")
+    back = running.dequantize()
+    assert ml.AdapterFile.read(path, names="gguf").adapter() == back
     np.testing.assert_array_equal(
         back.factors("blk.1.ffn_up")[0], _core.dequantize_blocks(raw, dtype, 4, 512)
     )
+
+
+def test_blocks_of_b_run_in_the_model_s_order(tmp_path, names):
+    parts = factors(rank=32)
+    path, done = convert(adapter(parts), tmp_path, dtype="q8_0")
+    assert all(UP in note or DOWN in note or not note for note in done.notes)
+    running = ml.load(path, base_config=LLAMA)
+    assert isinstance(running, ml.QuantizedAdapter)
+    assert running.types(Q) == ("q8_0", "q8_0")
+    x = np.random.default_rng(2).standard_normal((3, 32)).astype(np.float32)
+    for p in (Q, K):
+        a, b = parts[p]
+        want = 0.25 * x @ a.T @ b.T
+        assert np.abs(running.forward(x, p) - want).max() < 0.03 * np.abs(want).max()
 
 
 def test_scalings_that_differ_are_folded(tmp_path, names):

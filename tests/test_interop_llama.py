@@ -243,7 +243,8 @@ def test_both_factors_in_blocks(case, smollm2, tmp_path, dtype):
     parts = factors(np.random.default_rng(3), {"model.layers.3.mlp.down_proj": (1536, 576)}, 256, 0.01)
     path, done = converted(tmp_path, adapter(parts, 256.0), dtype=dtype)
     assert not done.notes
-    read = ml.load(path, base_config=SMOLLM2)  # the numbers that the blocks stand for
+    # The numbers that the blocks stand for.
+    read = ml.AdapterFile.read(path, base_config=SMOLLM2).adapter()
     deltas = {p: read.info(p).scaling * (read.factors(p)[1] @ read.factors(p)[0]) for p in read.modules()}
     merged = hf_logprobs(smollm2[0], TOKENS, deltas)
     # llama.cpp rounds activations to 8 bits where it multiplies with blocks.

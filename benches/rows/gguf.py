@@ -93,7 +93,7 @@ def script(source: Path, target: Path, config: dict[str, Any], dtype: str) -> No
 
 def distance(ours: Path, theirs: Path) -> float:
     """Largest relative difference of the numbers of the two files."""
-    first, second = (ml.load(path, names="gguf") for path in (ours, theirs))
+    first, second = (ml.AdapterFile.read(path, names="gguf").adapter() for path in (ours, theirs))
     worst = 0.0
     for module in first.modules():
         for a, b in zip(first.factors(module), second.factors(module), strict=True):

@@ -17,6 +17,7 @@ pub mod journal;
 pub mod kernels;
 pub mod layer;
 pub mod learn;
+pub mod low_rank;
 pub mod mapping;
 pub mod merge;
 pub mod micro_lora;

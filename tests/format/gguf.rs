@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use microlora::Error;
 use microlora::format::gguf::{self, Encoding, GgufOptions, ROW_ORDER, Target, save_gguf};
 use microlora::format::{
-    AdapterParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Tensor, TensorDtype, load, read,
+    AdapterParts, Along, FactorParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Tensor,
+    TensorDtype, load, read,
 };
 use proptest::prelude::*;
 
@@ -148,16 +149,18 @@ fn blocks_are_read_and_rows_that_are_none_fall_back() {
         let (loaded, notes) = written(vec![m], dtype).unwrap();
         let got = &loaded.parts.modules[0];
         assert_eq!((got.a.dtype, got.b.dtype), (F32, TensorDtype::F16), "{dtype}");
-        assert!(
-            loaded.notes.iter().any(|n| n.contains(dtype) && n.contains("expanded")),
-            "{:?}",
-            loaded.notes
-        );
+        assert!(loaded.notes.iter().any(|n| n.contains(dtype) && n.contains("blocks")), "{:?}", loaded.notes);
         assert!(notes[0].contains("lora_b") && !notes[0].contains("lora_a"), "{notes:?}");
         let near = |t: &Tensor| {
             t.data.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect::<Vec<_>>()
         };
         let want = near(&tensor("x", F32, &[2, 512], 3));
+        let quantized = loaded.quantized.unwrap();
+        assert!(
+            matches!(&quantized[0].a, FactorParts::Blocks { kind, along: Along::Features, rows: 2, cols: 512, .. }
+            if kind.as_str() == dtype)
+        );
+        assert!(matches!(&quantized[0].b, FactorParts::Plain(t) if t.dtype == TensorDtype::F16));
         assert!(near(&got.a).iter().zip(&want).all(|(a, b)| (a - b).abs() < 3.0), "{dtype}");
     }
 }
@@ -177,6 +180,24 @@ fn rows_are_reordered_and_put_back() {
     let wrong = |heads| BTreeMap::from([("blk.0.attn_q".to_owned(), ("q".to_owned(), Some(heads)))]);
     assert!(matches!(gguf::translate(loaded.clone(), &wrong(3), "f"), Err(Error::Shape { .. })));
     assert!(matches!(gguf::translate(loaded, &BTreeMap::new(), "f"), Err(Error::Format { .. })));
+}
+
+#[test]
+fn rows_of_blocks_move_whole() {
+    let mut m = module("q", 32, 6.0);
+    m.b = tensor("q.lora_b", F32, &[8, 32], 5);
+    let parts = AdapterParts { modules: vec![m], ..AdapterParts::default() };
+    let targets = BTreeMap::from([("q".to_owned(), target("blk.0.attn_q.weight", Some(2)))]);
+    let (loaded, _) = written_as(&parts, &targets, "q8_0").unwrap();
+    let places = BTreeMap::from([("blk.0.attn_q".to_owned(), ("q".to_owned(), Some(2)))]);
+    let back = gguf::translate(loaded, &places, "f").unwrap();
+    let quantized = back.quantized.unwrap();
+    assert_eq!(quantized[0].path, "q");
+    let FactorParts::Blocks { rows: 8, along: Along::Rank, data, .. } = &quantized[0].b else { panic!() };
+    // Rows in blocks, in the model's order: the same as its rows put into blocks.
+    let (plain, _) = written(parts.modules, "q8_0").unwrap();
+    let FactorParts::Blocks { data: want, .. } = &plain.quantized.unwrap()[0].b else { panic!() };
+    assert_eq!(data, want);
 }
 
 #[test]

@@ -67,7 +67,6 @@ class QuantizationReport(Table):
         reached_error: What was kept, or None where nothing was to be.
         measure: What the two are an error of: ``output``, ``delta`` or ``output and delta``; None without.
         quality_threshold: Least quality of the profile, or None.
-        notes: What concerns all modules.
     """
 
     _document: ClassVar[str] = "quantization report"
@@ -81,7 +80,6 @@ class QuantizationReport(Table):
     reached_error: float | None = None
     measure: str | None = None
     quality_threshold: float | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def delta_error(self) -> float:
@@ -154,7 +152,7 @@ class QuantizationReport(Table):
             lines.append(f"quality wanted {self.quality_threshold:g}, measured {self.quality:.4f}: {verdict}")
         if any(m.fell_back for m in self.modules):
             lines.append("* the width is not whole blocks of the type asked for, so another one was taken")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(lines)
 
 
 def _together(rows: list[tuple[float, float]]) -> float:

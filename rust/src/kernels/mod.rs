@@ -18,6 +18,8 @@ mod fused;
 mod geometry;
 mod outer;
 mod probe;
+mod quant;
+mod quant_blocks;
 mod scalar;
 mod select;
 mod single;
@@ -34,6 +36,7 @@ mod avx512;
 pub use elementwise::AdamStep;
 pub use fused::{Product, Weight};
 pub use geometry::Geometry;
+pub use quant::{Anatomy, Packed, ROWS as QUANT_ROWS};
 pub use select::Election;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
@@ -125,6 +128,7 @@ pub struct Kernels {
     products_of_rows: ProductsOfRows,
     mix_rows: MixRows,
     select: select::Select,
+    quant: [quant::OverBlocks; 6],
     probe_read: unsafe fn(&[f32]) -> f32,
     probe_fma: unsafe fn(usize, f32) -> f64,
 }

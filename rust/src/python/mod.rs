@@ -27,6 +27,7 @@ mod machine;
 mod merge;
 mod micro_lora;
 mod quant;
+mod quantized;
 mod replay_memory;
 mod sona;
 mod step;
@@ -75,6 +76,8 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::quant::{block_types, dequantize_blocks, quantize_blocks};
+    #[pymodule_export]
+    use super::quantized::{PyQuantizedAdapter, gguf_adapter, load_any};
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]

@@ -3,7 +3,10 @@
 //! One file per type, one row each in [`BLOCKS`]. Arithmetic is f32 in element order without contraction, as in
 //! a build of ggml that has no FMA: the searches then take the same steps and give the same bytes.
 
+mod adapter;
 mod blocks;
+mod layer;
+mod matrix;
 mod min_scale;
 mod q4_0;
 mod q4_1;
@@ -13,7 +16,10 @@ mod q6_k;
 mod q8_0;
 pub mod types;
 
+pub use adapter::{QuantAdapter, SideTypes};
 pub use blocks::{check_blocks, check_finite, dequantize_rows, quantize_rows};
+pub use layer::{QuantLayer, Side, SideType};
+pub use matrix::QuantMatrix;
 pub use min_scale::{pack_scales, unpack_scales};
 pub use types::{BLOCKS, BlockRow, BlockType};
 

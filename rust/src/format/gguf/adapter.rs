@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::super::json::{StringMap, show};
 use super::super::tensor::{Bytes, Tensor, TensorDtype};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors};
+use super::super::{Along, FactorParts, QuantModuleParts};
 use super::container::{self, BF16_TYPE, F16_TYPE, F32_TYPE, Info, Reader, Value};
 use super::order::{self, Towards};
 use crate::error::{Error, Result};
@@ -17,6 +18,7 @@ pub(super) const ALPHA: &str = "adapter.lora.alpha";
 pub(super) const TOKENS: &str = "adapter.alora.invocation_tokens";
 /// Texts that are kept and mean nothing to the numbers.
 pub(super) const TEXTS: [&str; 2] = ["adapter.lora.task_name", "adapter.lora.prompt_prefix"];
+const THEIR_NAMES: &str = "module names are llama.cpp's; base_config= gives the model's own";
 const EMBEDDING: &str = "token_embd";
 
 /// Reads an adapter; names and row order are those of llama.cpp.
@@ -63,7 +65,9 @@ pub(crate) fn from_bytes(bytes: &Bytes, file: &str, opts: &LoadOptions) -> Resul
     let mut tensors = Tensors { bytes, file, opts, expanded: BTreeMap::new() };
     tensors.modules(reader.infos()?, alpha, &mut loaded)?;
     for (kind, count) in tensors.expanded {
-        loaded.notes.push(format!("{count} {kind} tensors were expanded to f32"));
+        loaded.notes.push(format!(
+            "{count} tensors in blocks of {kind}, run as they are and expanded to f32 elsewhere"
+        ));
     }
     let rotated = loaded.parts.modules.iter().find(|m| order::is_rotated(&m.path));
     match (rotated, order::interleaves(&architecture)) {
@@ -76,7 +80,7 @@ pub(crate) fn from_bytes(bytes: &Bytes, file: &str, opts: &LoadOptions) -> Resul
                 show(&architecture)
             ),
         }),
-        _ => loaded.notes.push("module names are llama.cpp's; base_config= gives the model's own".into()),
+        _ => loaded.notes.push(THEIR_NAMES.into()),
     }
     loaded.parts.check_json(file)?;
     loaded.parts.check_names().map_err(|e| wrong(e.to_string()))?;
@@ -135,6 +139,7 @@ struct Tensors<'a> {
 
 impl Tensors<'_> {
     fn modules(&mut self, infos: Vec<Info>, alpha: f64, loaded: &mut Loaded) -> Result<()> {
+        let mut quantized = Vec::new();
         let mut pairs: Vec<(String, Pair)> = Vec::new();
         let mut places: BTreeMap<String, usize> = BTreeMap::new();
         for info in infos {
@@ -165,7 +170,7 @@ impl Tensors<'_> {
             pairs[at].1[side] = Some(info);
         }
         for (path, pair) in pairs {
-            let module = match pair {
+            let (module, blocks) = match pair {
                 [Some(a), Some(b)] => self.module(path, a, b, alpha)?,
                 [a, b] => {
                     let have = a.or(b).map(|info| info.name).unwrap_or_default();
@@ -180,8 +185,15 @@ impl Tensors<'_> {
                     at: module.path.clone(),
                     why: format!("LoRA on {} layers is kept in files and not run here", module.kind.as_str()),
                 });
+            } else {
+                quantized.push(quantised(&module, blocks));
             }
             loaded.parts.modules.push(module);
+        }
+        let has_blocks =
+            |m: &QuantModuleParts| [&m.a, &m.b].into_iter().any(|f| matches!(f, FactorParts::Blocks { .. }));
+        if quantized.iter().any(has_blocks) {
+            loaded.quantized = Some(quantized);
         }
         if loaded.parts.modules.is_empty() {
             return Err(Error::format(self.file, "an adapter without a pair of factors"));
@@ -204,10 +216,11 @@ impl Tensors<'_> {
         Ok(())
     }
 
-    fn module(&mut self, path: String, a: Info, b: Info, alpha: f64) -> Result<ModuleParts> {
+    /// A module with its numbers, and the blocks that its factors lie in.
+    fn module(&mut self, path: String, a: Info, b: Info, alpha: f64) -> Result<(ModuleParts, Blocks)> {
         let names = [a.name.clone(), b.name.clone()];
-        let mut a = self.tensor(a, &path)?;
-        let b = self.tensor(b, &path)?;
+        let (mut a, blocks_a) = self.tensor(a, &path)?;
+        let (b, blocks_b) = self.tensor(b, &path)?;
         let mut kind = ModuleKind::Linear;
         if path == EMBEDDING {
             kind = ModuleKind::Embedding;
@@ -223,7 +236,7 @@ impl Tensors<'_> {
         self.opts.limits.check_rank(rank, &show(&path), self.file)?;
         // Without an alpha llama.cpp scales by one.
         let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
-        Ok(ModuleParts { path, kind, alpha, rank, use_rslora: false, a, b })
+        Ok((ModuleParts { path, kind, alpha, rank, use_rslora: false, a, b }, [blocks_a, blocks_b]))
     }
 
     /// Checks factors of all experts as those of one.
@@ -267,8 +280,8 @@ impl Tensors<'_> {
         self.bytes.slice(info.span.clone()).ok_or_else(outside)
     }
 
-    /// A factor; blocks are expanded to f32, and a vector is a matrix of one row.
-    fn tensor(&mut self, info: Info, path: &str) -> Result<Tensor> {
+    /// A factor; blocks are expanded to f32 beside them, and a vector is a matrix of one row.
+    fn tensor(&mut self, info: Info, path: &str) -> Result<(Tensor, Option<FactorParts>)> {
         let data = self.data(&info)?;
         let name = info.name[info.name.len() - "lora_a".len()..].to_owned();
         let mut shape = info.shape;
@@ -282,7 +295,7 @@ impl Tensors<'_> {
         }
         let name = format!("{path}.{name}");
         if let Some(dtype) = plain(info.kind) {
-            return Tensor::new(name, dtype, shape, data);
+            return Ok((Tensor::new(name, dtype, shape, data)?, None));
         }
         let Some(kind) = BlockType::from_ggml(info.kind) else {
             let reason = format!("tensor {}: type {}", show(&info.name), container::type_name(info.kind));
@@ -294,7 +307,26 @@ impl Tensors<'_> {
             .map_err(|e| Error::format(self.file, e.to_string()))?;
         *self.expanded.entry(kind.as_str()).or_default() += 1;
         let bytes: Vec<u8> = numbers.iter().flat_map(|v| v.to_le_bytes()).collect();
-        Tensor::new(name, TensorDtype::F32, shape, bytes)
+        let along = if name.ends_with("a") { Along::Features } else { Along::Rank };
+        let blocks = FactorParts::Blocks { kind, along, rows, cols: columns, data };
+        Ok((Tensor::new(name, TensorDtype::F32, shape, bytes)?, Some(blocks)))
+    }
+}
+
+/// Blocks of A and of B, where they are in blocks.
+type Blocks = [Option<FactorParts>; 2];
+
+/// The module as it runs without expansion.
+fn quantised(m: &ModuleParts, [a, b]: Blocks) -> QuantModuleParts {
+    let or =
+        |blocks: Option<FactorParts>, t: &Tensor| blocks.unwrap_or_else(|| FactorParts::Plain(t.clone()));
+    QuantModuleParts {
+        path: m.path.clone(),
+        alpha: m.alpha,
+        rank: m.rank,
+        use_rslora: m.use_rslora,
+        a: or(a, &m.a),
+        b: or(b, &m.b),
     }
 }
 
@@ -332,20 +364,25 @@ pub type Place = (String, Option<usize>);
 /// # Errors
 /// A module without a place, heads that do not divide the rows, or two modules at one place.
 pub fn translate(mut loaded: Loaded, places: &BTreeMap<String, Place>, file: &str) -> Result<Loaded> {
+    let place = |path: &str| {
+        let none = || format!("module {}: no module of the base (base_config) has that tensor", show(path));
+        places.get(path).ok_or_else(|| Error::format(file, none()))
+    };
     for m in &mut loaded.parts.modules {
-        let Some((path, heads)) = places.get(&m.path) else {
-            let reason =
-                format!("module {}: no module of the base (base_config) has that tensor", show(&m.path));
-            return Err(Error::format(file, reason));
-        };
-        if let Some(heads) = heads {
-            let row = m.b.data.len() / m.b.shape[0].max(1);
-            let name = format!("{file}: {}.lora_b", m.path);
-            m.b.data = order::reorder(&m.b.data, row, *heads, Towards::Model, &name)?.into();
-        }
+        let (path, heads) = place(&m.path)?;
+        let rows = m.b.shape[m.b.shape.len() - 2];
+        put_back(&mut m.b.data, rows, *heads, &m.path, file)?;
         m.path.clone_from(path);
         m.a.name = format!("{path}.lora_a");
         m.b.name = format!("{path}.lora_b");
+    }
+    for m in loaded.quantized.iter_mut().flatten() {
+        let (path, heads) = place(&m.path)?;
+        match &mut m.b {
+            FactorParts::Plain(t) => put_back(&mut t.data, t.shape[0], *heads, &m.path, file)?,
+            FactorParts::Blocks { rows, data, .. } => put_back(data, *rows, *heads, &m.path, file)?,
+        }
+        m.path.clone_from(path);
     }
     for v in &mut loaded.variants {
         if let Some((path, _)) = places.get(&v.at) {
@@ -353,10 +390,19 @@ pub fn translate(mut loaded: Loaded, places: &BTreeMap<String, Place>, file: &st
         }
     }
     loaded.parts.header.remove(ARCHITECTURE);
-    loaded.notes.retain(|n| !n.starts_with("module names"));
+    loaded.notes.retain(|n| n != THEIR_NAMES);
     loaded.variants.retain(|v| v.kind != ROW_ORDER);
     loaded.parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     Ok(loaded)
+}
+
+/// Puts the rows of a `lora_b` back into the model's order; rows of blocks move whole.
+fn put_back(data: &mut Bytes, rows: usize, heads: Option<usize>, path: &str, file: &str) -> Result<()> {
+    if let Some(heads) = heads {
+        let name = format!("{file}: {path}.lora_b");
+        *data = order::reorder(data, data.len() / rows.max(1), heads, Towards::Model, &name)?.into();
+    }
+    Ok(())
 }
 
 /// Takes llama.cpp's names and order as they are.

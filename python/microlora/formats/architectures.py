@@ -89,10 +89,8 @@ def _names(architecture: str, blocks: int) -> _NameMap:
     return cast(_NameMap, gguf.get_tensor_name_map(arch, blocks))
 
 
-class Place(tuple[str, int | None]):
-    """A tensor or module, and the heads whose rows are stored in another order."""
-
-    __slots__ = ()
+Place = tuple[str, int | None]
+"""A tensor or module, and the heads whose rows are stored in another order."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class Base:
         found = names.get(plain)
         if found is None or (self.family.leaves is _FUSED and _split(found[1])):
             return None
-        return Place((f"{found[1]}.weight", self._rotated(found[1])))
+        return (f"{found[1]}.weight", self._rotated(found[1]))
 
     def module(self, name: str) -> Place | None:
         """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None if none."""
@@ -180,10 +178,10 @@ class Base:
         if name not in names or names[name][1] != name:
             return None
         if name == "output":
-            return Place(("lm_head", None))
+            return ("lm_head", None)
         keys = [k for k, (_, tensor) in names.items() if tensor == name and _is_transformers(k)]
         known = [k for k in keys if k.rsplit(".", 1)[-1] in self.family.leaves]
-        return Place((known[0], self._rotated(name))) if known else None
+        return (known[0], self._rotated(name)) if known else None
 
     def _rotated(self, name: str) -> int | None:
         if _core.gguf_interleaves(self.architecture) is False:

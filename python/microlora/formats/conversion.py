@@ -164,6 +164,8 @@ def convert(
     if names is not None or (config is not None and gguf.has_own_names(file)):
         file = AdapterFile.wrap(gguf.named(file, config, names))
     losses = writer.losses(file, options)
+    if format != "gguf":
+        losses |= gguf.unplaced(file)
     left = {kind: at for kind, at in losses.items() if f"drop:{kind}" not in options.allow}
     if left:
         names = ", ".join(f'"drop:{kind}"' for kind in left)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from microlora.formats.conversion import Options
     from microlora.formats.file import AdapterFile, FileModule
 
-__all__ = ["DTYPES", "has_own_names", "losses", "named", "write"]
+__all__ = ["DTYPES", "has_own_names", "losses", "named", "unplaced", "write"]
 
 DTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
 
@@ -30,6 +30,11 @@ _HELD = ("row_order", "embedding", "experts", "alora", "linear")
 def has_own_names(file: _core.AdapterFile) -> bool:
     """Whether modules have llama.cpp's names."""
     return ARCHITECTURE in file.header
+
+
+def unplaced(file: AdapterFile) -> dict[str, str]:
+    """What every other format loses of a file whose q and k lie in llama.cpp's order."""
+    return {v.kind: f"{v.at}: {v.why}" for v in file.variants if v.kind == "row_order"}
 
 
 def named(
@@ -104,7 +109,7 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
         base = Base.from_config(options.base_config)
         architecture, targets = base.architecture, _targets(file, modules, base)
     elif architecture is not None:
-        targets = {m.path: Place((f"{m.path}.weight", None)) for m in modules}
+        targets = {m.path: (f"{m.path}.weight", None) for m in modules}
     else:
         raise ConfigError(
             "base_config: got None, expected the base's config.json: GGUF needs its architecture and heads"

@@ -21,6 +21,7 @@ from report import Report, machine  # noqa: E402
 from rows import (  # noqa: E402
     files,
     fusing,
+    gguf,
     hot_swap,
     learning,
     merging,
@@ -58,6 +59,7 @@ def main() -> int:
         merging,
         fusing,
         files,
+        gguf,
     )
     for section in (*sections, science, startup):
         section.run(report, clock, smoke=args.smoke)

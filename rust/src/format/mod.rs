@@ -22,7 +22,9 @@ use std::path::Path;
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
-pub use single::{FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes};
+pub use single::{
+    FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
+};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 

@@ -12,7 +12,7 @@ from microlora.adapter import Adapter
 from microlora.formats.limits import Limits
 
 if TYPE_CHECKING:
-    from microlora.formats.convert import Conversion
+    from microlora.formats.conversion import Conversion
     from microlora.progress import CancelToken, Progress
 
 __all__ = ["AdapterFile", "FileModule", "Variant"]
@@ -175,7 +175,7 @@ class AdapterFile(_core.AdapterFile):
             ConfigError: An unknown format, or one that needs more than was given.
             OSError: The system refused; what was at ``dst`` is left whole.
         """
-        from microlora.formats.convert import convert
+        from microlora.formats.conversion import convert
 
         if format is None:
             single = os.fspath(dst).endswith(".safetensors")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import microlora._core as _core
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, NonFiniteError, ShapeError, UnsupportedVariantError
-from microlora.formats.convert import read_source
+from microlora.formats.conversion import read_source
 from microlora.formats.file import AdapterFile, FileModule, PathLike
 
 __all__ = ["convert_to_plain"]

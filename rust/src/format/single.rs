@@ -184,7 +184,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     // What the content shows counts, whatever the header says.
     let shown = peft::variants::of(&parts, file)?;
     variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
-    Ok(Loaded { parts, variants, unused, ..Loaded::default() })
+    Ok(Loaded { format: "safetensors", parts, variants, unused, ..Loaded::default() })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<()> {

@@ -319,6 +319,10 @@ fn number(x: f64) -> Value {
 /// True when `target_modules` names every module. A pattern that only Python can run is trusted as long
 /// as the modules keep their names.
 fn targets(object: &Map<String, Value>, modules: &[(String, &ModuleParts)], renamed: bool) -> Result<bool> {
+    // PEFT ties a head to its embedding without naming it.
+    if !renamed && object.get("ensure_weight_tying").is_some_and(truthy) {
+        return Ok(true);
+    }
     let config = config::parse(&to_sorted_pretty(object), CONFIG_FILE)?;
     Ok(config.targets_all(modules.iter().map(|(p, _)| pattern_path(p))).unwrap_or(!renamed))
 }

@@ -1,7 +1,9 @@
 """Small models of every kind of LoRA that PEFT writes: kept to the bit, loaded again by real PEFT, refused for use."""
 
+import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -358,15 +360,15 @@ def test_experts_come_apart_as_peft_pairs_them(tmp_path, kind):
 # -- relative to a changed base --
 
 
-def prepared(init, net, settings):
+def prepared(init, net, settings, monkeypatch):
     """Statistics that some initialisations need first."""
     if init == "corda":
-        pytest.importorskip("attr")
+        # All that PEFT wants of attrs there is the name of a decorator that dataclasses has too.
+        monkeypatch.setitem(sys.modules, "attr", dataclasses)
         from peft.tuners.lora.corda import preprocess_corda
 
-        config = peft.LoraConfig(
-            **settings, init_lora_weights=init, corda_config=peft.CordaConfig(corda_method="kpm")
-        )
+        corda = sub("CordaConfig")(corda_method="kpm")
+        config = peft.LoraConfig(**settings, init_lora_weights=init, corda_config=corda)
         preprocess_corda(net, config, run_model=lambda: net(tokens()))
         return config
     if init == "lora_ga":
@@ -387,13 +389,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
-def test_adapters_of_a_changed_base_become_plain_as_peft_makes_them(tmp_path, init, settings):
+def test_adapters_of_a_changed_base_become_plain_as_peft_makes_them(tmp_path, monkeypatch, init, settings):
     if init == "lora_ga" and settings == "patterns":
         pytest.skip("PEFT prepares LoRA-GA for one rank")
     torch.manual_seed(0)
     net = Mlp().eval()
     base = {k: v.clone() for k, v in net.state_dict().items()}
-    config = prepared(init, net, {"r": 2, "lora_alpha": 6, **LINEAR, **SETTINGS[settings]})
+    config = prepared(init, net, {"r": 2, "lora_alpha": 6, **LINEAR, **SETTINGS[settings]}, monkeypatch)
     model = peft.get_peft_model(net, config)
     stored = model.peft_config["default"]
     stored.init_lora_weights = True

@@ -81,7 +81,7 @@ def convert_to_plain(
             extra,
             trained.config_json,
             trained.metadata_json,
-            json.dumps(_grown(config, growth)),
+            json.dumps(_grown(config, growth), indent=2, sort_keys=True),
             trained.prefix,
         )
     )

@@ -1,4 +1,4 @@
-"""A PEFT file's whole content: kept, refused, left out by name, written back; experts; adapters made plain again."""
+"""A PEFT file's whole content: kept, refused, left out by name, written back; experts; making plain."""
 
 import json
 import os
@@ -221,7 +221,9 @@ def test_a_destination_is_not_overwritten_unasked(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process")
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    source = folder(tmp_path / "in", {**factors(), "head.weight": normal(rng(), 200, 500)}, modules_to_save=["head"])
+    source = folder(
+        tmp_path / "in", {**factors(), "head.weight": normal(rng(), 200, 500)}, modules_to_save=["head"]
+    )
     shutil.copytree(rich(tmp_path / "old"), tmp_path / "out")
     script = (
         "import resource, signal, sys, microlora as ml\n"
@@ -260,9 +262,7 @@ def test_experts_come_apart_and_are_packed_again(tmp_path):
     assert (m.path, m.rank, m.shape_a, m.shape_b) == ("m.experts", rank, (3, 2, 4), (3, 5, 2))
     got_a, got_b = (np.frombuffer(t, np.float32) for t in apart.factor_bytes(i))
     np.testing.assert_array_equal(got_a.reshape(m.shape_a), a.reshape(experts, rank, 4))
-    np.testing.assert_array_equal(
-        got_b.reshape(m.shape_b), b.reshape(5, rank, experts).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(got_b.reshape(m.shape_b), b.reshape(5, rank, experts).transpose(2, 0, 1))
     apart.save(tmp_path / "out", "peft")
     assert weights(tmp_path / "out") == weights(source)
     apart.save(tmp_path / "one", "safetensors")

@@ -1,4 +1,4 @@
-"""Small models of every kind of LoRA that PEFT writes: kept to the bit, loaded again by real PEFT, refused for use."""
+"""Small models of every kind of LoRA that PEFT writes: kept to the bit, loaded by PEFT, refused for use."""
 
 import dataclasses
 import json

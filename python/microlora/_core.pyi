@@ -514,6 +514,7 @@ class AdapterFile:
             config_json: Settings of ours.
             metadata_json: Metadata of ours.
             peft_config: The text of an adapter_config.json.
+            prefix: PEFT's prefix of keys, where it was repeated.
 
         Raises:
             ShapeError: Byte counts or shapes that do not fit.
@@ -1685,8 +1686,7 @@ def load(
     orientation: str | None = None,
     allow: Sequence[str] | None = None,
 ) -> tuple[Adapter, list[str], list[str]]:
-    """Reads any known format: the adapter without the variants that `allow` drops, the names of unused
-    tensors, and notes.
+    """Reads any known format: the adapter without what `allow` drops, unused tensors, and notes.
 
     Raises:
         FormatError: The file is broken.

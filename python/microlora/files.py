@@ -88,8 +88,8 @@ def load(
         limits: What the file may ask for; by default :class:`microlora.Limits`.
         alpha: Scaling numerator, for formats that carry none.
         orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
-        allow: Variants to leave out, by the names that the refusal lists (``["drop:modules_to_save"]``). What is
-            left is another network than the file's.
+        allow: Variants to leave out, by the names that the refusal lists (``["drop:modules_to_save"]``). What
+            is left is another network than the file's.
 
     Returns:
         The adapter, with the file's dtypes.

@@ -170,7 +170,7 @@ class AdapterFile(_core.AdapterFile):
             cancel: As for :func:`microlora.convert`.
 
         Raises:
-            UnsupportedVariantError: The format cannot hold what the file has; the message has the names to allow.
+            UnsupportedVariantError: The format cannot hold what the file has; the message has the names.
             DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
             ConfigError: An unknown format, or one that needs more than was given.
             OSError: The system refused; what was at ``dst`` is left whole.

@@ -36,8 +36,8 @@ def convert_to_plain(
 
     Such an initialisation takes ``s B0 A0`` out of the base weights, so what was learned is
     ``s (B A - B0 A0) = s [B, -B0] [A; A0]``: the rank doubles, and alpha grows so that the scaling ``s``
-    stays (twice; with rsLoRA by the square root of 2). Meng et al., arXiv 2404.02948. Of LoftQ the part of the
-    quantiser's error that the initial factors do not hold is not in the result either.
+    stays (twice; with rsLoRA by the square root of 2). Meng et al., arXiv 2404.02948. Of LoftQ the part of
+    the quantiser's error that the initial factors do not hold is not in the result either.
 
     Args:
         file: The trained adapter: a PEFT directory, or what was read from one.

@@ -246,6 +246,53 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert settings(tmp_path / "out") == settings(tmp_path / "old")
 
 
+def test_names_in_memory_are_stored_as_peft_stores_them(tmp_path):
+    tensors = {**factors(), "q.lora_magnitude_vector": normal(rng(), 5), "q.lora_B.bias": normal(rng(), 5)}
+    plain = folder(tmp_path / "plain", tensors)
+    suffixes = {"vector": "vector.default.weight", "bias": "default.bias", "weight": "default.weight"}
+    renamed = {".".join([*k.split(".")[:-1], suffixes.get(k.rpartition(".")[2], k.rpartition(".")[2])]): v
+               for k, v in tensors.items()}  # fmt: skip
+    renamed["q.lora_magnitude_vector.default.weight"] = renamed.pop("q.lora_magnitude_vector")
+    memory = folder(tmp_path / "memory", renamed)
+    ml.AdapterFile.read(memory).save(tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(plain) != weights(memory)
+
+
+def test_the_format_follows_the_file_or_the_name(tmp_path):
+    file = ml.AdapterFile.from_adapter(ml.load(folder(tmp_path / "in", factors())))
+    assert file.save(tmp_path / "a.safetensors").format == "safetensors"
+    assert file.save(tmp_path / "b").format == "peft"
+    single = ml.AdapterFile.read(tmp_path / "a.safetensors")
+    assert single.save(tmp_path / "c").format == "safetensors"
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="format"):
+        single.save(tmp_path / "d", "zip")
+
+
+def test_what_peft_cannot_hold_is_lost_only_by_name(tmp_path):
+    tensors = factors()
+    modules = json.dumps([{"path": "q", "rank": 2, "alpha": 4.0, "use_rslora": False}])
+    variants = json.dumps([{"kind": "loha", "at": "k.hada_w1_a", "why": "a product of two pairs"}])
+    raw = {
+        "q.lora_a": tensors["q.lora_A.weight"],
+        "q.lora_b": tensors["q.lora_B.weight"],
+        "extra.k.hada_w1_a": normal(rng(), 2, 2),
+    }
+    entries = {name: {"dtype": "F32", "shape": list(value.shape)} for name, value in raw.items()}
+    ours = {"format": "microlora", "format_version": "1", "modules": modules, "variants": variants}
+    data = write_tensors({"__metadata__": ours, **entries}, {k: v.tobytes() for k, v in raw.items()})
+    (tmp_path / "one").write_bytes(data)
+    file = ml.AdapterFile.read(tmp_path / "one")
+    with pytest.raises(UnsupportedVariantError, match=r'peft cannot hold loha.*allow=\["drop:loha"\]'):
+        file.save(tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+    done = file.save(tmp_path / "out", "peft", allow=["drop:loha"])
+    assert done.dropped == {"loha": "k.hada_w1_a"}
+    assert set(weights(tmp_path / "out")) == {PREFIX + k for k in tensors}
+    with pytest.raises(UnsupportedVariantError, match="loha"):
+        ml.load(tmp_path / "one")
+
+
 # -- experts --
 
 

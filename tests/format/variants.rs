@@ -100,6 +100,12 @@ fn cases() -> Vec<Case> {
             &[("d.lora_A.weight", &[2, 6]), ("d.lora_B.weight", &[5, 1])],
             &["bdlora"],
         ),
+        case(
+            "BD-LoRA beside an embedding",
+            json!({"use_bdlora": {"nblocks": 2}}),
+            &[("e.lora_embedding_A", &[2, 9]), ("e.lora_embedding_B", &[6, 2])],
+            &["bdlora", "embedding"],
+        ),
         case("KaSA", json!({"kasa_config": {}}), &[("q.lora_diag", &[2])], &["kasa"]),
         case("aLoRA", json!({"alora_invocation_tokens": []}), &[], &["alora"]),
         case("Arrow", json!({"arrow_config": {"top_k": 1}}), &[], &["arrow"]),
@@ -338,6 +344,17 @@ fn packed_experts_come_apart_and_together() {
     assert_eq!(
         contents(dir.path())["adapter_model.safetensors"],
         safetensors(&packed, Some(&[("format", "pt")]))
+    );
+    // A repeated prefix stays.
+    let twice = |t: &Tensor| Tensor { name: format!("{PREFIX}{}", t.name), ..t.clone() };
+    let doubled: Vec<Tensor> = packed.iter().map(twice).collect();
+    let other = read_tensors(edit.clone(), &doubled).unwrap();
+    let again = tempfile::tempdir().unwrap();
+    let other = peft::unpack_experts(&other.parts, None).unwrap();
+    save_peft(again.path(), &other, &PeftOptions::default()).unwrap();
+    assert_eq!(
+        contents(again.path())["adapter_model.safetensors"],
+        safetensors(&doubled, Some(&[("format", "pt")]))
     );
     // In our own file they stay apart.
     let single = read_bytes(&to_bytes(&apart).unwrap(), true).unwrap();

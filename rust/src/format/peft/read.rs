@@ -10,7 +10,7 @@ use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
 use super::config::{self, PeftConfig};
-use super::names::{Factor, Key, classify, split_prefix};
+use super::names::{Factor, Key, classify, split_prefix, stored_name};
 use super::variants::{self, Use};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
@@ -151,7 +151,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     let mut notes = config.notes.clone();
     notes.extend(config.unmatched_notes(&paths));
 
-    let prefix = common_prefix(&pairs);
+    let prefix = common_prefix(if pairs.is_empty() { &raw } else { &pairs });
     for ((path, _), pair) in raw {
         check_raw(&path, pair, &config, file)?;
     }
@@ -204,7 +204,9 @@ fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sor
                         let reason = format!("tensor {}: contains NaN or infinity", show(&key));
                         return Err(Error::format(file, reason));
                     }
-                    let part = without_adapter_name(&key);
+                    let stored = stored_name(&key);
+                    let part = split_prefix(&stored).1.to_owned();
+                    tensor.name = stored;
                     if let Some(first) = parts.insert(part.clone(), key.clone()) {
                         let reason =
                             format!("tensors {} and {} are both {}", show(&first), show(&key), show(&part));
@@ -239,16 +241,6 @@ fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sor
         *slot = Some(Slot { prefix: prefix.to_owned(), key, tensor });
     }
     Ok(out)
-}
-
-/// A key without prefix, adapter name, and the `.weight` that a magnitude has in memory alone.
-fn without_adapter_name(key: &str) -> String {
-    let segments = split_prefix(key).1.split('.').filter(|s| *s != "default");
-    let name = segments.collect::<Vec<_>>().join(".");
-    match name.strip_suffix(".lora_magnitude_vector.weight") {
-        Some(module) => format!("{module}.lora_magnitude_vector"),
-        None => name,
-    }
 }
 
 /// What a factor is called in keys.

@@ -135,6 +135,7 @@ pub(super) fn use_of(key: &str, config: Option<&PeftConfig>) -> Use {
     match classify(key) {
         Key::Part(kind) => Use::Part(kind),
         Key::Training => Use::Training,
+        Key::Factor { embedding: true, .. } => Use::Unused,
         Key::Factor { path, .. } => config.and_then(|c| c.raw_kind(&path)).map_or(Use::Unused, Use::Part),
         Key::Other => {
             let (_, rest) = split_prefix(key);

@@ -58,7 +58,7 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         let [key_a, key_b] = keys(prefix, path, embedding);
         let read_back = match classify(&key_a) {
             Key::Factor { path: read, embedding: e, .. } => {
-                let raw = had.as_ref().and_then(|c| c.raw_kind(path)).is_some();
+                let raw = !embedding && had.as_ref().and_then(|c| c.raw_kind(path)).is_some();
                 read == *path && e == embedding && raw == (m.kind == ModuleKind::Experts)
             }
             _ => false,

@@ -117,6 +117,13 @@ class AdapterFile(_core.AdapterFile):
         """Everything that is not plain LoRA on linear layers."""
         return tuple(Variant(*row) for row in self.variant_rows())
 
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The settings of PEFT's ``adapter_config.json`` as the file has them; None where there are none."""
+        import json
+
+        return None if self.peft_config is None else dict(json.loads(self.peft_config))
+
     def adapter(self, *, allow: Sequence[str] = ()) -> Adapter:
         """The adapter that runs.
 

@@ -165,7 +165,7 @@ class AdapterFile(_core.AdapterFile):
         """
         if experts is not None:
             experts = integer("experts", experts, 1, 2**31 - 1)
-        return self._wrap(self.unpacked(experts))
+        return self.wrap(self.unpacked(experts))
 
     def save(
         self,

@@ -598,7 +598,7 @@ class AdapterFile:
         """
 
     def save_single(self, path: str | PathLike[str], lost: Sequence[str]) -> None:
-        """Writes all of it to one file of ours; variants of the kinds in `lost` are no longer said to be there.
+        """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing.
 
         Raises:
             OSError: The system refused; an older file is left whole.

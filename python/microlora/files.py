@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora._checks import check_allow
 from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import (
@@ -96,6 +97,7 @@ def load(
     orientation: str | None = None,
     base_config: Mapping[str, Any] | PathLike | None = None,
     names: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Adapter | QuantizedAdapter:
     """Loads an adapter; the content decides what it is, not the name.
 
@@ -113,6 +115,8 @@ def load(
         base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
             the model's own module names and row order back (needs the gguf package).
         names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
+        allow: Variants to leave out, by the names that the refusal lists (``["drop:modules_to_save"]``). What
+            is left is another network than the file's.
 
     Returns:
         The adapter, with the file's dtypes; a :class:`QuantizedAdapter` where the file holds
@@ -124,16 +128,19 @@ def load(
         OSError: The file cannot be read.
     """
     bounds = None if limits is None else limits.as_tuple()
+    left_out = check_allow(allow)
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
-        adapter, unused, notes = _core.load_any(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+        adapter, unused, notes = _core.load_any(
+            os.fspath(path), mmap, strict, bounds, alpha, orientation, left_out
+        )
     else:
         from microlora.formats import AdapterFile
 
         file = AdapterFile.read(
             path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
         )
-        adapter, unused, notes = _core.gguf_adapter(file), file.unused, file.notes
+        adapter, unused, notes = _core.gguf_adapter(file, left_out), file.unused, file.notes
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:

@@ -9,3 +9,4 @@ mod peft_dir;
 mod refusals;
 mod round_trip;
 mod samples;
+mod variants;

@@ -231,6 +231,7 @@ impl Loaded {
     pub fn check_plain(&self, file: &str) -> Result<()> {
         match self.quantized {
             None => Ok(()),
+            Some(_) if !self.parts.modules.is_empty() => Ok(()), // expanded beside the blocks
             Some(_) => Err(Error::unsupported(
                 file,
                 "a quantised adapter, expected plain weights: microlora.load(path).dequantize() gives them",

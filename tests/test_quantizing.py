@@ -272,9 +272,8 @@ def test_budget_is_near_the_best_of_all_choices(seed):
     excess = []
     for target in (0.003, 0.005, 0.01, 0.02, 0.04, 0.07):
         found = smallest(modules, target, None, None)
-        chosen = [
-            next(o for o in t if o.types == found.types[m.name]) for m, t in zip(modules, tables, strict=True)
-        ]
+        pairs = [found.types[m.name] for m in modules]
+        chosen = [next(o for o in t if o.types == p) for t, p in zip(tables, pairs, strict=True)]
         cost, size = sum(o.cost for o in chosen), sum(o.bytes for o in chosen)
         assert cost <= target**2
         for one, table in zip(chosen, tables, strict=True):

@@ -262,7 +262,7 @@ def test_smaller_errors_take_more_bytes():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_budget_is_near_the_best_of_all_choices(seed):
-    """Against every combination of options: never smaller, little larger, and no module could go back alone."""
+    """Against all combinations of options: never smaller, little larger; no module could go back alone."""
     r = rng(seed)
     shapes = ((256, 512), (512, 32), (96, 256))
     value = adapter(shapes, rank=4, seed=seed, size=float(r.uniform(0.2, 2)))
@@ -389,6 +389,9 @@ def test_sources(tmp_path):
     lora = ml.MicroLoRA(value.config, dims=value.dims)
     lora.import_weights(value.to_bytes())
     assert ml.quantize(lora, "q8_0").report == report
+    ml.save(ml.quantize(value, "q8_0").adapter, tmp_path / "q.safetensors")
+    with pytest.raises(ml.MicroLoraError, match="quantised"):
+        ml.quantize(tmp_path / "q.safetensors", "q4_0")
 
 
 def test_relative_of_nothing():

@@ -1,9 +1,14 @@
 //! Bodies over blocks for one row of x: codes become f32 in registers.
 
+use std::mem::MaybeUninit;
+
 use super::quant::ROWS;
 use super::quant_blocks::{Block, SPAN, Scales};
 use super::vector::Vector;
 
+/// Columns whose heads are read at once: scales then come from memory by broadcast, and not from a register by a
+/// shuffle, of which widening the codes needs enough.
+const HEADS: usize = 256;
 /// Bytes between the prefetch and the load, and from which size on there are prefetches at all.
 const AHEAD: usize = 2048;
 const PREFETCH_FROM: usize = 24 << 10;
@@ -28,6 +33,22 @@ impl Run {
         let (heads, codes) = unsafe { (base.add(r * B::HEAD), base.add(height * B::HEAD + r * B::CODES)) };
         let step = height * (B::HEAD + B::CODES);
         Run { heads, codes, step, blocks: cols / B::ELEMENTS, prefetch }
+    }
+
+    /// Heads of up to [`HEADS`] columns from one block on, each times its coefficient; gives how many blocks.
+    #[inline(always)]
+    unsafe fn heads<V: Vector, B: Block, const R: usize>(
+        self,
+        from: usize,
+        coef: &[f32; R],
+        to: &mut [MaybeUninit<[B::Head; R]>; 8],
+    ) -> usize {
+        let n = (self.blocks - from).min(HEADS / B::ELEMENTS);
+        for (j, to) in to.iter_mut().enumerate().take(n) {
+            // SAFETY: from + j < blocks.
+            unsafe { to.write(B::heads::<V, R>(self.heads.add((from + j) * self.step), coef)) };
+        }
+        n
     }
 
     /// Heads and codes of one column of blocks.
@@ -78,9 +99,14 @@ unsafe fn dots_run<V: Vector, B: Block, const R: usize>(run: Run, x: *const f32)
     // SAFETY: the caller gives a run of R rows and as many x as it has columns.
     unsafe {
         let mut acc = [V::splat(0.0); R];
+        let mut some = [const { MaybeUninit::uninit() }; 8];
+        let mut read = 0;
         for block in 0..run.blocks {
-            let (heads, codes) = run.at::<V>(block);
-            let heads = B::heads::<V, R>(heads, &[1.0; R]);
+            if block == read {
+                read += run.heads::<V, B, R>(block, &[1.0; R], &mut some);
+            }
+            let codes = run.at::<V>(block).1;
+            let heads = some[block % (HEADS / B::ELEMENTS)].assume_init_ref();
             for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
                 for s in 0..B::TOGETHER {
                     let span = unit * B::TOGETHER + s;
@@ -158,15 +184,20 @@ unsafe fn combine_run<V: Vector, B: Block, const R: usize>(run: Run, coef: *cons
     // SAFETY: the caller gives a run of R rows, R elements of coef and as many y as the run has columns.
     unsafe {
         let coef: [f32; R] = coef.cast::<[f32; R]>().read_unaligned();
+        let mut some = [const { MaybeUninit::uninit() }; 8];
+        let mut read = 0;
         for block in 0..run.blocks {
-            let (heads, codes) = run.at::<V>(block);
-            let heads = B::heads::<V, R>(heads, &coef);
+            if block == read {
+                read += run.heads::<V, B, R>(block, &coef, &mut some);
+            }
+            let codes = run.at::<V>(block).1;
+            let heads = some[block % (HEADS / B::ELEMENTS)].assume_init_ref();
             for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
                 for s in 0..B::TOGETHER {
                     let span = unit * B::TOGETHER + s;
                     let y = y.add(block * B::ELEMENTS + span * SPAN);
                     let mut offset = 0.0;
-                    for head in &heads {
+                    for head in heads {
                         offset += head.offset(span);
                     }
                     let mut acc = [V::splat(offset); 4];

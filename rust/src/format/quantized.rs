@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::json::show;
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype};
-use super::{AdapterParts, Loaded, LoadOptions, atomic, check_name, single};
+use super::{AdapterParts, LoadOptions, Loaded, atomic, check_name, single};
 use crate::error::{Error, Result};
 use crate::quant::BlockType;
 
@@ -144,8 +144,8 @@ fn with_layout<R>(
             .map_err(|(name, got, want)| Error::shape(name, got, want))?;
         entries.push(ModuleEntry { path, rank, alpha, use_rslora, a, b });
     }
-    let text = serde_json::to_string(&entries)
-        .map_err(|e| Error::format(file, format!("header: modules: {e}")))?;
+    let text =
+        serde_json::to_string(&entries).map_err(|e| Error::format(file, format!("header: modules: {e}")))?;
     f(single::lay_out_with(&rest, tensors.iter().map(|t| (t.name.clone(), t)).collect(), text, file)?)
 }
 
@@ -220,9 +220,8 @@ pub(super) fn modules(
             by_name.remove(&name).ok_or_else(missing)
         };
         let tensors = [take("lora_a")?, take("lora_b")?];
-        check_shapes([&tensors[0], &tensors[1]], [&a, &b], rank).map_err(|(name, got, want)| {
-            wrong(format!("tensor {}: {got}, expected {want}", show(&name)))
-        })?;
+        check_shapes([&tensors[0], &tensors[1]], [&a, &b], rank)
+            .map_err(|(name, got, want)| wrong(format!("tensor {}: {got}, expected {want}", show(&name))))?;
         let [ta, tb] = tensors;
         let (a, b) = (from_file(ta, a, file)?, from_file(tb, b, file)?);
         out.push(QuantModuleParts { path, alpha, rank, use_rslora, a, b });

@@ -199,7 +199,10 @@ fn check_version(version: Option<String>, file: &str) -> Result<u32> {
         }
         _ => Err(Error::format(
             file,
-            format!("header: format_version {}, expected {FORMAT_VERSION} or {QUANTIZED_VERSION}", show(&text)),
+            format!(
+                "header: format_version {}, expected {FORMAT_VERSION} or {QUANTIZED_VERSION}",
+                show(&text)
+            ),
         )),
     }
 }

@@ -3,12 +3,12 @@
 
 use std::mem::MaybeUninit;
 
+use super::TILE;
 use super::batch::{Partial, Stretch, WAITING, dots_block};
 use super::quant::ROWS;
 use super::quant_blocks::{Block, SPAN, Scales};
 use super::quant_single::{Run, put};
 use super::vector::Vector;
-use super::TILE;
 
 /// Rows and columns that a batch takes apart at once: 16 KiB of f32. Columns are whole blocks of every type.
 const SLAB: usize = WAITING;
@@ -33,15 +33,15 @@ pub(super) unsafe fn take_apart<V: Vector, B: Block>(
     // SAFETY: the caller gives a group, columns of it that are whole blocks, and room for them.
     unsafe {
         for r in 0..height {
-            let run = Run::new::<B>(base, height, r, n, false);
-            for block in 0..run.blocks {
-                let (heads, codes) = run.at::<V>(from / B::ELEMENTS + block);
-                let [head] = B::heads::<V, 1>(heads, &[1.0]);
+            let run = Run::new::<B>(base, height, r, from + n);
+            for block in from / B::ELEMENTS..run.blocks {
+                let codes = run.codes(block);
+                let [head] = run.one_head::<V, B>(block);
                 for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
                     for s in 0..B::TOGETHER {
                         let span = unit * B::TOGETHER + s;
                         let codes = B::span::<V>(codes, unit, s);
-                        let at = block * B::ELEMENTS + span * SPAN;
+                        let at = block * B::ELEMENTS + span * SPAN - from;
                         for i in 0..vectors {
                             let column = at + i * V::W;
                             let scale = V::splat(head.scale(span, i * halves / vectors));

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::{QuantLayer, QuantMatrix, Side, SideType};
 use crate::adapter::{Adapter, unknown_module};
 use crate::error::{Error, Result};
-use crate::format::{AdapterParts, Along, FactorParts, QuantModuleParts, Tensor};
 use crate::factor::Factor;
+use crate::format::{AdapterParts, Along, FactorParts, QuantModuleParts, Tensor};
 use crate::low_rank::LowRank;
 use crate::snapshot::LEARNER_PREFIX;
 
@@ -164,7 +164,12 @@ fn factor_parts(path: &str, which: &str, side: &Side) -> FactorParts {
             let transposed = which == "lora_b";
             let shape = if transposed { vec![f.len(), f.rank()] } else { vec![f.rank(), f.len()] };
             let name = format!("{path}.{which}");
-            FactorParts::Plain(Tensor { name, dtype: f.dtype().into(), shape, data: f.to_bits(transposed).into() })
+            FactorParts::Plain(Tensor {
+                name,
+                dtype: f.dtype().into(),
+                shape,
+                data: f.to_bits(transposed).into(),
+            })
         }
     }
 }

@@ -4,7 +4,8 @@ import numpy as np
 
 KINDS = (
     "gaussian", "adapter", "uniform", "positive", "negative", "tiny", "large", "subnormal", "half_subnormal",
-    "zero", "negative_zero", "equal", "outlier", "ties", "alternating", "few", "ramp", "heavy", "mixed", "near_top",
+    "zero", "negative_zero", "equal", "outlier", "ties", "alternating", "few", "ramp", "heavy", "mixed",
+    "near_top",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Twins of the block codecs, from the published layouts: NumPy float32, sums in element order, many blocks at once.
+"""Twins of the block codecs, from the published layouts: NumPy float32, sums in element order.
 
-``x`` is (blocks, elements) float32, codes are (blocks, bytes) uint8. What has one right answer to the bit is done
-in float32; ``exact`` gives the numbers of blocks in float64.
+Many blocks at once: ``x`` is (blocks, elements) float32, codes are (blocks, bytes) uint8. Dequantised in
+float64, the numbers are those of the layout's formula without rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TYPES = {
     "q4_1": (32, 20, 3),
     "q4_0": (32, 18, 2),
 }
-#: Relative RMSE of Gaussian numbers, and what any block may be off at most, in units of its own largest number.
+#: Relative RMSE of Gaussian numbers.
 GAUSSIAN = {"q8_0": 0.0054, "q6_k": 0.0178, "q5_k": 0.0363, "q4_k": 0.0715, "q4_1": 0.0782, "q4_0": 0.0862}
 
 

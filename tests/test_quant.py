@@ -202,7 +202,7 @@ def test_a_stored_scale_that_is_no_number(name, bits):
     for at in HALVES[name]:
         broken = data.copy()
         broken[2, at : at + 2] = np.array([bits], "<u2").view(np.uint8)
-        with pytest.raises(NonFiniteError, match="data: .* scale of block 2"):
+        with pytest.raises(NonFiniteError, match=r"data: .* scale of block 2"):
             dequantize(name, broken)
 
 

@@ -128,7 +128,7 @@ GOLDEN_KINDS = (
 
 
 def make_golden():
-    """The fixture of the default suite, from llama.cpp alone; the inputs stay where they are there already."""
+    """The fixture of the default suite, from llama.cpp alone; inputs that are there already stay."""
     if GOLDEN.exists():
         inputs = json.loads(GOLDEN.read_text())["inputs"]
     else:

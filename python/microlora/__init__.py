@@ -52,6 +52,13 @@ if TYPE_CHECKING:
         resize,
     )
     from microlora.quantized import QuantizedAdapter
+    from microlora.quantizing import (
+        Quantization,
+        QuantizationProfile,
+        QuantizationReport,
+        quantization_profile,
+        quantize,
+    )
     from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
@@ -99,6 +106,9 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "Quantization",
+    "QuantizationProfile",
+    "QuantizationReport",
     "QuantizedAdapter",
     "ReplayConfig",
     "Reward",
@@ -131,6 +141,8 @@ __all__ = [
     "merging",
     "num_threads",
     "presets",
+    "quantization_profile",
+    "quantize",
     "resize",
     "save",
     "set_num_threads",
@@ -164,6 +176,13 @@ _ROOMS = {
         "resize",
     ),
     "quantized": ("QuantizedAdapter",),
+    "quantizing": (
+        "Quantization",
+        "QuantizationProfile",
+        "QuantizationReport",
+        "quantization_profile",
+        "quantize",
+    ),
     "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (
         "training",

@@ -55,6 +55,11 @@ __all__ = [
     "extract_from_files",
     "from_bytes",
     "fuse_model",
+    "gguf_adapter",
+    "gguf_alpha",
+    "gguf_interleaves",
+    "gguf_keep_names",
+    "gguf_translate",
     "isa",
     "list_tensors",
     "load",
@@ -70,6 +75,7 @@ __all__ = [
     "probe_swap",
     "quantize_blocks",
     "resize",
+    "save_gguf",
     "save_peft",
     "save_single",
     "set_num_threads",
@@ -1819,6 +1825,55 @@ def fuse_model(
         FormatError: A broken file.
         CancelledError: The token was set.
         OSError: The system refused. Nothing is left behind in any error.
+    """
+
+def gguf_interleaves(architecture: str) -> bool | None:
+    """Whether llama.cpp interleaves the rows of q and k of an architecture; None where that is not known."""
+
+def gguf_adapter(file: AdapterFile) -> Adapter | QuantizedAdapter:
+    """The adapter of a GGUF file that was read, its blocks as they are.
+
+    Raises:
+        UnsupportedVariantError: Something in it does not run here.
+    """
+
+def gguf_alpha(file: AdapterFile, modules: Sequence[str]) -> float:
+    """The one alpha that a file of these modules gets; other scalings are folded into B.
+
+    Raises:
+        ConfigError: An alpha that no float32 holds.
+    """
+
+def gguf_translate(file: AdapterFile, places: Mapping[str, tuple[str, int | None]]) -> AdapterFile:
+    """The file with the model's names and row order: ``places`` maps a module to its path and its heads.
+
+    Raises:
+        FormatError: A module without a place, or two at one.
+        ShapeError: Heads that do not divide the rows.
+    """
+
+def gguf_keep_names(file: AdapterFile) -> AdapterFile:
+    """The file with llama.cpp's names and row order, as they are."""
+
+def save_gguf(
+    file: AdapterFile,
+    path: str | PathLike[str],
+    architecture: str,
+    targets: Mapping[str, tuple[str, int | None]],
+    dtype: str,
+    tokens: Sequence[int] | None,
+    config_json: str | None,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> list[str]:
+    """Writes the modules that have a target (base tensor, heads) as a GGUF adapter; returns notes.
+
+    ``config_json`` are our settings, as the weights in the file will be.
+
+    Raises:
+        ConfigError: An unknown dtype, a name that ggml does not hold, no modules.
+        NonFiniteError: A number that the dtype cannot hold.
+        OSError: The system refused; an older file is left whole.
     """
 
 def unfuse_model(

@@ -94,11 +94,13 @@ def load(
     limits: Limits | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    base_config: Mapping[str, Any] | PathLike | None = None,
+    names: str | None = None,
 ) -> Adapter | QuantizedAdapter:
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
-        path: A PEFT directory, the weights file in one, or our single file.
+        path: A PEFT directory, the weights file in one, our single file, or a GGUF adapter.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
@@ -108,9 +110,13 @@ def load(
         limits: What the file may ask for; by default :class:`microlora.Limits`.
         alpha: Scaling numerator, for formats that carry none.
         orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
+        base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
+            the model's own module names and row order back (needs the gguf package).
+        names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
 
     Returns:
-        The adapter, with the file's dtypes; a :class:`QuantizedAdapter` where the file holds one.
+        The adapter, with the file's dtypes; a :class:`QuantizedAdapter` where the file holds
+        factors in blocks.
 
     Raises:
         FormatError: The file is broken: it names the file, the tensor or key, and the reason.
@@ -118,7 +124,16 @@ def load(
         OSError: The file cannot be read.
     """
     bounds = None if limits is None else limits.as_tuple()
-    adapter, unused, notes = _core.load_any(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+    adapter: _core.Adapter | _core.QuantizedAdapter
+    if base_config is None and names is None:
+        adapter, unused, notes = _core.load_any(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+    else:
+        from microlora.formats import AdapterFile
+
+        file = AdapterFile.read(
+            path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
+        )
+        adapter, unused, notes = _core.gguf_adapter(file), file.unused, file.notes
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:

@@ -1,4 +1,4 @@
-"""The adapter of one seed, trained as in the continual-learning benchmark, and networks that run any form of it."""
+"""The adapter of one seed, trained as in the continual-learning benchmark, and the network that runs it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The quantisation profiles: quality, size and speed that were promised, beside those that are measured.
 
-Quality is accuracy as a share of the float32 adapter's, mean over seeds; size is of resident bytes against the
-same adapter in float16, and speed is a forward of one row, both at 4,096 features and rank 16.
+Quality is accuracy as a share of the float32 adapter's, mean over seeds; size is of resident bytes against
+the same adapter in float16, and speed is a forward of one row, both at 4,096 features and rank 16.
 
 PYTHONPATH=benches/science python -m quant.profiles --out docs/data/quant_profiles.jsonl
 """

@@ -1,7 +1,7 @@
 """One table of rows: every type on adapters of which it can hold every factor, and on adapters as they are.
 
-Widths of 784 pixels and 10 classes are no whole blocks. On `whole` adapters both are filled up with zeros to the
-next multiple of 256 (the network's outputs stay the same), so that nothing falls back and the types are judged.
+Widths of 784 pixels and 10 classes are no whole blocks. On `whole` adapters both are filled up with zeros to
+the next multiple of 256 (the network's outputs stay the same): nothing falls back, so the types are judged.
 `as it is` shows what happens to the same adapters without that.
 """
 

@@ -48,11 +48,12 @@ def line(bench: Bench, row: Row) -> dict[str, Any]:
     made, report = ml.quantize(adapter, row.kind, target_error=row.target_error, calibration=reads)
     predicted = bench.predict(made)
     before, after = bench.accuracy(bench.labels), bench.accuracy(predicted)
+    points = round(100 * (after - before), 6)
     return {
         "row": row.name,
         "seed": bench.plan.seed,
         "accuracy": after,
-        "change": 100 * (after - before),
+        "change": points,
         "agreement": float(np.mean(predicted == bench.labels)),
         "delta_error": report.delta_error,
         "worst_module": max(m.delta_error for m in report.modules),

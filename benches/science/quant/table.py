@@ -77,7 +77,10 @@ def targets(found: Lines) -> list[dict[str, str]]:
     out = []
     for row in ROWS.values():
         runs = found.get(row.name, {})
-        asked = (("change", row.change, "|accuracy change| in points"), ("delta_error", row.error, "delta error"))
+        asked = (
+            ("change", row.change, "|accuracy change| in points"),
+            ("delta_error", row.error, "delta error"),
+        )
         for key, limit, what in asked:
             if limit is None:
                 continue

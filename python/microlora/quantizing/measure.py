@@ -1,8 +1,9 @@
 """What other numbers in the factors change: norms out of Grams, never a dense weight change.
 
 With ``D = s A^T B``, A (r, in), B (r, out), and stored factors ``A + dA``, ``B + dB``, the change is
-``s [A; dA]^T K [B; dB]`` with ``K = [[0, I], [I, I]]``. Its squared norm under second moments ``G`` of the inputs
-is ``s^2 tr(P K Q K)`` with ``P = [A; dA] G [A; dA]^T`` and ``Q = [B; dB] [B; dB]^T``: matrices of twice the rank.
+``s [A; dA]^T K [B; dB]`` with ``K = [[0, I], [I, I]]``. Its squared norm under second moments ``G`` of the
+inputs is ``s^2 tr(P K Q K)`` with ``P = [A; dA] G [A; dA]^T`` and ``Q = [B; dB] [B; dB]^T``: matrices of
+twice the rank.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Measured:
         scaling: Of the module.
         moment: Of its inputs, None where there are none.
         dtypes: How the factors are stored now.
+        b_along_rank: Whether blocks of B lie along the rank.
     """
 
     name: str
@@ -114,22 +116,33 @@ class Measured:
     scaling: float
     dtypes: Pair
     moment: Moment | None = None
+    b_along_rank: bool = False
     _sides: dict[tuple[str, str], tuple[Wide, Wide | None]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, adapter: Adapter, module: str, moment: Moment | None) -> Measured:
+    def of(
+        cls, adapter: Adapter, module: str, moment: Moment | None, *, b_along_rank: bool = False
+    ) -> Measured:
         """A module of an adapter."""
         info, (a, b) = adapter.info(module), adapter.factors(module)
         dtypes = Pair(info.dtype_a, info.dtype_b)
-        return cls(module, a, np.ascontiguousarray(b.T), info.scaling, dtypes, moment)
+        return cls(module, a, np.ascontiguousarray(b.T), info.scaling, dtypes, moment, b_along_rank)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and width of A and B as they are stored: blocks lie along the width."""
+        (rank, n_in), (_, n_out) = self.a.shape, self.b.shape
+        return (rank, n_in), (n_out, rank) if self.b_along_rank else (rank, n_out)
 
     def _side(self, side: str, kind: str) -> tuple[Wide, Wide | None]:
         """The matrix P or Q of a factor in a type: plain, and for A under the inputs' moments."""
         key = (side, kind)
         if key not in self._sides:
             x = self.a if side == "lora_a" else self.b
+            turned = side == "lora_b" and self.b_along_rank
+            back = stored(np.ascontiguousarray(x.T) if turned else x, kind, Name(self.name, side))
             wide = x.astype(np.float64)
-            rows = np.vstack([wide, stored(x, kind, Name(self.name, side)) - wide])
+            rows = np.vstack([wide, (back.T if turned else back) - wide])
             of_inputs = self.moment(rows) if self.moment is not None and side == "lora_a" else None
             self._sides[key] = (_plain(rows), of_inputs)
         return self._sides[key]

@@ -67,7 +67,6 @@ class QuantizationReport(Table):
         reached_error: What was kept, or None where nothing was to be.
         measure: What the two are an error of: ``output``, ``delta`` or ``output and delta``; None without.
         quality_threshold: Least quality of the profile, or None.
-        notes: What concerns all modules.
     """
 
     _document: ClassVar[str] = "quantization report"
@@ -81,7 +80,6 @@ class QuantizationReport(Table):
     reached_error: float | None = None
     measure: str | None = None
     quality_threshold: float | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def delta_error(self) -> float:
@@ -131,7 +129,10 @@ class QuantizationReport(Table):
         head += ["bytes before", "after", "share"]
         rows = []
         for m in self.modules:
-            marks = [t + ("*" if s in m.fell_back else "") for s, t in zip(("lora_a", "lora_b"), m.types, strict=True)]
+            marks = [
+                t + ("*" if s in m.fell_back else "")
+                for s, t in zip(("lora_a", "lora_b"), m.types, strict=True)
+            ]
             row = [m.name, *marks, str(m.rank), f"{m.delta_error:.4f}"]
             row += [("" if m.output_error is None else f"{m.output_error:.4f}")] if outputs else []
             share = m.bytes_after / m.bytes_before if m.bytes_before else 1.0
@@ -143,13 +144,15 @@ class QuantizationReport(Table):
             f"{self.memory_after:,} bytes ({self.size_reduction:.0%} saved)"
         )
         if self.target_error is not None and self.reached_error is not None:
-            lines.append(f"{self.measure} error wanted {self.target_error:g}, reached {self.reached_error:.4g}")
+            lines.append(
+                f"{self.measure} error wanted {self.target_error:g}, reached {self.reached_error:.4g}"
+            )
         if self.quality_threshold is not None:
             verdict = "met" if self.quality >= self.quality_threshold else "MISSED"
             lines.append(f"quality wanted {self.quality_threshold:g}, measured {self.quality:.4f}: {verdict}")
         if any(m.fell_back for m in self.modules):
             lines.append("* the width is not whole blocks of the type asked for, so another one was taken")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(lines)
 
 
 def _together(rows: list[tuple[float, float]]) -> float:

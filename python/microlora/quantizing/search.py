@@ -53,11 +53,12 @@ def weights(modules: Sequence[Measured]) -> tuple[list[float], str]:
 def options(module: Measured, weight: float) -> list[Option]:
     """Every pair of types that nothing beats in both size and error, smallest first."""
     found = []
-    for kind_a in candidates(module.a.shape[1], module.dtypes.lora_a):
-        for kind_b in candidates(module.b.shape[1], module.dtypes.lora_b):
+    shape_a, shape_b = module.shapes
+    for kind_a in candidates(shape_a[1], module.dtypes.lora_a):
+        for kind_b in candidates(shape_b[1], module.dtypes.lora_b):
             types = Pair(kind_a, kind_b)
             error = relative(module.output(types) or module.delta(types))
-            size = size_of(kind_a, module.a.shape) + size_of(kind_b, module.b.shape)
+            size = size_of(kind_a, shape_a) + size_of(kind_b, shape_b)
             found.append(Option(types, size, weight * error * error))
     found.sort(key=lambda o: (o.bytes, o.cost))
     kept: list[Option] = []
@@ -72,8 +73,8 @@ def smallest(
 ) -> Found:
     """Types that keep the relative error of the whole at or below ``target`` in few bytes.
 
-    From the smallest types of every module, the step that takes off most squared error per byte is taken until
-    the target holds; then modules go back to smaller types where it still does.
+    From the smallest types of every module, the step that takes off most squared error per byte is taken
+    until the target holds; then modules go back to smaller types where it still does.
 
     Raises:
         ConfigError: No types reach the target.
@@ -111,8 +112,8 @@ def smallest(
     if total() > limit:
         best = math.sqrt(total())
         raise ConfigError(
-            f"target_error: got {target:g}, expected at least {best:.3g}, the {measure} error of the best types "
-            "that these widths permit"
+            f"target_error: got {target:g}, expected at least {best:.3g}, the {measure} error of the best "
+            "types that these widths permit"
         )
     _give_back(tables, at, limit)
     types = {m.name: table[i].types for m, table, i in zip(modules, tables, at, strict=True)}

@@ -13,7 +13,7 @@ import microlora._core as _core
 from microlora._checks import choice, near
 from microlora.exceptions import ConfigError, DTypeError, NonFiniteError
 
-__all__ = ["BLOCKS", "RECIPES", "SIDES", "BlockType", "Pair", "fitting", "asked", "size_of", "stored"]
+__all__ = ["BLOCKS", "RECIPES", "SIDES", "BlockType", "Pair", "asked", "fitting", "size_of", "stored"]
 
 Floats = NDArray[np.float32]
 
@@ -105,7 +105,9 @@ def asked(value: object, modules: Iterable[str]) -> dict[str, Pair]:
     for key in value:
         if key != "*" and key not in names:
             hint = near(key, names) if isinstance(key, str) else ""
-            raise ConfigError(f"type: got module {key!r}, expected '*' or one of {', '.join(names[:9])}{hint}")
+            raise ConfigError(
+                f"type: got module {key!r}, expected '*' or one of {', '.join(names[:9])}{hint}"
+            )
     out = {}
     for name in names:
         if name not in value and "*" not in value:
@@ -118,8 +120,8 @@ def asked(value: object, modules: Iterable[str]) -> dict[str, Pair]:
 def fitting(wanted: str, width: int, dtype: str) -> str:
     """The type that rows of ``width`` numbers get where ``wanted`` is asked for.
 
-    Rows must be whole blocks: types in blocks of 256 give way to ``q8_0``, types in blocks of 32 to the 16 bits
-    that the factor has already, or float16.
+    Rows must be whole blocks: types in blocks of 256 give way to ``q8_0``, types in blocks of 32 to the 16
+    bits that the factor has already, or float16.
 
     Args:
         wanted: A type.
@@ -139,7 +141,7 @@ def candidates(width: int, dtype: str) -> list[str]:
 
 
 def size_of(kind: str, shape: tuple[int, int]) -> int:
-    """Bytes of a (rank, width) factor as it is stored, without padding."""
+    """Bytes of a (rows, width) factor as it is stored, without padding."""
     rows, width = shape
     if kind in PLAIN:
         return PLAIN[kind] * rows * width
@@ -158,7 +160,7 @@ class Name:
 
 
 def stored(x: Floats, kind: str, name: Name) -> Floats:
-    """The numbers that come back when ``x`` (rank, width) is stored as ``kind``.
+    """The numbers that come back when ``x`` (rows, width) is stored as ``kind``.
 
     Raises:
         NonFiniteError: Numbers too large for the type.

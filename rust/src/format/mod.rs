@@ -5,6 +5,7 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+pub mod gguf;
 pub(crate) mod json;
 mod limits;
 mod pattern;
@@ -145,7 +146,7 @@ pub struct Loaded {
     pub format: &'static str,
     /// The content.
     pub parts: AdapterParts,
-    /// Modules of a quantised adapter, whose `parts` then have none.
+    /// Modules of a quantised adapter, whose `parts` then have none (of GGUF the same ones, expanded).
     pub quantized: Option<Vec<QuantModuleParts>>,
     /// What is not plain LoRA on linear layers; an adapter without it is another one.
     pub variants: Vec<Variant>,

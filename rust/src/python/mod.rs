@@ -20,6 +20,7 @@ mod extract;
 mod feedback;
 mod files;
 mod fuse;
+mod gguf;
 mod handle;
 mod long;
 mod machine;
@@ -61,6 +62,8 @@ mod _core {
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]
+    use super::gguf::{gguf_alpha, gguf_interleaves, gguf_keep_names, gguf_translate, save_gguf};
+    #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]
     use super::machine::{
@@ -74,7 +77,7 @@ mod _core {
     #[pymodule_export]
     use super::quant::{block_types, dequantize_blocks, quantize_blocks};
     #[pymodule_export]
-    use super::quantized::{PyQuantizedAdapter, load_any};
+    use super::quantized::{PyQuantizedAdapter, gguf_adapter, load_any};
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use super::adapter::PyAdapter;
-use super::adapter_file::{LimitsTuple, limits_of, orientation_of};
+use super::adapter_file::{LimitsTuple, PyAdapterFile, limits_of, orientation_of};
 use super::calls;
 use super::error::{ConfigError, DTypeError};
 use crate::adapter::Adapter;
@@ -260,12 +260,22 @@ pub(super) fn load_any(
     let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
     let (value, loaded) = py.detach(|| {
         let loaded = format::read(&path, &opts)?;
-        loaded.check_runs(&path.display().to_string(), &[])?;
-        let value = match &loaded.quantized {
-            Some(_) => AnyAdapter::Quantized(from_loaded(&loaded)?),
-            None => AnyAdapter::Plain(PyAdapter::from(Adapter::from_parts(&loaded.parts)?)),
-        };
-        Ok::<_, Error>((value, loaded))
+        Ok::<_, Error>((any_of(&loaded, &path.display().to_string())?, loaded))
     })?;
     Ok((value, loaded.unused, loaded.notes))
+}
+
+/// What a file's content runs as.
+fn any_of(loaded: &format::Loaded, file: &str) -> crate::Result<AnyAdapter> {
+    loaded.check_runs(file, &[])?;
+    Ok(match &loaded.quantized {
+        Some(_) => AnyAdapter::Quantized(from_loaded(loaded)?),
+        None => AnyAdapter::Plain(PyAdapter::from(Adapter::from_parts(&loaded.parts)?)),
+    })
+}
+
+/// The adapter of a GGUF file that was read, its blocks as they are.
+#[pyfunction]
+pub(super) fn gguf_adapter(py: Python<'_>, file: &PyAdapterFile) -> PyResult<AnyAdapter> {
+    Ok(py.detach(|| any_of(&file.inner, &file.file))?)
 }

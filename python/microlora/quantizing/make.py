@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from microlora._checks import real, wrong
-from microlora.adapter import Adapter
+from microlora._checks import flag, real, wrong
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.gram import Gram
 from microlora.merging.parents import Source, as_adapter
@@ -41,23 +40,27 @@ def quantize(
     *,
     calibration: Calibration | None = None,
     target_error: float | None = None,
+    b_along_rank: bool = False,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
 ) -> Quantization:
     """The adapter with its factors in blocks of few bits, which run as they are.
 
-    Blocks lie along in_features of A and along out_features of B; the bytes of each are llama.cpp's. A type
-    whose blocks are longer than a width divides gives way to ``q8_0``, and that to 16 bits: the report says so.
+    Blocks lie along in_features of A and along out_features of B; the bytes of each are llama.cpp's. Where a
+    width is not whole blocks, the type gives way to ``q8_0`` and that to 16 bits; the report says so.
 
     Args:
         adapter: An :class:`Adapter`, a :class:`MicroLoRA` or the path of a file.
-        type: ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"``, ``"f16"``, ``"bf16"`` or
-            ``"f32"`` for all factors; ``"q4_k_m"``: A in q4_k, B in q6_k; ``{"lora_a": name, "lora_b": name}``;
-            ``{module: any of these}`` with ``"*"`` for the others; or a :class:`QuantizationProfile`.
+        type: For all factors ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"``,
+            ``"f16"``, ``"bf16"`` or ``"f32"``; ``"q4_k_m"``: A in q4_k, B in q6_k;
+            ``{"lora_a": name, "lora_b": name}``; ``{module: any of these}`` with ``"*"`` for the others; or a
+            :class:`QuantizationProfile`.
         calibration: Inputs (n, in_features) that every module reads, or ``{module: inputs or Gram}``: the
             report then has the error of outputs on them.
-        target_error: Instead of a type: the smallest types whose relative error, over all modules together, is
-            at most this. Of outputs where there is calibration, else of weight changes.
+        target_error: Instead of a type: the smallest types whose relative error, over all modules together,
+            is at most this. Of outputs where there is calibration, else of weight changes.
+        b_along_rank: Lay the blocks of B along the rank, as GGUF files have them: then it is the rank that
+            must be whole blocks.
         progress: Called with ``(done, total, what)`` between modules.
         cancel: A token looked at between modules.
 
@@ -65,8 +68,8 @@ def quantize(
         The quantised adapter and a :class:`QuantizationReport`.
 
     Raises:
-        ConfigError: Neither or both of type and target_error, unknown names, or a target that no types reach
-            (the message has the least error that some do).
+        ConfigError: Neither or both of type and target_error, unknown names, or a target that no types
+            reach (the message has the least error that some do).
         NonFiniteError: Numbers that a type cannot hold, or NaN or infinity in the calibration.
         ShapeError: Calibration of another width.
         DTypeError: Calibration that is not floating point, or no adapter.
@@ -78,8 +81,9 @@ def quantize(
     if (type is None) == (target_error is None):
         got = "neither" if type is None else "both"
         raise ConfigError(f"type, target_error: got {got}, expected one of them")
+    turned = flag("b_along_rank", b_along_rank)
     moments = inputs_of(calibration, value.dims)
-    modules = [Measured.of(value, name, moments.get(name)) for name in value.modules()]
+    modules = [Measured.of(value, name, moments.get(name), b_along_rank=turned) for name in value.modules()]
     wanted: dict[str, Pair] | None = None
     facts: dict[str, Any] = {}
     if target_error is not None:
@@ -105,37 +109,35 @@ def quantize(
         rows.append(_row(module, None if wanted is None else wanted[module.name], types[module.name]))
         if progress is not None:
             progress(i + 1, len(modules), f"quantised {module.name}")
-    made = QuantizedAdapter.from_adapter(value, types)
+    made = QuantizedAdapter.from_adapter(value, types, b_along_rank=turned)
     report = QuantizationReport(
         recipe=recipe,
         modules=tuple(rows),
         memory_before=value.memory_bytes,
         memory_after=made.memory_bytes,
-        notes=_notes(value),
         **facts,
     )
     return Quantization(made, report)
 
 
 def _fitted(module: Measured, pair: Pair) -> Pair:
-    widths = (module.a.shape[1], module.b.shape[1])
+    widths = [shape[1] for shape in module.shapes]
     return Pair(*(fitting(t, w, d) for t, w, d in zip(pair, widths, module.dtypes, strict=True)))
 
 
 def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
     delta, output = module.delta(types), module.output(types)
-    shapes = (module.a.shape, module.b.shape)
     before, after = (
-        sum(size_of(kind, shape) for kind, shape in zip(kinds, shapes, strict=True))
+        sum(size_of(kind, shape) for kind, shape in zip(kinds, module.shapes, strict=True))
         for kinds in (module.dtypes, types)
     )
     return QuantizedModule(
         name=module.name,
-        rank=shapes[0][0],
-        in_features=shapes[0][1],
-        out_features=shapes[1][1],
-        asked=None if wanted is None else tuple(wanted),
-        types=tuple(types),
+        rank=len(module.a),
+        in_features=module.a.shape[1],
+        out_features=module.b.shape[1],
+        asked=None if wanted is None else (wanted.lora_a, wanted.lora_b),
+        types=(types.lora_a, types.lora_b),
         delta_error=relative(delta),
         delta_norm=delta[1],
         output_error=None if output is None else relative(output),
@@ -143,10 +145,3 @@ def _row(module: Measured, wanted: Pair | None, types: Pair) -> QuantizedModule:
         bytes_before=before,
         bytes_after=after,
     )
-
-
-def _notes(adapter: Adapter) -> tuple[str, ...]:
-    extra = sorted(adapter.extra_tensors)
-    if not extra:
-        return ()
-    return (f"tensors that are no factors are left out: {', '.join(extra[:5])}",)

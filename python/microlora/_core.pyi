@@ -723,7 +723,8 @@ class QuantizedAdapter:
         Args:
             x: float32 (in_features,) or (n, in_features), as for :meth:`MicroLora.forward`.
             module: Name of the module; None where there is only one.
-            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from ``x``.
+            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from
+                ``x``.
 
         Returns:
             ``out``, or a new float32 array of that shape.

@@ -6,6 +6,7 @@ mod gguf;
 mod gguf_support;
 mod hostile;
 mod peft_dir;
+mod quantized;
 mod refusals;
 mod round_trip;
 mod samples;

@@ -5,19 +5,29 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+mod diffusers;
+mod flat;
 pub(crate) mod json;
+mod kohya;
 mod limits;
+mod mlx;
+mod npz;
+mod pairs;
 mod pattern;
 pub mod peft;
 pub(crate) mod shards;
 mod single;
 mod source;
+mod styles;
 mod table;
 pub mod tensor;
+mod zip;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
+pub use kohya::resolve as resolve_names;
+pub use styles::{STYLES, Style, losses, save_style};
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};

@@ -1,11 +1,14 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 pub mod config;
+mod experts;
 mod names;
 mod read;
+pub(super) mod variants;
 mod write;
 
 pub(crate) use names::is_only_for_training;
+pub use experts::unpack_experts;
 pub use read::from_memory;
 pub(super) use read::{is_key, knows, read};
 pub(crate) use write::placed;

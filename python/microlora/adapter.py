@@ -53,7 +53,8 @@ class Adapter(_core.Adapter):
         use_rslora: bool = False,
         dtype: str = "f32",
     ) -> Adapter:
-        """An adapter from arrays in PEFT's orientation.
+        """An adapter from raw arrays in PEFT's orientation (their way back is :meth:`AdapterFile.to_arrays
+        <microlora.AdapterFile.to_arrays>`; arrays in a ``.npz`` file are read by :func:`microlora.load`).
 
         Args:
             factors: ``{module: (lora_a (rank, in_features), lora_b (out_features, rank))}``, float32.

@@ -156,29 +156,30 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     found.finish(opts, &file)
 }
 
-/// Gives modules that are known by Kohya's underscore names the dotted names of the base.
+/// Gives modules that are known by Kohya's underscore names the dotted names of the base, and checks that
+/// the others are names of the base which stay apart under underscores.
 ///
 /// # Errors
 /// A name that no module of the base has, or several have; two modules that get one name.
 pub fn resolve(loaded: &mut Loaded, names: &[String], file: &str) -> Result<()> {
-    let mut table: HashMap<String, Vec<(String, &str)>> = HashMap::new();
+    let mut table: HashMap<String, Vec<&str>> = HashMap::new();
     for name in names {
         for key in keys_of(name) {
             let row = table.entry(key).or_default();
-            if row.iter().all(|(n, _)| n != name) {
-                row.push((name.clone(), name));
+            if !row.contains(&name.as_str()) {
+                row.push(name);
             }
         }
     }
     let mut taken: HashMap<String, String> = HashMap::new();
     for m in &mut loaded.parts.modules {
         let old = m.path.clone();
-        if old.contains('.') || !(old.starts_with("lora_") || old.starts_with("lycoris_")) {
-            continue;
-        }
-        let new = match table.get(&old).map(Vec::as_slice) {
-            Some([(one, _)]) => one.clone(),
-            Some([(a, _), (b, _), ..]) => {
+        let key = if is_underscored(&old) { old.clone() } else { key_of(&old, false) };
+        let new = match table.get(&key).map(Vec::as_slice) {
+            Some([one]) if is_underscored(&old) || *one == old || old.ends_with(&format!(".{one}")) => {
+                if is_underscored(&old) { (*one).to_owned() } else { old.clone() }
+            }
+            Some([a, b, ..]) => {
                 let reason = format!("module {} may be {} or {} of the base", show(&old), show(a), show(b));
                 return Err(Error::format(file, reason));
             }
@@ -201,6 +202,10 @@ pub fn resolve(loaded: &mut Loaded, names: &[String], file: &str) -> Result<()> 
     Ok(())
 }
 
+fn is_underscored(path: &str) -> bool {
+    !path.contains('.') && (path.starts_with("lora_") || path.starts_with("lycoris_"))
+}
+
 /// All of Kohya's names that a module of the base may go under.
 fn keys_of(name: &str) -> Vec<String> {
     let under = |s: &str| s.replace('.', "_");
@@ -219,7 +224,7 @@ fn keys_of(name: &str) -> Vec<String> {
 
 /// The name that a module is written under.
 fn key_of(path: &str, two_encoders: bool) -> String {
-    if !path.contains('.') && (path.starts_with("lora_") || path.starts_with("lycoris_")) {
+    if is_underscored(path) {
         return path.to_owned();
     }
     let under = |s: &str| s.replace('.', "_");

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
-use super::json::{show, show_list};
+use super::json::{parse_object, show, show_list};
+use super::styles::magnitude_path;
 use super::tensor::{Bytes, Tensor, TensorDtype};
 use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors};
 use crate::error::{Error, Result};
@@ -192,50 +193,11 @@ pub(super) fn module(
     opts: &LoadOptions,
     file: &str,
 ) -> Result<ModuleParts> {
-    let rank = check_pair(kind, &a, &b, [&key_a, &key_b], file)?;
+    let rank = check_factors(kind, &a, &b, [&key_a, &key_b], file)?;
     opts.limits.check_rank(rank, path, file)?;
     a.name = format!("{path}.lora_a");
     b.name = format!("{path}.lora_b");
     Ok(ModuleParts { path: path.to_owned(), kind, alpha: alpha(rank), rank, use_rslora: false, a, b })
-}
-
-fn check_pair(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
-    let (dims, rank_a, rank_b, want) = match kind {
-        ModuleKind::Linear | ModuleKind::Embedding => return check_factors(a, b, names, file),
-        ModuleKind::Conv => (3..=5, 0, 1, "(rank, in, kernel ...) and (out, rank, 1 ...)"),
-        ModuleKind::Experts => (3..=3, 1, 2, "(experts, rank, in) and (experts, out, rank)"),
-    };
-    for (name, t) in names.into_iter().zip([a, b]) {
-        let wrong = |what: String| Error::format(file, format!("tensor {}: {what}", show(name)));
-        if !dims.contains(&t.shape.len()) || t.shape.contains(&0) {
-            return Err(wrong(format!("shape {:?}, expected {want} without a zero", t.shape)));
-        }
-        if t.factor_dtype().is_none() {
-            let reason = format!(
-                "tensor {}: dtype {}, expected F32, F16 or BF16; convert it first",
-                show(name),
-                t.dtype
-            );
-            return Err(Error::unsupported(file, reason));
-        }
-        if !t.is_finite() {
-            return Err(wrong("contains NaN or infinity".into()));
-        }
-    }
-    let experts = kind == ModuleKind::Experts && a.shape[0] != b.shape[0];
-    let kernel = kind == ModuleKind::Conv
-        && (b.shape[2..].iter().any(|&k| k != 1) || a.shape.len() != b.shape.len());
-    if a.shape[rank_a] != b.shape[rank_b] || experts || kernel {
-        let reason = format!(
-            "tensors {} {:?} and {} {:?}: expected {want}",
-            show(names[0]),
-            a.shape,
-            show(names[1]),
-            b.shape
-        );
-        return Err(Error::format(file, reason));
-    }
-    Ok(a.shape[rank_a])
 }
 
 /// The variant that a module is by its kind; a linear one is none.
@@ -401,6 +363,9 @@ impl Found {
         parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
         parts.check_json(file)?;
         parts.detach_extra();
+        if parts.extra.iter().any(|t| magnitude_path(&t.name).is_some()) {
+            parts.peft_config = Some(with_dora(parts.peft_config.as_deref(), file)?);
+        }
         Ok(Loaded { parts, variants, unused, notes, ..Loaded::default() })
     }
 
@@ -408,6 +373,14 @@ impl Found {
     pub fn offer_peft_config(&mut self, text: String) {
         self.carried.peft_config.get_or_insert(text);
     }
+}
+
+/// PEFT's settings, saying that there are magnitudes.
+fn with_dora(text: Option<&str>, file: &str) -> Result<String> {
+    let wrong = |e: String| Error::format(file, format!("peft_config: {e}"));
+    let mut object = parse_object(text.unwrap_or("{\"peft_type\": \"LORA\"}")).map_err(wrong)?;
+    object.insert("use_dora".into(), true.into());
+    Ok(serde_json::Value::Object(object).to_string())
 }
 
 #[cfg(test)]

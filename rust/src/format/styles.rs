@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::json::{show, show_list};
 use super::peft::is_only_for_training;
-use super::{Loaded, ModuleKind, ModuleParts, Tensor, diffusers, flat, kohya, mlx, npz};
+use super::peft::variants::plain_config;
+use super::{AdapterParts, Loaded, ModuleKind, ModuleParts, Tensor, diffusers, flat, kohya, mlx, npz};
 use crate::error::{Error, Result};
 
 /// One format that is written here.
@@ -105,7 +106,14 @@ pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) ->
     if modules.is_empty() && extra.is_empty() {
         return Err(Error::config("adapter", "no modules", "at least one that the format can hold"));
     }
-    (style.save)(path, &Content { loaded, modules, extra, magnitudes, allow })
+    if lost.is_empty() {
+        return (style.save)(path, &Content { loaded, modules, extra, magnitudes, allow });
+    }
+    // Settings must not speak of what is left out.
+    let mut less = Loaded { format: loaded.format, ..Loaded::default() };
+    less.parts = AdapterParts { modules: Vec::new(), extra: Vec::new(), ..loaded.parts.clone() };
+    less.parts.peft_config = loaded.parts.peft_config.as_deref().and_then(plain_config);
+    (style.save)(path, &Content { loaded: &less, modules, extra, magnitudes, allow })
 }
 
 /// PEFT's key of the magnitudes of DoRA, under which files of every format keep them.
@@ -113,7 +121,8 @@ pub(super) fn magnitude_key(path: &str) -> String {
     format!("{}{path}.lora_magnitude_vector", super::peft::PREFIX)
 }
 
-fn magnitude_path(key: &str) -> Option<String> {
+/// The module whose magnitudes of DoRA a tensor holds.
+pub(super) fn magnitude_path(key: &str) -> Option<String> {
     let rest = key.strip_suffix(".weight").unwrap_or(key);
     let path = rest.strip_suffix(".lora_magnitude_vector")?;
     let mut path = path;

@@ -135,14 +135,14 @@ def convert(
         format: One of the names of :data:`WRITERS`.
         base_config: The base model's ``config.json`` (its path, or its content), for formats that need its
             architecture and head counts.
-        allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and one
-            scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be rounded
-            into B (without it only where that is exact).
+        allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
+            one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
+            rounded into B (without it only where that is exact).
         overwrite: Replace what lies at ``dst``.
         alpha: Scaling numerator, for sources that carry none.
         orientation: As for :meth:`AdapterFile.read`.
-        module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would not
-            keep apart are refused.
+        module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would
+            not keep apart are refused.
         progress: Called with modules done and in all.
         cancel: Stops between modules; nothing is left behind.
 

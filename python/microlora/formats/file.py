@@ -101,8 +101,8 @@ class AdapterFile(_core.AdapterFile):
             alpha: Scaling numerator, for formats that carry none.
             orientation: ``"rank_first"`` (A (rank, in), as PEFT) or ``"rank_last"`` (A (in, rank), as MLX),
                 for flat files whose shapes do not say.
-            module_names: Dotted names of the base's modules, or a model on disk that has them (safetensors, or a
-                folder of them), for files in Kohya's style: see :meth:`with_module_names`.
+            module_names: Dotted names of the base's modules, or a model on disk that has them (safetensors,
+                or a folder of them), for files in Kohya's style: see :meth:`with_module_names`.
 
         Raises:
             FormatError: The file is broken, ambiguous, beyond the limits or of no known format.
@@ -137,15 +137,16 @@ class AdapterFile(_core.AdapterFile):
     def with_module_names(self, module_names: PathLike | Sequence[str]) -> AdapterFile:
         """The same content under the names of the base's modules.
 
-        Kohya's style writes ``down_blocks.0.attn1.to_q`` as ``lora_unet_down_blocks_0_attn1_to_q``, which only the
-        base's own names can undo.
+        Kohya's style writes ``down_blocks.0.attn1.to_q`` as ``lora_unet_down_blocks_0_attn1_to_q``, which
+        only the base's own names can undo.
 
         Args:
             module_names: Dotted names, those of components of a pipeline with or without it
                 (``unet.down_blocks...``); or a model on disk, whose tensors have them.
 
         Raises:
-            FormatError: A module that the base lacks, that several of its names may mean, or that another has too.
+            FormatError: A module that the base lacks, that several of its names may mean, or that another
+                has too.
             ConfigError: Not names.
             OSError: The model cannot be read.
         """
@@ -159,13 +160,15 @@ class AdapterFile(_core.AdapterFile):
                     raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
         return self._wrap(self.resolved(names))
 
-    def to_arrays(self) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, float]]:
+    def to_arrays(
+        self,
+    ) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, float]]:
         """The factors as arrays, and the alpha of each module.
 
         Returns:
             ``({path: (A, B)}, {path: alpha})``: A (rank, in_features) and B (out_features, rank) in float32
-            (widened exactly; of other kinds than linear in the shapes of :class:`FileModule`), and the alpha for
-            the scaling ``alpha / rank`` (of rsLoRA ``alpha * sqrt(rank)``). Of linear modules,
+            (widened exactly; of other kinds than linear in the shapes of :class:`FileModule`), and the alpha
+            for the scaling ``alpha / rank`` (of rsLoRA ``alpha * sqrt(rank)``). Of linear modules,
             ``Adapter.from_factors(factors, alpha=alphas)`` makes the adapter again.
         """
         factors, alphas = {}, {}

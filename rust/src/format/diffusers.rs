@@ -62,7 +62,9 @@ fn classify(key: &str) -> Key {
             return Key::Factor(module_path(path, end), side);
         }
     }
-    for end in [".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight"] {
+    for end in
+        [".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight"]
+    {
         if let Some(path) = key.strip_suffix(end) {
             return Key::Magnitude(path.to_owned());
         }
@@ -120,7 +122,8 @@ impl Settings {
     /// The component of a module, its path inside, and its configuration.
     fn of<'a, 'p>(&'a self, path: &'p str) -> Option<(&'p str, &'a PeftConfig, bool)> {
         let whole = || ("", path);
-        let (component, rest) = path.split_once('.').filter(|(c, _)| self.configs.contains_key(*c)).unwrap_or_else(whole);
+        let (component, rest) =
+            path.split_once('.').filter(|(c, _)| self.configs.contains_key(*c)).unwrap_or_else(whole);
         let config = self.configs.get(component)?;
         let rslora = self.by_component.get(component).and_then(|o| o.get("use_rslora"));
         Some((rest, config, rslora == Some(&Value::Bool(true))))

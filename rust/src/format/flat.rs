@@ -60,9 +60,10 @@ pub(super) fn orientation_of(name: &str, file: &str) -> Result<Orientation> {
     match name {
         "rank_first" => Ok(Orientation::RankFirst),
         "rank_last" => Ok(Orientation::RankLast),
-        other => {
-            Err(Error::format(file, format!("orientation: got {}, expected rank_first or rank_last", show(other))))
-        }
+        other => Err(Error::format(
+            file,
+            format!("orientation: got {}, expected rank_first or rank_last", show(other)),
+        )),
     }
 }
 
@@ -87,7 +88,10 @@ pub(super) fn build(
     let mut alphas = Vec::new();
     for t in tensors {
         match classify(&t.name) {
-            Key::Factor(path, side) => pairs.put(&path.to_owned(), side, t)?,
+            Key::Factor(path, side) => {
+                let path = path.to_owned();
+                pairs.put(&path, side, t)?;
+            }
             Key::Alpha(path) => alphas.push((path.to_owned(), t)),
             Key::Other => found.leave(t),
         }
@@ -143,9 +147,8 @@ fn decide<'a>(
         // (rank, in) (out, rank), and (in, rank) (rank, out).
         let fits = [x == w, y == z];
         let wide = [x > y.min(z), y > x.min(w)];
-        let describe = || {
-            format!("tensors {} {:?} and {} {:?}", show(&a.name), a.shape, show(&b.name), b.shape)
-        };
+        let describe =
+            || format!("tensors {} {:?} and {} {:?}", show(&a.name), a.shape, show(&b.name), b.shape);
         if let Some(told) = told {
             if !fits[told as usize] {
                 let want = ["(rank, in) and (out, rank)", "(in, rank) and (rank, out)"][told as usize];

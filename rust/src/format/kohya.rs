@@ -27,7 +27,8 @@ enum Mark {
     Beside(&'static str, &'static str),
 }
 
-const LOHA: Mark = Mark::Other("loha", "LoHa, a Hadamard product of two low-rank products; bake it into the base");
+const LOHA: Mark =
+    Mark::Other("loha", "LoHa, a Hadamard product of two low-rank products; bake it into the base");
 const LOKR: Mark = Mark::Other("lokr", "LoKr, a Kronecker product; bake it into the base");
 const MID: Mark = Mark::Other("locon_mid", "LoCon's middle tensor (Tucker); the delta is up x mid x down");
 
@@ -87,7 +88,9 @@ fn split(key: &str) -> Option<(&str, Mark)> {
 pub(super) fn is_key(key: &str) -> bool {
     match split(key) {
         Some((_, Mark::Down | Mark::Up)) => true,
-        Some((base, Mark::Other(..))) => base.starts_with("lora_") || !key.ends_with(".weight") || key.contains("lora_mid"),
+        Some((base, Mark::Other(..))) => {
+            base.starts_with("lora_") || !key.ends_with(".weight") || key.contains("lora_mid")
+        }
         Some((base, Mark::Beside(..))) => base.starts_with("lora_") || base.starts_with("lycoris_"),
         _ => false,
     }
@@ -177,7 +180,11 @@ pub fn resolve(loaded: &mut Loaded, names: &[String], file: &str) -> Result<()> 
         let key = if is_underscored(&old) { old.clone() } else { key_of(&old, false) };
         let new = match table.get(&key).map(Vec::as_slice) {
             Some([one]) if is_underscored(&old) || *one == old || old.ends_with(&format!(".{one}")) => {
-                if is_underscored(&old) { (*one).to_owned() } else { old.clone() }
+                if is_underscored(&old) {
+                    (*one).to_owned()
+                } else {
+                    old.clone()
+                }
             }
             Some([a, b, ..]) => {
                 let reason = format!("module {} may be {} or {} of the base", show(&old), show(a), show(b));
@@ -228,7 +235,8 @@ fn key_of(path: &str, two_encoders: bool) -> String {
         return path.to_owned();
     }
     let under = |s: &str| s.replace('.', "_");
-    let component = COMPONENTS.iter().find_map(|(dotted, prefix)| Some((path.strip_prefix(dotted)?, *prefix)));
+    let component =
+        COMPONENTS.iter().find_map(|(dotted, prefix)| Some((path.strip_prefix(dotted)?, *prefix)));
     match component {
         Some((rest, "lora_te_")) if two_encoders => format!("lora_te1_{}", under(rest)),
         Some((rest, prefix)) => format!("{prefix}{}", under(rest)),

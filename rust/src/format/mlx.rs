@@ -98,21 +98,25 @@ impl Config {
         };
         let parameters = match object.get("lora_parameters") {
             Some(Value::Object(o)) => o,
-            Some(v) => return Err(wrong(format!("lora_parameters: got {}, expected an object", show_value(v)))),
+            Some(v) => {
+                return Err(wrong(format!("lora_parameters: got {}, expected an object", show_value(v))));
+            }
             None => return Err(wrong("no lora_parameters, so the scale is unknown".into())),
         };
         let rank = match parameters.get("rank") {
             None => None,
             Some(v) => {
                 let rank = v.as_u64().filter(|&n| n > 0).and_then(|n| usize::try_from(n).ok());
-                let bad = || wrong(format!("rank: got {}, expected a whole number of at least 1", show_value(v)));
+                let bad =
+                    || wrong(format!("rank: got {}, expected a whole number of at least 1", show_value(v)));
                 Some(rank.ok_or_else(bad)?)
             }
         };
         let scale = match (parameters.get("scale"), opts.alpha, rank) {
             (Some(v), _, _) => {
                 let scale = v.as_f64().filter(|s| s.is_finite());
-                scale.ok_or_else(|| wrong(format!("scale: got {}, expected a finite number", show_value(v))))?
+                scale
+                    .ok_or_else(|| wrong(format!("scale: got {}, expected a finite number", show_value(v))))?
             }
             (None, Some(alpha), Some(rank)) => alpha / rank as f64,
             _ => return Err(wrong("lora_parameters: no scale; pass alpha= (scale times rank)".into())),
@@ -235,7 +239,8 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
         written.push(m);
     }
     if folded > 0 {
-        notes.push(format!("one scale ({scale}) for all modules: those of {folded} others went into their B"));
+        notes
+            .push(format!("one scale ({scale}) for all modules: those of {folded} others went into their B"));
     }
     let keys = keys_of(&written)?;
     let tensors = tensors_of(&written, content, dir)?;
@@ -256,11 +261,7 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
 
 /// Both files are whole before either takes its place; the old configuration goes first, so that no crash
 /// leaves weights beside the scale of others.
-fn replace(
-    dir: &Path,
-    config: &str,
-    fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
-) -> Result<()> {
+fn replace(dir: &Path, config: &str, fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     let place = dir.join(CONFIG_FILE);
     let weights = Staged::new(&dir.join(WEIGHTS_FILE), fill)?;
     let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
@@ -276,7 +277,8 @@ fn one_rank(content: &Content, notes: &mut Vec<String>) -> Result<usize> {
     let Some(other) = content.modules.iter().find(|m| m.rank != most) else { return Ok(most) };
     if !content.allows("pad:rank") {
         let got = format!("ranks {} ({}) and {most}", other.rank, show(&other.path));
-        let want = "one rank for all modules of an MLX adapter; allow=[\"pad:rank\"] pads the smaller with zeros";
+        let want =
+            "one rank for all modules of an MLX adapter; allow=[\"pad:rank\"] pads the smaller with zeros";
         return Err(Error::config("rank", got, want));
     }
     let count = content.modules.iter().filter(|m| m.rank != most).count();
@@ -288,7 +290,9 @@ fn one_rank(content: &Content, notes: &mut Vec<String>) -> Result<usize> {
 fn commonest_scale(modules: &[&ModuleParts]) -> f64 {
     let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
     let scale = |m: &ModuleParts| plain_alpha(m) / m.rank as f64;
-    modules.iter().for_each(|m| *counts.entry(scale(m).to_bits()).or_default() += usize::from(scale(m) != 0.0));
+    modules
+        .iter()
+        .for_each(|m| *counts.entry(scale(m).to_bits()).or_default() += usize::from(scale(m) != 0.0));
     let most = counts.iter().filter(|(_, n)| **n > 0).max_by_key(|(_, n)| **n);
     most.map_or(1.0, |(bits, _)| f64::from_bits(*bits))
 }

@@ -27,12 +27,14 @@ mod zip;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-pub use kohya::resolve as resolve_names;
-pub use styles::{STYLES, Style, losses, save_style};
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
+pub use kohya::resolve as resolve_names;
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
-pub use single::{FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes};
+pub use single::{
+    FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
+};
+pub use styles::{STYLES, Style, losses, save_style};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 

@@ -44,7 +44,10 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
             if member.name.ends_with(".pkl") || member.name.ends_with("/data.pkl") {
                 return Err(source::refuse_pickle(&source.path));
             }
-            return Err(Error::format(&file, format!("zip: member {}: expected arrays (.npy)", show(&member.name))));
+            return Err(Error::format(
+                &file,
+                format!("zip: member {}: expected arrays (.npy)", show(&member.name)),
+            ));
         };
         let content = member.read(&bytes, &file)?;
         let array = parse(&content, name, &file)?;
@@ -198,7 +201,9 @@ impl Array {
         let size = dtype.bitsize() / 8;
         let mut data = self.data;
         if order == ">" && size > 1 {
-            data = Bytes::from(data.chunks_exact(size).flat_map(|c| c.iter().rev().copied()).collect::<Vec<u8>>());
+            data = Bytes::from(
+                data.chunks_exact(size).flat_map(|c| c.iter().rev().copied()).collect::<Vec<u8>>(),
+            );
         }
         let mut shape = self.shape;
         if !(self.fortran && shape.len() > 1) {
@@ -246,7 +251,8 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
     let mut wide = 0;
     for m in &content.modules {
         let leads = |s: &str| s == ".." || s == ".";
-        if m.path.starts_with('/') || m.path.contains('\\') || m.path.split('/').any(leads) || m.path == OURS {
+        if m.path.starts_with('/') || m.path.contains('\\') || m.path.split('/').any(leads) || m.path == OURS
+        {
             let want = "a name that can stand in an archive";
             return Err(Error::config("module path", show(&m.path), want));
         }
@@ -269,7 +275,11 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
     let mut header = Carried::give(&content.loaded.parts, carried, "npz")?;
     header.insert(ORIENTATION.into(), flat::name_of(Orientation::RankFirst).into());
     let text = json!(header).to_string();
-    widths.push((format!("{OURS}.npy"), npy_head(&format!("|S{}", text.len()), &[]), text.into_bytes().into()));
+    widths.push((
+        format!("{OURS}.npy"),
+        npy_head(&format!("|S{}", text.len()), &[]),
+        text.into_bytes().into(),
+    ));
     let members: Vec<(String, Vec<u8>, &[u8])> =
         widths.iter().map(|(name, head, data)| (name.clone(), head.clone(), &data[..])).collect();
     atomic::write(path, |out| zip::write(out, &members))?;

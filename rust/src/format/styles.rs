@@ -85,7 +85,8 @@ pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) ->
     let style = style(name)?;
     let lost = losses(loaded, name, allow)?;
     if let Some((kind, at)) = lost.iter().find(|(k, _)| !allow.iter().any(|a| *a == format!("drop:{k}"))) {
-        let reason = format!("{name} cannot hold {kind} ({}); allow=[\"drop:{kind}\"] leaves it out", show(at));
+        let reason =
+            format!("{name} cannot hold {kind} ({}); allow=[\"drop:{kind}\"] leaves it out", show(at));
         return Err(Error::unsupported(path.display(), reason));
     }
     loaded.parts.check()?;

@@ -43,7 +43,8 @@ struct Cursor<'a> {
 impl<'a> Cursor<'a> {
     fn take(&mut self, n: usize) -> Result<&'a [u8]> {
         let end = self.at.checked_add(n).filter(|&end| end <= self.bytes.len());
-        let end = end.ok_or_else(|| Error::format(self.file, format!("zip: truncated at byte {}", self.at)))?;
+        let end =
+            end.ok_or_else(|| Error::format(self.file, format!("zip: truncated at byte {}", self.at)))?;
         let out = &self.bytes[self.at..end];
         self.at = end;
         Ok(out)
@@ -90,7 +91,11 @@ pub(super) fn members(bytes: &[u8], limits: &Limits, file: &str) -> Result<Vec<M
         // At the least its local header, its name and its data lie before the next one.
         let least = pair[0].at.saturating_add(30 + pair[0].name.len()).saturating_add(pair[0].packed);
         if least > pair[1].at {
-            return Err(wrong(format!("members {} and {} overlap", show(&pair[0].name), show(&pair[1].name))));
+            return Err(wrong(format!(
+                "members {} and {} overlap",
+                show(&pair[0].name),
+                show(&pair[1].name)
+            )));
         }
     }
     if let Some(last) = out.last()
@@ -193,7 +198,8 @@ fn entry(c: &mut Cursor) -> Result<Member> {
         return Err(Error::unsupported(file, format!("zip: member {}: encrypted", show(&name))));
     }
     if method != 0 && method != 8 {
-        let reason = format!("zip: member {}: compression method {method}, expected none or deflate", show(&name));
+        let reason =
+            format!("zip: member {}: compression method {method}, expected none or deflate", show(&name));
         return Err(Error::unsupported(file, reason));
     }
     if method == 0 && packed != size {
@@ -261,14 +267,16 @@ impl Member {
 /// Writes an archive of stored members, each a head and a body.
 pub(super) fn write(out: &mut dyn Write, members: &[(String, Vec<u8>, &[u8])]) -> io::Result<()> {
     let (mut at, mut directory) = (0u64, Vec::new());
-    let narrow = |n: u64| u32::try_from(n).map_err(|_| io::Error::other("more than 4 GiB; save it as safetensors"));
+    let narrow =
+        |n: u64| u32::try_from(n).map_err(|_| io::Error::other("more than 4 GiB; save it as safetensors"));
     let count = u16::try_from(members.len()).map_err(|_| io::Error::other("more than 65,535 arrays"))?;
     for (name, head, body) in members {
         let mut sum = crc32fast::Hasher::new();
         sum.update(head);
         sum.update(body);
         let size = narrow((head.len() + body.len()) as u64)?.to_le_bytes();
-        let length = u16::try_from(name.len()).map_err(|_| io::Error::other("a name of more than 65,535 bytes"))?;
+        let length =
+            u16::try_from(name.len()).map_err(|_| io::Error::other("a name of more than 65,535 bytes"))?;
         // Version 2.0, UTF-8 names, stored, 1980-01-01: the same arrays give the same bytes.
         let mut common = vec![20, 0, 0, 8, 0, 0, 0, 0, 0x21, 0];
         common.extend_from_slice(&sum.finalize().to_le_bytes());

@@ -9,8 +9,8 @@ use super::adapter::PyAdapter;
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::format::{
-    self, AdapterParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Orientation, PeftOptions, Tensor,
-    TensorDtype,
+    self, AdapterParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Orientation, PeftOptions,
+    Tensor, TensorDtype,
 };
 
 /// A file's content, immutable.

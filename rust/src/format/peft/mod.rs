@@ -7,8 +7,8 @@ mod read;
 pub(super) mod variants;
 mod write;
 
-pub(crate) use names::is_only_for_training;
 pub use experts::unpack_experts;
+pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
 pub(super) use read::{is_key, knows, read};
 pub(crate) use write::placed;

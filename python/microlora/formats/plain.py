@@ -149,9 +149,7 @@ def _initial(initial: object, trained: AdapterFile) -> dict[str, tuple[Array, Ar
 def _same_modules(got: Mapping[str, object], want: Mapping[str, object]) -> None:
     missing, unknown = sorted(want.keys() - got.keys()), sorted(map(str, got.keys() - want.keys()))
     if missing or unknown:
-        raise ConfigError(
-            f"initial: got modules without {missing[:5]} and with {unknown[:5]}, expected the same"
-        )
+        raise ConfigError(f"initial: got modules without {missing[:5]} and with {unknown[:5]}, expected the same")
 
 
 def _pair(path: str, value: object) -> tuple[Array, Array]:

@@ -19,8 +19,7 @@ impl Loaded {
     /// The first variant that is not allowed, with all the names to allow.
     pub fn check_runs(&self, file: &str, allow: &[String]) -> Result<()> {
         let said = |v: &Variant, way: &str| {
-            let reason =
-                format!("{} ({}): {}; AdapterFile.read keeps it as it is{way}", show(&v.at), v.kind, v.why);
+            let reason = format!("{} ({}): {}; AdapterFile.read keeps it as it is{way}", show(&v.at), v.kind, v.why);
             Err(Error::unsupported(file, reason))
         };
         if let Some(v) = self.variants.iter().find(|v| NOTHING_ELSE.contains(&v.kind.as_str())) {

@@ -15,9 +15,7 @@ use super::container::{self, Container, Layout};
 use super::json::{StringMap, show, show_list};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
-use super::{
-    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, atomic, check_factors, peft, source,
-};
+use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, atomic, check_factors, peft, source};
 use crate::error::{Error, Result};
 
 /// The header's `format`.

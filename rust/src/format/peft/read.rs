@@ -278,7 +278,8 @@ impl Pair {
                 let names = [Factor::A, Factor::B].map(|f| word(f, embedding));
                 let [have, missing] = if a.is_some() { names } else { [names[1], names[0]] };
                 let key = a.or(b).map(|s| s.key).unwrap_or_default();
-                let reason = format!("module {}: {have} ({}) without its {missing}", show(path), show(&key));
+                let reason =
+                    format!("module {}: {have} ({}) without its {missing}", show(path), show(&key));
                 Err(Error::format(file, reason))
             }
         }
@@ -298,7 +299,10 @@ fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<
             return Err(Error::format(file, reason));
         }
         if !slot.tensor.is_finite() {
-            return Err(Error::format(file, format!("tensor {}: contains NaN or infinity", show(&slot.key))));
+            return Err(Error::format(
+                file,
+                format!("tensor {}: contains NaN or infinity", show(&slot.key)),
+            ));
         }
     }
     if config.raw_kind(path) != Some("target_parameters") {
@@ -321,7 +325,13 @@ fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<
     Err(Error::format(file, reason))
 }
 
-fn module(path: String, embedding: bool, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
+fn module(
+    path: String,
+    embedding: bool,
+    pair: Pair,
+    config: &PeftConfig,
+    file: &str,
+) -> Result<ModuleParts> {
     let (a, b) = pair.both(&path, embedding, file)?;
     let convolution = !embedding && [&a, &b].iter().any(|s| (3..=5).contains(&s.tensor.shape.len()));
     let kind = match (embedding, convolution) {

@@ -4,9 +4,9 @@ use serde_json::{Map, Value};
 
 use super::super::json::{parse_object, show_value, to_sorted_pretty, truthy};
 use super::super::{AdapterParts, ModuleKind, Variant};
-use super::CONFIG_FILE;
 use super::config::{self, PeftConfig};
 use super::names::{Key, classify, split_prefix};
+use super::CONFIG_FILE;
 use crate::error::Result;
 
 /// Each kind: what it changes, and the way out.
@@ -14,14 +14,8 @@ const KINDS: [(&str, &str); 16] = [
     ("dora", "DoRA rescales base weight and delta together and needs the base weights; merge it with PEFT"),
     ("lora_bias", "the adapter adds biases of its own (lora_B.bias); merge it with PEFT"),
     ("bias", "a trained bias of the base model; put it into the base model"),
-    (
-        "modules_to_save",
-        "a whole module of the base is replaced (modules_to_save); put it into the base model",
-    ),
-    (
-        "trainable_tokens",
-        "rows of an embedding are replaced (trained tokens); write them into the base model",
-    ),
+    ("modules_to_save", "a whole module of the base is replaced (modules_to_save); put it into the base model"),
+    ("trainable_tokens", "rows of an embedding are replaced (trained tokens); write them into the base model"),
     ("saved_embedding", "a whole embedding of the base model is replaced; put it into the base model"),
     (
         "target_parameters",
@@ -65,16 +59,8 @@ const SOUND_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 const CHANGING_INITS: [&str; 5] = ["pissa", "olora", "corda", "lora_ga", "loftq"];
 
 /// Embeddings and heads as models call them; saved whole where they were resized.
-const EMBEDDINGS: [&str; 8] = [
-    "embed_tokens",
-    "lm_head",
-    "wte",
-    "word_embeddings",
-    "embed_in",
-    "embed_out",
-    "tok_embeddings",
-    "shared",
-];
+const EMBEDDINGS: [&str; 8] =
+    ["embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "shared"];
 
 /// What a tensor that is no factor of a module is there for.
 #[derive(Debug, PartialEq, Eq)]

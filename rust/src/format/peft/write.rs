@@ -40,10 +40,8 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         Some(text) => Some(config::parse(text, CONFIG_FILE)?),
         None => None,
     };
-    let is_raw = |name: &str| {
-        matches!(classify(name), Key::Factor { .. })
-            && !matches!(variants::use_of(name, had.as_ref()), Use::Unused)
-    };
+    let is_raw = |name: &str| matches!(classify(name), Key::Factor { .. })
+        && !matches!(variants::use_of(name, had.as_ref()), Use::Unused);
     if parts.modules.is_empty() && !parts.extra.iter().any(|t| is_raw(&t.name)) {
         return Err(Error::config("adapter", "no modules", "at least one for a PEFT directory"));
     }

@@ -103,7 +103,7 @@ pub(super) fn knows(_: &Source) -> bool {
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
-    let carried = Carried::take(content.metadata, &file)?;
+    let mut carried = Carried::take(content.metadata, &file)?;
     let mut found = Found::default();
     let mut groups: BTreeMap<String, Vec<(Mark, Tensor)>> = BTreeMap::new();
     for t in content.tensors {

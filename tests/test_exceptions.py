@@ -26,6 +26,7 @@ BUILTIN = {
     "FeedbackError": ValueError,
     "FormatError": ValueError,
     "UnsupportedVariantError": ValueError,
+    "DestinationExistsError": FileExistsError,
     "DeviceError": RuntimeError,
     "SwapError": RuntimeError,
     "MissingExtraError": ImportError,

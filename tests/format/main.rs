@@ -2,9 +2,12 @@
 
 mod disk;
 mod entry;
+mod gguf;
+mod gguf_support;
 mod hostile;
 mod peft_dir;
 mod refusals;
 mod round_trip;
 mod samples;
 mod styles;
+mod variants;

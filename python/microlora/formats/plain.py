@@ -32,19 +32,19 @@ def convert_to_plain(
     *,
     overwrite: bool = False,
 ) -> AdapterFile:
-    """Makes an adapter relative to a changed base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) relative to the original.
+    """Makes an adapter of a changed base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) relative to the original.
 
     Such an initialisation takes ``s B0 A0`` out of the base weights, so what was learned is
-    ``s (B A - B0 A0) = s [B, -B0] [A; A0]``: the rank doubles, and alpha grows so that the scaling ``s`` stays
-    (twice; with rsLoRA by the square root of 2). Meng et al., arXiv 2404.02948. Of LoftQ what remains of the
-    quantiser's own error is not in the factors, and not in the result.
+    ``s (B A - B0 A0) = s [B, -B0] [A; A0]``: the rank doubles, and alpha grows so that the scaling ``s``
+    stays (twice; with rsLoRA by the square root of 2). Meng et al., arXiv 2404.02948. Of LoftQ the part of
+    the quantiser's error that the initial factors do not hold is not in the result either.
 
     Args:
         file: The trained adapter: a PEFT directory, or what was read from one.
         initial: The adapter as it was before training: a path, what was read from one, or
             ``{module: (A0 (rank, in), B0 (out, rank))}``.
-        dst: Where to write the result, as :meth:`AdapterFile.save` does (a PEFT directory unless the name ends in
-            ``.safetensors``); by default nowhere.
+        dst: Where to write the result: a PEFT directory, or a single file where the name ends in
+            ``.safetensors``; by default nowhere.
         overwrite: Replace what lies at ``dst``.
 
     Returns:
@@ -75,13 +75,13 @@ def convert_to_plain(
         factor_b = _narrow(np.concatenate([b, -b0], axis=1), m.dtype_b)
         modules.append((m.path, m.kind, m.alpha * growth, m.use_rslora, factor_a, factor_b))
     extra = [(*row, trained.extra_bytes(i)) for i, row in enumerate(trained.extra())]
-    plain = AdapterFile._wrap(
+    plain = AdapterFile.wrap(
         _core.AdapterFile.build(
             modules,
             extra,
             trained.config_json,
             trained.metadata_json,
-            json.dumps(_grown(config, growth)),
+            json.dumps(_grown(config, growth), indent=2, sort_keys=True),
             trained.prefix,
         )
     )
@@ -149,7 +149,9 @@ def _initial(initial: object, trained: AdapterFile) -> dict[str, tuple[Array, Ar
 def _same_modules(got: Mapping[str, object], want: Mapping[str, object]) -> None:
     missing, unknown = sorted(want.keys() - got.keys()), sorted(map(str, got.keys() - want.keys()))
     if missing or unknown:
-        raise ConfigError(f"initial: got modules without {missing[:5]} and with {unknown[:5]}, expected the same")
+        raise ConfigError(
+            f"initial: got modules without {missing[:5]} and with {unknown[:5]}, expected the same"
+        )
 
 
 def _pair(path: str, value: object) -> tuple[Array, Array]:

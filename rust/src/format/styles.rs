@@ -90,6 +90,9 @@ pub fn losses(loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<(Stri
 /// No such format, something that it cannot hold and that is not dropped, the system's refusals.
 pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<String>> {
     let style = style(name)?;
+    if loaded.parts.modules.is_empty() {
+        loaded.check_plain(&path.display().to_string())?;
+    }
     let lost = losses(loaded, name, allow)?;
     if let Some((kind, at)) = lost.iter().find(|(k, _)| !allow.iter().any(|a| *a == format!("drop:{k}"))) {
         let reason =

@@ -144,10 +144,8 @@ fn check_method(object: &Map<String, Value>, file: &str) -> Result<()> {
     match object.get("peft_type") {
         Some(Value::String(s)) if s == "LORA" => Ok(()),
         Some(v) => {
-            let reason = format!(
-                "peft_type {}: only LORA is read here; convert it to LoRA with PEFT",
-                show_value(v)
-            );
+            let reason =
+                format!("peft_type {}: only LORA is read here; convert it to LoRA with PEFT", show_value(v));
             Err(Error::unsupported(file, reason))
         }
         None => Err(Error::format(file, "no peft_type, so this is not a PEFT configuration")),

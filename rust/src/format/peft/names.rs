@@ -96,6 +96,27 @@ pub(super) fn keys(prefix: &str, path: &str, embedding: bool) -> [String; 2] {
     }
 }
 
+/// The key as PEFT stores it: without the adapter's name behind LoRA's own part of it, and without the
+/// `.weight` that a magnitude has in memory alone. Any other key is its own.
+pub(super) fn stored_name(key: &str) -> String {
+    const NAMED: [&str; 5] =
+        ["lora_B", "lora_magnitude_vector", "lora_diag", "lora_monteclora_sampler", "trainable_tokens_delta"];
+    let (prefix, rest) = split_prefix(key);
+    let mut segments: Vec<&str> = rest.split('.').collect();
+    let Some(mark) = segments.iter().rposition(|s| NAMED.contains(s)) else { return key.to_owned() };
+    let named = segments.get(mark + 1) == Some(&"default");
+    if named {
+        segments.remove(mark + 1);
+    }
+    if segments[mark] == "lora_magnitude_vector" && segments[mark + 1..] == ["weight"] {
+        segments.pop();
+    } else if !named {
+        return key.to_owned();
+    }
+    let prefix = if prefix.is_empty() { PREFIX } else { prefix };
+    format!("{prefix}{}", segments.join("."))
+}
+
 /// Whether a tensor that is no factor has nothing to say about the weights.
 pub(crate) fn is_only_for_training(key: &str) -> bool {
     matches!(classify(key), Key::Training)
@@ -172,6 +193,21 @@ mod tests {
             ("head.modules_to_save.default.weight", "modules_to_save"),
         ] {
             assert_eq!(classify(key), Key::Part(kind), "{key}");
+        }
+    }
+
+    #[test]
+    fn names_in_memory_become_those_of_files() {
+        for (key, want) in [
+            ("m.q.lora_magnitude_vector.default.weight", "base_model.model.m.q.lora_magnitude_vector"),
+            ("base_model.model.q.lora_magnitude_vector.weight", "base_model.model.q.lora_magnitude_vector"),
+            ("base_model.model.q.lora_B.default.bias", "base_model.model.q.lora_B.bias"),
+            ("q.lora_diag.default", "base_model.model.q.lora_diag"),
+            ("q.lora_diag", "q.lora_diag"),
+            ("x.default.lora_B.bias", "x.default.lora_B.bias"),
+            ("head.modules_to_save.default.weight", "head.modules_to_save.default.weight"),
+        ] {
+            assert_eq!(stored_name(key), want);
         }
     }
 

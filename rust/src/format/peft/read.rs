@@ -10,7 +10,7 @@ use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
 use super::config::{self, PeftConfig};
-use super::names::{Factor, Key, classify, split_prefix};
+use super::names::{Factor, Key, classify, split_prefix, stored_name};
 use super::variants::{self, Use};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
@@ -151,7 +151,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     let mut notes = config.notes.clone();
     notes.extend(config.unmatched_notes(&paths));
 
-    let prefix = common_prefix(&pairs);
+    let prefix = common_prefix(if pairs.is_empty() { &raw } else { &pairs });
     for ((path, _), pair) in raw {
         check_raw(&path, pair, &config, file)?;
     }
@@ -177,7 +177,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_json(file)?;
     parts.detach_extra();
     let variants = variants::with(&parts, Some(&config));
-    Ok(Loaded { format: "peft", parts, variants, unused, notes })
+    Ok(Loaded { format: "peft", parts, variants, unused, notes, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, those kept as they lie, the others, and which nothing uses.
@@ -204,7 +204,9 @@ fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sor
                         let reason = format!("tensor {}: contains NaN or infinity", show(&key));
                         return Err(Error::format(file, reason));
                     }
-                    let part = without_adapter_name(&key);
+                    let stored = stored_name(&key);
+                    let part = split_prefix(&stored).1.to_owned();
+                    tensor.name = stored;
                     if let Some(first) = parts.insert(part.clone(), key.clone()) {
                         let reason =
                             format!("tensors {} and {} are both {}", show(&first), show(&key), show(&part));
@@ -241,16 +243,6 @@ fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sor
     Ok(out)
 }
 
-/// A key without prefix, adapter name, and the `.weight` that a magnitude has in memory alone.
-fn without_adapter_name(key: &str) -> String {
-    let segments = split_prefix(key).1.split('.').filter(|s| *s != "default");
-    let name = segments.collect::<Vec<_>>().join(".");
-    match name.strip_suffix(".lora_magnitude_vector.weight") {
-        Some(module) => format!("{module}.lora_magnitude_vector"),
-        None => name,
-    }
-}
-
 /// What a factor is called in keys.
 fn word(factor: Factor, embedding: bool) -> &'static str {
     match (factor, embedding) {
@@ -278,8 +270,7 @@ impl Pair {
                 let names = [Factor::A, Factor::B].map(|f| word(f, embedding));
                 let [have, missing] = if a.is_some() { names } else { [names[1], names[0]] };
                 let key = a.or(b).map(|s| s.key).unwrap_or_default();
-                let reason =
-                    format!("module {}: {have} ({}) without its {missing}", show(path), show(&key));
+                let reason = format!("module {}: {have} ({}) without its {missing}", show(path), show(&key));
                 Err(Error::format(file, reason))
             }
         }
@@ -299,10 +290,7 @@ fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<
             return Err(Error::format(file, reason));
         }
         if !slot.tensor.is_finite() {
-            return Err(Error::format(
-                file,
-                format!("tensor {}: contains NaN or infinity", show(&slot.key)),
-            ));
+            return Err(Error::format(file, format!("tensor {}: contains NaN or infinity", show(&slot.key))));
         }
     }
     if config.raw_kind(path) != Some("target_parameters") {
@@ -325,13 +313,7 @@ fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<
     Err(Error::format(file, reason))
 }
 
-fn module(
-    path: String,
-    embedding: bool,
-    pair: Pair,
-    config: &PeftConfig,
-    file: &str,
-) -> Result<ModuleParts> {
+fn module(path: String, embedding: bool, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
     let (a, b) = pair.both(&path, embedding, file)?;
     let convolution = !embedding && [&a, &b].iter().any(|s| (3..=5).contains(&s.tensor.shape.len()));
     let kind = match (embedding, convolution) {

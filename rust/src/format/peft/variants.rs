@@ -4,24 +4,31 @@ use serde_json::{Map, Value};
 
 use super::super::json::{parse_object, show_value, to_sorted_pretty, truthy};
 use super::super::{AdapterParts, ModuleKind, Variant};
+use super::CONFIG_FILE;
 use super::config::{self, PeftConfig};
 use super::names::{Key, classify, split_prefix};
-use super::CONFIG_FILE;
 use crate::error::Result;
 
 /// Each kind: what it changes, and the way out.
-const KINDS: [(&str, &str); 16] = [
+const KINDS: [(&str, &str); 17] = [
     ("dora", "DoRA rescales base weight and delta together and needs the base weights; merge it with PEFT"),
     ("lora_bias", "the adapter adds biases of its own (lora_B.bias); merge it with PEFT"),
     ("bias", "a trained bias of the base model; put it into the base model"),
-    ("modules_to_save", "a whole module of the base is replaced (modules_to_save); put it into the base model"),
-    ("trainable_tokens", "rows of an embedding are replaced (trained tokens); write them into the base model"),
+    (
+        "modules_to_save",
+        "a whole module of the base is replaced (modules_to_save); put it into the base model",
+    ),
+    (
+        "trainable_tokens",
+        "rows of an embedding are replaced (trained tokens); write them into the base model",
+    ),
     ("saved_embedding", "a whole embedding of the base model is replaced; put it into the base model"),
     (
         "target_parameters",
         "LoRA on raw parameters (target_parameters) packs all experts in one pair; AdapterFile.unpack_experts gives \
          each expert's factors",
     ),
+    ("experts", "a LoRA on each expert of a mixture; only linear layers are run here"),
     ("embedding", "a LoRA on an embedding table; only linear layers are run here, merge it with PEFT"),
     ("conv", "a LoRA on a convolution; only linear layers are run here, merge it with PEFT"),
     ("qalora", "QALoRA pools its input by groups; run it with PEFT"),
@@ -59,8 +66,16 @@ const SOUND_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 const CHANGING_INITS: [&str; 5] = ["pissa", "olora", "corda", "lora_ga", "loftq"];
 
 /// Embeddings and heads as models call them; saved whole where they were resized.
-const EMBEDDINGS: [&str; 8] =
-    ["embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "shared"];
+const EMBEDDINGS: [&str; 8] = [
+    "embed_tokens",
+    "lm_head",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embed_out",
+    "tok_embeddings",
+    "shared",
+];
 
 /// What a tensor that is no factor of a module is there for.
 #[derive(Debug, PartialEq, Eq)]
@@ -121,6 +136,7 @@ pub(super) fn use_of(key: &str, config: Option<&PeftConfig>) -> Use {
     match classify(key) {
         Key::Part(kind) => Use::Part(kind),
         Key::Training => Use::Training,
+        Key::Factor { embedding: true, .. } => Use::Unused,
         Key::Factor { path, .. } => config.and_then(|c| c.raw_kind(&path)).map_or(Use::Unused, Use::Part),
         Key::Other => {
             let (_, rest) = split_prefix(key);
@@ -149,10 +165,11 @@ pub(crate) fn of(parts: &AdapterParts, file: &str) -> Result<Vec<Variant>> {
 
 pub(super) fn with(parts: &AdapterParts, config: Option<&PeftConfig>) -> Vec<Variant> {
     let mut out = config.map_or_else(Vec::new, |c| c.variants.clone());
+    let parameters = out.iter().any(|v| v.kind == "target_parameters");
     for m in &parts.modules {
         let kind = match m.kind {
             ModuleKind::Linear => continue,
-            ModuleKind::Experts => "target_parameters",
+            ModuleKind::Experts if parameters => "target_parameters",
             kind => kind.as_str(),
         };
         out.push(variant(kind, m.path.clone()));

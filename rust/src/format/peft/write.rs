@@ -40,8 +40,10 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         Some(text) => Some(config::parse(text, CONFIG_FILE)?),
         None => None,
     };
-    let is_raw = |name: &str| matches!(classify(name), Key::Factor { .. })
-        && !matches!(variants::use_of(name, had.as_ref()), Use::Unused);
+    let is_raw = |name: &str| {
+        matches!(classify(name), Key::Factor { .. })
+            && !matches!(variants::use_of(name, had.as_ref()), Use::Unused)
+    };
     if parts.modules.is_empty() && !parts.extra.iter().any(|t| is_raw(&t.name)) {
         return Err(Error::config("adapter", "no modules", "at least one for a PEFT directory"));
     }
@@ -56,7 +58,7 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         let [key_a, key_b] = keys(prefix, path, embedding);
         let read_back = match classify(&key_a) {
             Key::Factor { path: read, embedding: e, .. } => {
-                let raw = had.as_ref().and_then(|c| c.raw_kind(path)).is_some();
+                let raw = !embedding && had.as_ref().and_then(|c| c.raw_kind(path)).is_some();
                 read == *path && e == embedding && raw == (m.kind == ModuleKind::Experts)
             }
             _ => false,
@@ -317,6 +319,10 @@ fn number(x: f64) -> Value {
 /// True when `target_modules` names every module. A pattern that only Python can run is trusted as long
 /// as the modules keep their names.
 fn targets(object: &Map<String, Value>, modules: &[(String, &ModuleParts)], renamed: bool) -> Result<bool> {
+    // PEFT ties a head to its embedding without naming it.
+    if !renamed && object.get("ensure_weight_tying").is_some_and(truthy) {
+        return Ok(true);
+    }
     let config = config::parse(&to_sorted_pretty(object), CONFIG_FILE)?;
     Ok(config.targets_all(modules.iter().map(|(p, _)| pattern_path(p))).unwrap_or(!renamed))
 }

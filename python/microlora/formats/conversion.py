@@ -103,7 +103,11 @@ def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
         return dict(file.lost_in(name, options.allow))
 
     def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
-        return file.save_style(os.fspath(path), name, options.allow)
+        notes = file.save_style(os.fspath(path), name, options.allow)
+        if options.progress is not None:
+            modules = len(file.rows())
+            options.progress(modules, modules, "writing")
+        return notes
 
     return Writer(name, losses, write, also)
 

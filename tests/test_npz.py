@@ -119,6 +119,7 @@ def test_hostile_archives(tmp_path):
         "both sizes": (patched(data, True, 20, b"\xff\xff\xff\x7f\xff\xff\xff\x7f"), "overlap"),
         "place": (patched(data, True, 42, b"\x10\x00\x00\x00"), "overlap|record"),
         "local name": (patched(data, False, 30, b"X"), "differ"),
+        "not UTF-8": (patched(data, True, 46, b"\xff"), "not UTF-8"),
         "truncated": (data[:-30], "truncated|end"),
         "half": (data[: len(data) // 2], "truncated"),
         "tail": (data + b"x", "after its end"),

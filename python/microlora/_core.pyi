@@ -620,8 +620,8 @@ class AdapterFile:
             UnsupportedVariantError: A variant is left.
         """
 
-    def save_single(self, path: str | PathLike[str]) -> None:
-        """Writes all of it to one file of ours, through a temporary sibling and a rename.
+    def save_single(self, path: str | PathLike[str], lost: Sequence[str]) -> None:
+        """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing.
 
         Raises:
             OSError: The system refused; an older file is left whole.

@@ -83,7 +83,7 @@ def _nothing(file: AdapterFile, options: Options) -> dict[str, str]:
 
 
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    file.save_single(os.fspath(path))
+    file.save_single(os.fspath(path), list(gguf.unplaced(file)))
     return []
 
 

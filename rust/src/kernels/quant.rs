@@ -158,13 +158,6 @@ impl Kernels {
     fn job(&self, w: Packed<'_>) -> Job<'_> {
         let [rows, cols] = w.shape;
         let take_apart = self.quant.over[w.kind as usize].take_apart;
-        Job {
-            w: w.bytes.as_ptr(),
-            rows,
-            cols,
-            per_row: w.bytes.len() / rows,
-            take_apart,
-            apart: &self.quant.apart,
-        }
+        Job { w: w.bytes.as_ptr(), rows, cols, per_row: w.bytes.len() / rows, take_apart, apart: &self.quant.apart }
     }
 }

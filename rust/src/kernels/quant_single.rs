@@ -23,13 +23,7 @@ pub(super) struct Run {
 impl Run {
     /// Rows from `r` on of the group of `height` at `base`.
     #[inline(always)]
-    pub unsafe fn new<B: Block>(
-        base: *const u8,
-        height: usize,
-        r: usize,
-        cols: usize,
-        prefetch: bool,
-    ) -> Self {
+    pub unsafe fn new<B: Block>(base: *const u8, height: usize, r: usize, cols: usize, prefetch: bool) -> Self {
         // SAFETY: the caller gives a whole group; r < height.
         let (heads, codes) = unsafe { (base.add(r * B::HEAD), base.add(height * B::HEAD + r * B::CODES)) };
         let step = height * (B::HEAD + B::CODES);
@@ -159,12 +153,7 @@ pub(super) unsafe fn dots<V: Vector, B: Block>(
 
 /// `y (+)= sum_r coef[r] row r` over `R` rows.
 #[inline(always)]
-unsafe fn combine_run<V: Vector, B: Block, const R: usize>(
-    run: Run,
-    coef: *const f32,
-    y: *mut f32,
-    add: bool,
-) {
+unsafe fn combine_run<V: Vector, B: Block, const R: usize>(run: Run, coef: *const f32, y: *mut f32, add: bool) {
     let (vectors, halves) = (SPAN / V::W, if B::HALVES { 2 } else { 1 });
     // SAFETY: the caller gives a run of R rows, R elements of coef and as many y as the run has columns.
     unsafe {
@@ -225,3 +214,4 @@ pub(super) unsafe fn combine<V: Vector, B: Block>(
         );
     }
 }
+

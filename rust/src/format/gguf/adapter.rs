@@ -231,7 +231,8 @@ impl Tensors<'_> {
         let names = [names[0].as_str(), names[1].as_str()];
         let rank = match kind {
             ModuleKind::Experts => self.experts(&a, &b, names)?,
-            _ => check_factors(&a, &b, names, self.file).map_err(|e| self.hint(e, &a, &b))?,
+            _ => check_factors(ModuleKind::Linear, &a, &b, names, self.file)
+                .map_err(|e| self.hint(e, &a, &b))?,
         };
         self.opts.limits.check_rank(rank, &show(&path), self.file)?;
         // Without an alpha llama.cpp scales by one.

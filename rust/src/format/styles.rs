@@ -5,7 +5,9 @@ use std::path::Path;
 use super::json::{show, show_list};
 use super::peft::is_only_for_training;
 use super::peft::variants::plain_config;
-use super::{AdapterParts, Loaded, ModuleKind, ModuleParts, Tensor, Variant, diffusers, flat, kohya, mlx, npz};
+use super::{
+    AdapterParts, Loaded, ModuleKind, ModuleParts, Tensor, Variant, diffusers, flat, kohya, mlx, npz,
+};
 use crate::error::{Error, Result};
 
 /// One format that is written here.
@@ -104,9 +106,8 @@ pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) ->
     let modules: Vec<&ModuleParts> = (loaded.parts.modules.iter())
         .filter(|m| m.kind == ModuleKind::Linear || keeps(style, loaded, m.kind.as_str(), allow))
         .collect();
-    let dropped = |t: &&Tensor| {
-        !loaded.variants.iter().any(|v| v.at == t.name && !keeps_this(style, loaded, v, allow))
-    };
+    let dropped =
+        |t: &&Tensor| !loaded.variants.iter().any(|v| v.at == t.name && !keeps_this(style, loaded, v, allow));
     let (dora, others): (Vec<&Tensor>, Vec<&Tensor>) =
         loaded.parts.extra.iter().filter(dropped).partition(|t| magnitude_path(&t.name).is_some());
     let extra = if same { others } else { Vec::new() };

@@ -10,3 +10,5 @@ mod quantized;
 mod refusals;
 mod round_trip;
 mod samples;
+mod styles;
+mod variants;

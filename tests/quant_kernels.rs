@@ -37,7 +37,8 @@ fn rng(seed: u64) -> Rng {
 
 /// Blocks of any bits, so that every code, scale and minimum comes up, with scales that are finite halves.
 fn random_blocks(kind: BlockType, rows: usize, cols: usize, rng: &mut Rng) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..rows * kind.row_bytes(cols).unwrap()).map(|_| (rng.bits() >> 32) as u8).collect();
+    let mut bytes: Vec<u8> =
+        (0..rows * kind.row_bytes(cols).unwrap()).map(|_| (rng.bits() >> 32) as u8).collect();
     for (i, block) in bytes.chunks_exact_mut(kind.block_bytes()).enumerate() {
         if i % 5 == 1 {
             block.fill(0xff); // the largest codes and scales
@@ -76,7 +77,11 @@ fn close(got: &[f32], want: &[f64], size: &[f64], what: &str) {
     assert_eq!(got.len(), want.len());
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         let error = (f64::from(*g) - w).abs();
-        assert!(error <= 3e-6 * size[i].max(1e-6), "{what}[{i}]: got {g}, want {w}, error {error:e} of {}", size[i]);
+        assert!(
+            error <= 3e-6 * size[i].max(1e-6),
+            "{what}[{i}]: got {g}, want {w}, error {error:e} of {}",
+            size[i]
+        );
     }
 }
 
@@ -158,7 +163,11 @@ fn every_element_of_a_block_meets_its_own_input() {
                 m.dots(k, &x, &mut out, false);
                 for (r, got) in out.iter().enumerate() {
                     let want = w[r * cols + j];
-                    assert!((got - want).abs() <= 1e-6 * scale, "{} {kind} [{r}][{j}]: {got} for {want}", k.isa());
+                    assert!(
+                        (got - want).abs() <= 1e-6 * scale,
+                        "{} {kind} [{r}][{j}]: {got} for {want}",
+                        k.isa()
+                    );
                 }
             }
             for r in 0..rows {
@@ -168,7 +177,11 @@ fn every_element_of_a_block_meets_its_own_input() {
                 m.combine(k, &c, &mut y, false);
                 for (j, got) in y.iter().enumerate() {
                     let want = w[r * cols + j];
-                    assert!((got - want).abs() <= 1e-6 * scale, "{} {kind} [{r}][{j}]: {got} for {want}", k.isa());
+                    assert!(
+                        (got - want).abs() <= 1e-6 * scale,
+                        "{} {kind} [{r}][{j}]: {got} for {want}",
+                        k.isa()
+                    );
                 }
             }
         }
@@ -199,7 +212,8 @@ fn batches_match_float64() {
         let m = random_matrix(kind, rows, cols, 8);
         let w = m.dequantize();
         for n in [1, 2, 3, 4, 5, 6, 7, 25] {
-            let (x, u0, y0) = (rng(9).numbers(n * cols), rng(10).numbers(n * rows), rng(11).numbers(n * cols));
+            let (x, u0, y0) =
+                (rng(9).numbers(n * cols), rng(10).numbers(n * rows), rng(11).numbers(n * cols));
             let what = format!("{} {kind} batch of {n}, {rows}x{cols}", k.isa());
             for add in [false, true] {
                 let mut u = u0.clone();
@@ -238,7 +252,12 @@ fn every_isa_gives_what_the_scalar_twin_gives() {
         m.combine(k, &c, &mut got, false);
         m.combine(scalar, &c, &mut want, false);
         let (_, size) = combine64(&w, &c, &want, false);
-        close(&got, &wide(&want), &widened(size, &w, &c), &format!("{} {kind} combine {rows}x{cols}", k.isa()));
+        close(
+            &got,
+            &wide(&want),
+            &widened(size, &w, &c),
+            &format!("{} {kind} combine {rows}x{cols}", k.isa()),
+        );
     });
 }
 

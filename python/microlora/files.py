@@ -102,7 +102,8 @@ def load(
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
-        path: A PEFT directory, the weights file in one, our single file, or a GGUF adapter.
+        path: A file or directory of any format that is read: PEFT, our single file, GGUF, MLX, Kohya,
+            diffusers, flat ``lora_a``/``lora_b``, ``.npz``.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and

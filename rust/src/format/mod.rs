@@ -5,9 +5,15 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+mod diffusers;
+mod flat;
 pub mod gguf;
 pub(crate) mod json;
+mod kohya;
 mod limits;
+mod mlx;
+mod npz;
+mod pairs;
 mod pattern;
 pub mod peft;
 mod quantized;
@@ -15,13 +21,16 @@ mod runs;
 pub(crate) mod shards;
 mod single;
 mod source;
+mod styles;
 mod table;
 pub mod tensor;
+mod zip;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
+pub use kohya::resolve as resolve_names;
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
 pub use quantized::{Along, FactorParts, QUANTIZED_VERSION, QuantModuleParts};
@@ -29,6 +38,7 @@ pub use quantized::{quantized_from_bytes, quantized_to_bytes, save_quantized};
 pub use single::{
     FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
 };
+pub use styles::{STYLES, Style, losses, save_style};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
@@ -231,6 +241,7 @@ impl Loaded {
     pub fn check_plain(&self, file: &str) -> Result<()> {
         match self.quantized {
             None => Ok(()),
+            Some(_) if !self.parts.modules.is_empty() => Ok(()), // expanded beside the blocks
             Some(_) => Err(Error::unsupported(
                 file,
                 "a quantised adapter, expected plain weights: microlora.load(path).dequantize() gives them",

@@ -148,7 +148,7 @@ pub enum Orientation {
 }
 
 /// Something in a file that is not plain LoRA on linear layers: kept, and not run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Variant {
     /// Short name, the `<kind>` of `drop:<kind>`.

@@ -6,7 +6,7 @@
 //! `prefix`, `header`, `variants` (what is not plain LoRA on linear layers). The same
 //! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -219,7 +219,9 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     parts.detach_extra();
     // What the content shows counts, whatever the header says.
     let shown = peft::variants::of(&parts, file)?;
-    variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
+    let said: HashSet<&Variant> = variants.iter().collect();
+    let more: Vec<Variant> = shown.into_iter().filter(|v| !said.contains(v)).collect();
+    variants.extend(more);
     Ok(Loaded { format: "safetensors", parts, variants, quantized, unused, ..Loaded::default() })
 }
 

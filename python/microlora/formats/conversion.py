@@ -109,7 +109,7 @@ def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
             options.progress(modules, modules, "writing")
         return notes
 
-    return Writer(name, losses, write, also)
+    return Writer(name, losses, write, also=also)
 
 
 # One row per format that can be written.

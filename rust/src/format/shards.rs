@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::budget::Budget;
 use super::container::{self, Entry, Heading};
 use super::json::{self, show};
 use super::source;
@@ -230,7 +231,9 @@ fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
 
 fn read_index(path: &Path) -> Result<Index> {
     let wrong = |reason: String| Error::format(path.display(), reason);
-    let object = json::parse_object(&source::Text::read(path)?.text).map_err(wrong)?;
+    // It describes files that are much larger than itself.
+    let text = source::Text::read(path)?.text;
+    let object = json::parse_object_within(&text, Budget::unbounded()).map_err(wrong)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {
         return Err(wrong("no `weight_map` of tensors to files".into()));
     };

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.ewc import EwcPlusPlus
-    from microlora.formats import AdapterFile, Conversion, Limits, convert
+    from microlora.formats import AdapterFile, Conversion, Limits, convert, convert_to_plain
     from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
     from microlora.hot_swap import HotSwapManager
@@ -117,6 +117,7 @@ __all__ = [
     "compose_parallel",
     "compose_sequential",
     "convert",
+    "convert_to_plain",
     "create_lora",
     "data",
     "diff",
@@ -143,7 +144,7 @@ _ROOMS = {
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
-    "formats": ("AdapterFile", "Conversion", "Limits", "convert"),
+    "formats": ("AdapterFile", "Conversion", "Limits", "convert", "convert_to_plain"),
     "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
     "hot_swap": ("HotSwapManager",),

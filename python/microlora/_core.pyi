@@ -504,6 +504,7 @@ class AdapterFile:
         config_json: str | None = None,
         metadata_json: str | None = None,
         peft_config: str | None = None,
+        prefix: str | None = None,
     ) -> AdapterFile:
         """Content from Python.
 
@@ -513,6 +514,7 @@ class AdapterFile:
             config_json: Settings of ours.
             metadata_json: Metadata of ours.
             peft_config: The text of an adapter_config.json.
+            prefix: PEFT's prefix of keys, where it was repeated.
 
         Raises:
             ShapeError: Byte counts or shapes that do not fit.
@@ -562,6 +564,10 @@ class AdapterFile:
         """The text of `adapter_config.json`, where there was one."""
 
     @property
+    def prefix(self) -> str | None:
+        """PEFT's prefix of keys, where it was repeated."""
+
+    @property
     def config_json(self) -> str | None:
         """Settings of ours, as JSON."""
 
@@ -578,6 +584,31 @@ class AdapterFile:
 
         Raises:
             UnsupportedVariantError: A variant is left.
+        """
+
+    def save_single(self, path: str | PathLike[str]) -> None:
+        """Writes all of it to one file of ours, through a temporary sibling and a rename.
+
+        Raises:
+            OSError: The system refused; an older file is left whole.
+        """
+
+    def lost_in_peft(self) -> list[tuple[str, str]]:
+        """`(kind, at)` of what a PEFT directory cannot hold of it."""
+
+    def save_peft(self, path: str | PathLike[str]) -> None:
+        """Writes a PEFT directory, without what `lost_in_peft` lists.
+
+        Raises:
+            ConfigError: Modules that one PEFT configuration cannot describe.
+            OSError: The system refused; older files are left whole.
+        """
+
+    def unpacked(self, experts: int | None = None) -> AdapterFile:
+        """The same content with packed experts as modules of their own.
+
+        Raises:
+            ConfigError: No packed experts, or a number that the ranks do not give.
         """
 
 @disjoint_base
@@ -1653,8 +1684,9 @@ def load(
     limits: tuple[int, int, int, int] | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    allow: Sequence[str] | None = None,
 ) -> tuple[Adapter, list[str], list[str]]:
-    """Reads any known format: the adapter, the names of unused tensors, and notes.
+    """Reads any known format: the adapter without what `allow` drops, unused tensors, and notes.
 
     Raises:
         FormatError: The file is broken.

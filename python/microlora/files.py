@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import microlora._core as _core
+from microlora._checks import check_allow
 from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError, FormatError, UnusedTensorWarning
@@ -72,6 +73,7 @@ def load(
     limits: Limits | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Adapter:
     """Loads an adapter; the content decides what it is, not the name.
 
@@ -86,6 +88,8 @@ def load(
         limits: What the file may ask for; by default :class:`microlora.Limits`.
         alpha: Scaling numerator, for formats that carry none.
         orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
+        allow: Variants to leave out, by the names that the refusal lists (``["drop:modules_to_save"]``). What
+            is left is another network than the file's.
 
     Returns:
         The adapter, with the file's dtypes.
@@ -96,7 +100,8 @@ def load(
         OSError: The file cannot be read.
     """
     bounds = None if limits is None else limits.as_tuple()
-    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+    names = check_allow(allow)
+    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict, bounds, alpha, orientation, names)
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:

@@ -7,3 +7,4 @@ mod peft_dir;
 mod refusals;
 mod round_trip;
 mod samples;
+mod variants;

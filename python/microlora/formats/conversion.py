@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import microlora._core as _core
+from microlora._checks import check_allow
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
-from microlora.formats.file import AdapterFile, PathLike, check_allow
+from microlora.formats.file import AdapterFile, PathLike
 from microlora.progress import CancelToken, Progress
 
 __all__ = ["WRITERS", "Conversion", "Options", "Writer", "convert"]
@@ -66,17 +66,21 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
 
-def _variants(file: AdapterFile, options: Options) -> dict[str, str]:
-    return {v.kind: v.at for v in reversed(file.variants)}
+def _nothing(file: AdapterFile, options: Options) -> dict[str, str]:
+    return {}
 
 
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    _core.save_single(file.runnable(list(options.allow)), os.fspath(path))
+    file.save_single(os.fspath(path))
     return []
 
 
+def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
+    return dict(reversed(file.lost_in_peft()))
+
+
 def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    _core.save_peft(file.runnable(list(options.allow)), os.fspath(path), None, None)
+    file.save_peft(os.fspath(path))
     return []
 
 
@@ -84,8 +88,8 @@ def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
 WRITERS: dict[str, Writer] = {
     row.name: row
     for row in (
-        Writer("safetensors", _variants, _single),
-        Writer("peft", _variants, _peft),
+        Writer("safetensors", _nothing, _single),
+        Writer("peft", _not_in_peft, _peft),
     )
 }
 

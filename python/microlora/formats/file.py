@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import microlora._core as _core
+from microlora._checks import check_allow, integer
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError
 from microlora.formats.limits import Limits
+
+if TYPE_CHECKING:
+    from microlora.formats.conversion import Conversion
+    from microlora.progress import CancelToken, Progress
 
 __all__ = ["AdapterFile", "FileModule", "Variant"]
 
@@ -54,21 +58,6 @@ class FileModule(NamedTuple):
     shape_a: tuple[int, ...]
     dtype_b: str
     shape_b: tuple[int, ...]
-
-
-def check_allow(allow: Iterable[str]) -> list[str]:
-    """The losses that a caller accepts by name, checked.
-
-    Raises:
-        ConfigError: Not a list of names of the form ``drop:<kind>``.
-    """
-    if isinstance(allow, str):
-        raise ConfigError(f"allow: got {allow!r}, expected a list of names such as ['drop:dora']")
-    names = list(allow)
-    for name in names:
-        if not isinstance(name, str) or not name.startswith("drop:") or name == "drop:":
-            raise ConfigError(f"allow: got {name!r}, expected names of the form 'drop:<kind>'")
-    return names
 
 
 class AdapterFile(_core.AdapterFile):
@@ -138,3 +127,66 @@ class AdapterFile(_core.AdapterFile):
             UnsupportedVariantError: A variant is left; the message has the names to allow.
         """
         return Adapter(self.runnable(check_allow(allow)))
+
+    def unpack_experts(self, experts: int | None = None) -> AdapterFile:
+        """The same content with packed experts (PEFT's ``target_parameters``) as modules of their own.
+
+        PEFT packs the experts of a raw parameter in one pair, A (experts * rank, in) with the expert varying
+        slowest and B (out, rank * experts) with the expert varying fastest. Here they become modules of kind
+        ``"experts"``, A (experts, rank, in) and B (experts, out, rank), under the path in the file: of nested
+        wrappers the inner ones end in ``.base_layer``. Saved to PEFT, they are packed again as they were.
+
+        Args:
+            experts: Their number, where ranks by pattern leave it open; otherwise it follows from the rank.
+
+        Raises:
+            ConfigError: No packed experts, or a number that the ranks of the configuration do not give.
+        """
+        if experts is not None:
+            experts = integer("experts", experts, 1, 2**31 - 1)
+        return self._wrap(self.unpacked(experts))
+
+    def save(
+        self,
+        dst: PathLike,
+        format: str | None = None,
+        *,
+        base_config: Mapping[str, Any] | PathLike | None = None,
+        allow: Sequence[str] = (),
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Conversion:
+        """Writes all of it: :func:`microlora.convert` of this content.
+
+        Args:
+            dst: File or directory to write.
+            format: Name of the format; by default the one it was read from, else by the name as
+                :func:`microlora.save` does.
+            base_config: As for :func:`microlora.convert`.
+            allow: Losses that are accepted by name.
+            overwrite: Replace what lies at ``dst``.
+            progress: As for :func:`microlora.convert`.
+            cancel: As for :func:`microlora.convert`.
+
+        Raises:
+            UnsupportedVariantError: The format cannot hold what the file has; the message has the names.
+            DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
+            ConfigError: An unknown format, or one that needs more than was given.
+            OSError: The system refused; what was at ``dst`` is left whole.
+        """
+        from microlora.formats.conversion import convert
+
+        if format is None:
+            single = os.fspath(dst).endswith(".safetensors")
+            format = self.format or ("safetensors" if single else "peft")
+        return convert(
+            self,
+            dst,
+            format=format,
+            base_config=base_config,
+            allow=allow,
+            overwrite=overwrite,
+            progress=progress,
+            cancel=cancel,
+        )

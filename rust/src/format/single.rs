@@ -2,7 +2,8 @@
 //!
 //! Tensors `<module>.lora_a` (rank, in) and `<module>.lora_b` (out, rank), others under `extra.`. Header
 //! entries: `format` = "microlora", `format_version`, `modules` (a JSON list of path, rank, alpha and
-//! use_rslora), and where there is one `config`, `metadata`, `peft_config`, `prefix`, `header`. The same
+//! use_rslora, and `kind` of other than linear layers), and where there is one `config`, `metadata`, `peft_config`,
+//! `prefix`, `header`, `variants` (what is not plain LoRA on linear layers). The same
 //! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,7 +15,9 @@ use super::container::{self, Container, Layout};
 use super::json::{StringMap, show, show_list};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
-use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, source};
+use super::{
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, atomic, check_factors, peft, source,
+};
 use crate::error::{Error, Result};
 
 /// The header's `format`.
@@ -30,24 +33,40 @@ struct ModuleEntry {
     rank: usize,
     alpha: f64,
     use_rslora: bool,
+    /// Absent for linear layers.
+    #[serde(default, skip_serializing_if = "ModuleKind::is_linear")]
+    kind: ModuleKind,
 }
 
 /// Writes an adapter to one file, whole or not at all.
 pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
-    let layout = lay_out(parts, &path.display().to_string())?;
+    let layout = lay_out(parts, &[], &path.display().to_string())?;
+    atomic::write(path, |out| layout.write_to(out))
+}
+
+/// [`save_single`] of what was read, variants included: reading it back gives the same ones.
+pub fn save_single_as_read(path: &Path, loaded: &Loaded) -> Result<()> {
+    let layout = lay_out(&loaded.parts, &loaded.variants, &path.display().to_string())?;
     atomic::write(path, |out| layout.write_to(out))
 }
 
 /// The single file as bytes.
 pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
-    let layout = lay_out(parts, "bytes")?;
+    let layout = lay_out(parts, &[], "bytes")?;
     let mut out = Vec::with_capacity(layout.len());
     layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
     Ok(out)
 }
 
-/// Reads what [`to_bytes`] or [`save_single`] wrote.
+/// Reads what [`to_bytes`] or [`save_single`] wrote, for use: variants are refused.
 pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
+    let loaded = read_bytes(bytes, strict)?;
+    loaded.check_runs("bytes", &[])?;
+    Ok(loaded)
+}
+
+/// [`from_bytes`], variants included.
+pub fn read_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
     let file = "bytes";
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
     let container = container::parse(&Bytes::from(bytes.to_vec()), file)?;
@@ -57,7 +76,7 @@ pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
     from_container(container, file, strict)
 }
 
-fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
+fn lay_out<'a>(parts: &'a AdapterParts, variants: &[Variant], file: &str) -> Result<Layout<'a>> {
     parts.check()?;
     let mut tensors = Vec::with_capacity(2 * parts.modules.len() + parts.extra.len());
     let mut entries = Vec::with_capacity(parts.modules.len());
@@ -69,6 +88,7 @@ fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
             rank: m.rank,
             alpha: m.alpha,
             use_rslora: m.use_rslora,
+            kind: m.kind,
         });
     }
     tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
@@ -78,7 +98,12 @@ fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
         ("format_version".to_owned(), FORMAT_VERSION.to_string()),
         ("modules".to_owned(), serde_json::to_string(&entries).map_err(to_json)?),
     ]);
+    let variants = match variants {
+        [] => None,
+        all => Some(serde_json::to_string(all).map_err(to_json)?),
+    };
     let optional = [
+        ("variants", variants),
         ("config", parts.config_json.clone()),
         ("metadata", parts.metadata_json.clone()),
         ("peft_config", parts.peft_config.clone()),
@@ -117,6 +142,10 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
         }
         None => BTreeMap::new(),
     };
+    let mut variants: Vec<Variant> = match header.remove("variants") {
+        Some(text) => serde_json::from_str(&text).map_err(|e| wrong(format!("header: variants: {e}")))?,
+        None => Vec::new(),
+    };
     let mut parts = AdapterParts {
         modules: Vec::new(),
         config_json: header.remove("config"),
@@ -152,7 +181,10 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { format: "safetensors", parts, unused, ..Loaded::default() })
+    // What the content shows counts, whatever the header says.
+    let shown = peft::variants::of(&parts, file)?;
+    variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
+    Ok(Loaded { format: "safetensors", parts, variants, unused, ..Loaded::default() })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<()> {
@@ -172,14 +204,14 @@ fn check_version(version: Option<String>, file: &str) -> Result<()> {
 }
 
 fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str) -> Result<ModuleParts> {
-    let ModuleEntry { path, rank, alpha, use_rslora } = entry;
+    let ModuleEntry { path, rank, alpha, use_rslora, kind } = entry;
     let mut take = |which: &str| {
         let name = format!("{path}.{which}");
         let missing = || Error::format(file, format!("module {}: no tensor {}", show(&path), show(&name)));
         by_name.remove(&name).ok_or_else(missing)
     };
     let (a, b) = (take("lora_a")?, take("lora_b")?);
-    let found = check_factors(&a, &b, [&a.name, &b.name], file)?;
+    let found = check_factors(kind, &a, &b, [&a.name, &b.name], file)?;
     if found != rank {
         let reason = format!(
             "tensor {}: {found} rows, but the header gives module {} rank {rank}",
@@ -188,5 +220,5 @@ fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str)
         );
         return Err(Error::format(file, reason));
     }
-    Ok(ModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora, a, b })
+    Ok(ModuleParts { path, kind, alpha, rank, use_rslora, a, b })
 }

@@ -1,10 +1,13 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 pub mod config;
+mod experts;
 mod names;
 mod read;
+pub(super) mod variants;
 mod write;
 
+pub use experts::unpack_experts;
 pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
 pub(super) use read::{is_key, knows, read};

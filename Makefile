@@ -118,7 +118,7 @@ test-lowest: $(BUILT) $(LOWEST)/.ready
 
 test-slow: $(BUILT) $(TESTED) ## Slow tests too, with 2,000 examples a property, and 10 s of hot swap
 	@if cargo nextest --version >/dev/null 2>&1; then MICROLORA_TEST_PROFILE=slow cargo nextest run --locked --test swap; else MICROLORA_TEST_PROFILE=slow cargo test --locked --test swap; fi
-	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle' --timeout 3600
+	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle and not interop' --timeout 3600
 
 test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
 	@$(RUN_ORACLE) -m pytest -q -m oracle

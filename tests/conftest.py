@@ -15,7 +15,7 @@ settings.load_profile(os.environ.get("MICROLORA_TEST_PROFILE", "fast"))
 
 
 def pytest_collection_modifyitems(items):
-    """Whatever is neither slow nor oracle is a unit test."""
+    """Whatever is neither slow nor oracle nor interop is a unit test."""
     for item in items:
-        if item.get_closest_marker("slow") is None and item.get_closest_marker("oracle") is None:
+        if not any(item.get_closest_marker(name) for name in ("slow", "oracle", "interop")):
             item.add_marker(pytest.mark.unit)

@@ -211,8 +211,8 @@ def layer_paths(value: object) -> dict[str, list[str]] | None:
     return out
 
 
-def check_allow(allow: Iterable[str]) -> list[str]:
-    """The losses that a caller accepts by name, checked.
+def check_allow(allow: Iterable[str], also: Iterable[str] = ()) -> list[str]:
+    """The losses that a caller accepts by name, checked; ``also`` names what a format takes besides.
 
     Raises:
         ConfigError: Not a list of names of the form ``drop:<kind>``.
@@ -221,6 +221,9 @@ def check_allow(allow: Iterable[str]) -> list[str]:
         raise ConfigError(f"allow: got {allow!r}, expected a list of names such as ['drop:dora']")
     names = list(allow)
     for name in names:
+        if name in also:
+            continue
         if not isinstance(name, str) or not name.startswith("drop:") or name == "drop:":
-            raise ConfigError(f"allow: got {name!r}, expected names of the form 'drop:<kind>'")
+            want = " or ".join(["names of the form 'drop:<kind>'", *map(repr, also)])
+            raise ConfigError(f"allow: got {name!r}, expected {want}")
     return names

@@ -579,6 +579,29 @@ class AdapterFile:
     def header(self) -> dict[str, str]:
         """Other entries of a safetensors header."""
 
+    def lost_in(self, format: str, allow: Sequence[str]) -> list[tuple[str, str]]:
+        """`(kind, at)` of what a format that is one key style cannot hold of it, and of what is dropped.
+
+        Raises:
+            ConfigError: No such format.
+        """
+
+    def save_style(self, path: str | PathLike[str], format: str, allow: Sequence[str]) -> list[str]:
+        """Writes a format that is one key style, without what `allow` drops by name; gives back notes.
+
+        Raises:
+            UnsupportedVariantError: Something that the format cannot hold and that is not dropped.
+            ConfigError: No such format, or names, ranks or scales that it cannot hold.
+            OSError: The system refused; what was there is left whole.
+        """
+
+    def resolved(self, names: Sequence[str]) -> AdapterFile:
+        """The same content under the names that the base's modules have, Kohya's underscores made dots.
+
+        Raises:
+            FormatError: A name that no module of the base has, or several have.
+        """
+
     def runnable(self, allow: Sequence[str]) -> Adapter:
         """The adapter that runs, without the variants that `allow` drops by name.
 

@@ -78,7 +78,8 @@ def load(
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
-        path: A PEFT directory, the weights file in one, or our single file.
+        path: A file or directory of any format that is read: PEFT, our single file, MLX, Kohya, diffusers,
+            flat ``lora_a``/``lora_b``, ``.npz`` and so on.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and

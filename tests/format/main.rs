@@ -7,4 +7,5 @@ mod peft_dir;
 mod refusals;
 mod round_trip;
 mod samples;
+mod styles;
 mod variants;

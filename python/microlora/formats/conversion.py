@@ -38,11 +38,13 @@ class Writer:
         name: Public name of the format.
         losses: What the format cannot hold of a file: ``{kind: where}``.
         write: Writes; returns notes.
+        also: What it may be allowed besides ``drop:<kind>``.
     """
 
     name: str
     losses: Callable[[AdapterFile, Options], dict[str, str]]
     write: Callable[[AdapterFile, Path, Options], list[str]]
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,29 @@ def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
     return []
 
 
+def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
+    """A format that is one key style, written by the core."""
+
+    def losses(file: AdapterFile, options: Options) -> dict[str, str]:
+        return dict(file.lost_in(name, options.allow))
+
+    def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
+        return file.save_style(os.fspath(path), name, options.allow)
+
+    return Writer(name, losses, write, also)
+
+
 # One row per format that can be written.
 WRITERS: dict[str, Writer] = {
     row.name: row
     for row in (
         Writer("safetensors", _nothing, _single),
         Writer("peft", _not_in_peft, _peft),
+        _style("mlx", also=("pad:rank", "round:scale")),
+        _style("kohya"),
+        _style("diffusers"),
+        _style("flat"),
+        _style("npz"),
     )
 }
 
@@ -104,6 +123,7 @@ def convert(
     overwrite: bool = False,
     alpha: float | None = None,
     orientation: str | None = None,
+    module_names: PathLike | Sequence[str] | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
 ) -> Conversion:
@@ -115,10 +135,14 @@ def convert(
         format: One of the names of :data:`WRITERS`.
         base_config: The base model's ``config.json`` (its path, or its content), for formats that need its
             architecture and head counts.
-        allow: Losses that are accepted by name, such as ``"drop:dora"``.
+        allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
+            one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
+            rounded into B (without it only where that is exact).
         overwrite: Replace what lies at ``dst``.
         alpha: Scaling numerator, for sources that carry none.
         orientation: As for :meth:`AdapterFile.read`.
+        module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would
+            not keep apart are refused.
         progress: Called with modules done and in all.
         cancel: Stops between modules; nothing is left behind.
 
@@ -135,11 +159,14 @@ def convert(
     writer = WRITERS.get(format)
     if writer is None:
         raise ConfigError(f"format: got {format!r}, expected one of {', '.join(sorted(WRITERS))}")
-    options = Options(base_config=read_base_config(base_config), allow=tuple(check_allow(allow)))
+    allowed = tuple(check_allow(allow, writer.also))
+    options = Options(base_config=read_base_config(base_config), allow=allowed)
     target = Path(dst)
     if target.exists() and not overwrite:
         raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
     file = read_source(src, alpha=alpha, orientation=orientation)
+    if module_names is not None:
+        file = file.with_module_names(module_names)
     losses = writer.losses(file, options)
     left = {kind: at for kind, at in losses.items() if f"drop:{kind}" not in options.allow}
     if left:

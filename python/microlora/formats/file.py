@@ -6,9 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 import microlora._core as _core
 from microlora._checks import check_allow, integer
 from microlora.adapter import Adapter
+from microlora.exceptions import ConfigError
 from microlora.formats.limits import Limits
 
 if TYPE_CHECKING:
@@ -60,6 +64,15 @@ class FileModule(NamedTuple):
     shape_b: tuple[int, ...]
 
 
+def _array(raw: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Little-endian numbers of a file, widened to float32."""
+    if dtype == "BF16":
+        bits = np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).reshape(shape)
+    kind = {"F32": "<f4", "F16": "<f2"}[dtype]
+    return np.frombuffer(raw, kind).astype(np.float32).reshape(shape)
+
+
 class AdapterFile(_core.AdapterFile):
     """What an adapter file holds, kept byte for byte; :meth:`adapter` gives what can be run of it.
 
@@ -76,6 +89,7 @@ class AdapterFile(_core.AdapterFile):
         limits: Limits | None = None,
         alpha: float | None = None,
         orientation: str | None = None,
+        module_names: PathLike | Sequence[str] | None = None,
     ) -> AdapterFile:
         """Reads any format that :func:`microlora.load` knows, variants that are not run included.
 
@@ -87,6 +101,8 @@ class AdapterFile(_core.AdapterFile):
             alpha: Scaling numerator, for formats that carry none.
             orientation: ``"rank_first"`` (A (rank, in), as PEFT) or ``"rank_last"`` (A (in, rank), as MLX),
                 for flat files whose shapes do not say.
+            module_names: Dotted names of the base's modules, or a model on disk that has them (safetensors,
+                or a folder of them), for files in Kohya's style: see :meth:`with_module_names`.
 
         Raises:
             FormatError: The file is broken, ambiguous, beyond the limits or of no known format.
@@ -94,7 +110,8 @@ class AdapterFile(_core.AdapterFile):
             OSError: The file cannot be read.
         """
         bounds = (limits or Limits()).as_tuple()
-        return cls._wrap(_core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation))
+        file = cls._wrap(_core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation))
+        return file if module_names is None else file.with_module_names(module_names)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> AdapterFile:
@@ -116,6 +133,50 @@ class AdapterFile(_core.AdapterFile):
     def variants(self) -> tuple[Variant, ...]:
         """Everything that is not plain LoRA on linear layers."""
         return tuple(Variant(*row) for row in self.variant_rows())
+
+    def with_module_names(self, module_names: PathLike | Sequence[str]) -> AdapterFile:
+        """The same content under the names of the base's modules.
+
+        Kohya's style writes ``down_blocks.0.attn1.to_q`` as ``lora_unet_down_blocks_0_attn1_to_q``, which
+        only the base's own names can undo.
+
+        Args:
+            module_names: Dotted names, those of components of a pipeline with or without it
+                (``unet.down_blocks...``); or a model on disk, whose tensors have them.
+
+        Raises:
+            FormatError: A module that the base lacks, that several of its names may mean, or that another
+                has too.
+            ConfigError: Not names.
+            OSError: The model cannot be read.
+        """
+        if isinstance(module_names, (str, os.PathLike)):
+            tensors = _core.list_tensors(os.fspath(module_names), "module_names")
+            names = sorted({name.rpartition(".")[0] or name for name, _, _ in tensors})
+        else:
+            names = list(module_names)
+            for name in names:
+                if not isinstance(name, str) or not name:
+                    raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
+        return self._wrap(self.resolved(names))
+
+    def to_arrays(
+        self,
+    ) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, float]]:
+        """The factors as arrays, and the alpha of each module.
+
+        Returns:
+            ``({path: (A, B)}, {path: alpha})``: A (rank, in_features) and B (out_features, rank) in float32
+            (widened exactly; of other kinds than linear in the shapes of :class:`FileModule`), and the alpha
+            for the scaling ``alpha / rank`` (of rsLoRA ``alpha * sqrt(rank)``). Of linear modules,
+            ``Adapter.from_factors(factors, alpha=alphas)`` makes the adapter again.
+        """
+        factors, alphas = {}, {}
+        for i, m in enumerate(self.modules):
+            raw_a, raw_b = self.factor_bytes(i)
+            factors[m.path] = _array(raw_a, m.dtype_a, m.shape_a), _array(raw_b, m.dtype_b, m.shape_b)
+            alphas[m.path] = m.alpha * m.rank**0.5 if m.use_rslora else m.alpha
+        return factors, alphas
 
     def adapter(self, *, allow: Sequence[str] = ()) -> Adapter:
         """The adapter that runs.

@@ -6,26 +6,36 @@
 pub(crate) mod atomic;
 mod budget;
 pub(crate) mod container;
+mod diffusers;
+mod flat;
 pub(crate) mod json;
+mod kohya;
 mod limits;
+mod mlx;
+mod npz;
+mod pairs;
 mod pattern;
 pub mod peft;
 mod runs;
 pub(crate) mod shards;
 mod single;
 mod source;
+mod styles;
 mod table;
 pub mod tensor;
+mod zip;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
+pub use kohya::resolve as resolve_names;
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
 pub use single::{
     FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
 };
+pub use styles::{STYLES, Style, losses, save_style};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 

@@ -252,6 +252,29 @@ impl PyAdapterFile {
         Ok(py.detach(|| format::save_peft(&path, &parts, &PeftOptions::default()))?)
     }
 
+    /// `(kind, at)` of what a format that is one key style cannot hold of it.
+    fn lost_in(&self, format: &str, allow: Vec<String>) -> PyResult<Vec<(String, String)>> {
+        Ok(format::losses(&self.inner, format, &allow)?)
+    }
+
+    /// Writes a format that is one key style, without what `allow` drops by name: notes.
+    fn save_style(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        format: &str,
+        allow: Vec<String>,
+    ) -> PyResult<Vec<String>> {
+        Ok(py.detach(|| format::save_style(&path, &self.inner, format, &allow))?)
+    }
+
+    /// The same content under the names that the base's modules have.
+    fn resolved(&self, names: Vec<String>) -> PyResult<Self> {
+        let mut inner = self.inner.clone();
+        format::resolve_names(&mut inner, &names, &self.file)?;
+        Ok(PyAdapterFile { inner, file: self.file.clone() })
+    }
+
     /// The same content with packed experts as modules of their own.
     #[pyo3(signature = (experts=None))]
     fn unpacked(&self, experts: Option<usize>) -> PyResult<Self> {

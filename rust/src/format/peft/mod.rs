@@ -12,6 +12,7 @@ pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
 pub(super) use read::{is_key, knows, read};
 pub(crate) use write::placed;
+pub(super) use write::set_scaling;
 pub use write::{PeftOptions, save_peft};
 
 /// The configuration's file name.

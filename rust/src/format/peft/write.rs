@@ -262,7 +262,7 @@ fn describes(object: &Map<String, Value>, modules: &[(String, &ModuleParts)]) ->
 
 /// Sets `r`, `lora_alpha`, `use_rslora` and patterns: the commonest values, and one anchored key for
 /// each module that differs, so that no two keys match one module and their order means nothing.
-fn set_scaling(object: &mut Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<()> {
+pub(crate) fn set_scaling(object: &mut Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<()> {
     let use_rslora = modules[0].1.use_rslora;
     if modules.iter().any(|(_, m)| m.use_rslora != use_rslora) {
         let want = "one value for all modules in a PEFT directory; save as a single file";

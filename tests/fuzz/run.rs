@@ -169,3 +169,16 @@ pub fn target(target: &Target) {
     assert!(round < 1000 || read > 0, "{name}: none of {round} mutations was read");
     fs::remove_file(&desk.path).unwrap();
 }
+
+/// One hand-made input, for what it takes.
+pub fn bomb(target: &Target, name: &str, input: &[u8]) {
+    let mut desk = Desk::new(&format!("{}-{name}", target.name));
+    let read = run(target, &mut desk, input, name);
+    println!("{} {name}: {} bytes, {}", target.name, input.len(), if read { "read" } else { "refused" });
+    fs::remove_file(&desk.path).unwrap();
+}
+
+/// Holds every other target of this process back.
+pub fn alone() -> impl Drop {
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -110,8 +110,13 @@ fn at(path: &Path, len: usize, style: Option<&str>) -> bool {
         match save_style(&copy, &loaded, style, &[]) {
             Ok(_) => assert!(read(&copy, &told).is_ok(), "what is written can be read"),
             // Not every content of a file has a place in its own style again: an error that says so.
-            Err(Error::Format { .. } | Error::Unsupported { .. } | Error::Config { .. }) => {}
-            Err(Error::Shape { .. } | Error::Dtype { .. }) => {}
+            Err(
+                Error::Format { .. }
+                | Error::Unsupported { .. }
+                | Error::Config { .. }
+                | Error::Shape { .. }
+                | Error::Dtype { .. },
+            ) => {}
             Err(other) => panic!("read but not written: {other:?}"),
         }
     }

@@ -122,7 +122,7 @@ fn write_corpus() {
     let options = Options { segment_bytes: 4096, ..Options::default() };
     let (mut journal, _) = Journal::open(&lock, options, &Header::new("scalar", [0; 32])).unwrap();
     for (id, event) in events.iter().enumerate() {
-        journal.append(1, id as u64 + 1, &[event]).unwrap();
+        journal.append(1, id as u64 + 1, &[&event[..]]).unwrap();
     }
     drop(journal);
     put("journal", "three-records", &fs::read(dir.path().join("journal-00000001.seg")).unwrap());

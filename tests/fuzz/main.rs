@@ -62,7 +62,8 @@ pub fn watch() {
 fn the_same_targets_are_fuzzed() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
     let cargo = std::fs::read_to_string(root.join("Cargo.toml")).unwrap();
-    let there: Vec<&str> = cargo.split("[[bin]]\nname = \"").skip(1).map(|s| s.split('"').next().unwrap()).collect();
+    let there: Vec<&str> =
+        cargo.split("[[bin]]\nname = \"").skip(1).map(|s| s.split('"').next().unwrap()).collect();
     let here: Vec<&str> = TARGETS.iter().map(|t| t.name).collect();
     let sorted = |mut v: Vec<&'static str>| {
         v.sort_unstable();

@@ -65,7 +65,9 @@ impl Took {
         let time = Duration::from_secs(1) + Duration::from_nanos(10 * len as u64);
         if self.peak > bytes || self.largest > bytes {
             let Took { peak, largest, .. } = self;
-            return Err(format!("{peak} bytes at once, one request of {largest}: {bytes} are allowed for {len}"));
+            return Err(format!(
+                "{peak} bytes at once, one request of {largest}: {bytes} are allowed for {len}"
+            ));
         }
         if self.time > time {
             return Err(format!("{:?} of processor time, {time:?} are allowed for {len} bytes", self.time));

@@ -6,7 +6,7 @@ use std::io::{Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand_chacha::ChaCha8Rng;
@@ -50,7 +50,8 @@ fn regressions_of(name: &str) -> PathBuf {
 }
 
 fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
-    let mut paths: Vec<PathBuf> = fs::read_dir(dir).into_iter().flatten().map(|e| e.unwrap().path()).collect();
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(dir).into_iter().flatten().map(|e| e.unwrap().path()).collect();
     paths.sort();
     paths.iter().map(|p| (p.display().to_string(), fs::read(p).unwrap())).collect()
 }
@@ -121,7 +122,9 @@ fn run(target: &Target, desk: &mut Desk, input: &[u8], origin: &str) -> bool {
         (Err(panic), _) => words(&*panic),
     };
     let hash = Sha256::digest(input);
-    let path = desk.dir.join(format!("{}-{:02x}{:02x}{:02x}{:02x}", target.name, hash[0], hash[1], hash[2], hash[3]));
+    let path = desk
+        .dir
+        .join(format!("{}-{:02x}{:02x}{:02x}{:02x}", target.name, hash[0], hash[1], hash[2], hash[3]));
     fs::write(&path, input).unwrap();
     let Target { name, .. } = target;
     panic!(
@@ -150,9 +153,12 @@ pub fn target(target: &Target) {
         assert!(read, "{path} is a sound file, and was refused: make fuzz-corpus writes it anew");
     }
     seeds.extend(files(&regressions_of(name)));
-    seeds.iter().for_each(|(path, seed)| drop(run(target, &mut desk, seed, path)));
+    for (path, seed) in &seeds {
+        run(target, &mut desk, seed, path);
+    }
 
-    let seconds: Option<u64> = std::env::var("MICROLORA_FUZZ_SECONDS").ok().map(|s| s.parse().expect("seconds"));
+    let seconds: Option<u64> =
+        std::env::var("MICROLORA_FUZZ_SECONDS").ok().map(|s| s.parse().expect("seconds"));
     let first: u64 = std::env::var("MICROLORA_FUZZ_SEED").map_or(0, |s| s.parse().expect("a number"));
     let (start, mut read, mut round) = (Instant::now(), 0u64, 0u64);
     while seconds.map_or(round < target.rounds, |s| start.elapsed() < Duration::from_secs(s)) {
@@ -179,6 +185,6 @@ pub fn bomb(target: &Target, name: &str, input: &[u8]) {
 }
 
 /// Holds every other target of this process back.
-pub fn alone() -> impl Drop {
+pub fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -115,11 +115,15 @@ impl<'de> Visitor<'de> for HeaderWithin<'_> {
                 seen_metadata = true;
                 header.metadata = map.next_value::<Option<StringMap>>().map_err(at)?.unwrap_or_default().0;
                 let cost = |(k, v): (&String, &String)| ENTRY_COST + 2 * (k.len() + v.len());
-                self.budget.take(header.metadata.iter().map(cost).sum()).map_err(de::Error::custom)?;
+                self.budget
+                    .take(header.metadata.iter().map(cost).sum())
+                    .map_err(<A::Error as de::Error>::custom)?;
                 continue;
             }
             if header.tensors.len() == self.tensors {
-                let reason = format_args!("more than {} tensors (limits: tensors)", self.tensors);
+                let most = self.tensors;
+                let reason =
+                    format!("tensor count of {} or more, the limit is {most} (limits: tensors)", most + 1);
                 return Err(de::Error::custom(reason));
             }
             self.budget.take(TENSOR_COST + 5 * name.len()).map_err(|e| {

@@ -32,7 +32,7 @@ impl<'de> DeserializeSeed<'de> for Unique<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(mut self, d: D) -> Result<Value, D::Error> {
-        self.take(VALUE_COST)?;
+        self.take::<D::Error>(VALUE_COST)?;
         d.deserialize_any(self)
     }
 }
@@ -61,7 +61,7 @@ impl<'de> Visitor<'de> for Unique<'_> {
     }
 
     fn visit_str<E: de::Error>(mut self, v: &str) -> Result<Value, E> {
-        self.take(v.len())?;
+        self.take::<E>(v.len())?;
         Ok(Value::from(v))
     }
 
@@ -83,7 +83,7 @@ impl<'de> Visitor<'de> for Unique<'_> {
             if out.contains_key(&key) {
                 return Err(twice(&key));
             }
-            self.take(ENTRY_COST + key.len())?;
+            self.take::<A::Error>(ENTRY_COST + key.len())?;
             let value = map.next_value_seed(Unique(self.0))?;
             out.insert(key, value);
         }
@@ -146,7 +146,7 @@ impl<'de> Visitor<'de> for Sound<'_> {
         let (mut seen, mut held) = (HashSet::new(), 0);
         while let Some(key) = map.next_key::<String>()? {
             let cost = SEEN_COST + key.len();
-            self.0.take(cost).map_err(de::Error::custom)?;
+            self.0.take(cost).map_err(<A::Error as de::Error>::custom)?;
             held += cost;
             if seen.contains(&key) {
                 return Err(twice(&key));

@@ -86,7 +86,7 @@ def test_bad_limits(field, value):
 
 
 def test_a_header_beyond_the_formats_own_limit_is_refused():
-    with pytest.raises(ConfigError, match="limits.header_bytes"):
+    with pytest.raises(ConfigError, match=r"limits\.header_bytes"):
         ml.Limits(header_bytes=100_000_001)
 
 

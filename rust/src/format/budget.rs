@@ -5,6 +5,11 @@
 /// reading stays below twice the file and 16 MB.
 const SLACK: usize = 11 << 20;
 
+/// What a tensor takes in all tables of a reader together, with the copies of its name.
+pub(crate) fn tensor_cost(name: &str) -> usize {
+    640 + 5 * name.len()
+}
+
 /// Bytes that may still be taken.
 #[derive(Debug)]
 pub(crate) struct Budget {

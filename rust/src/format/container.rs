@@ -11,7 +11,7 @@ use std::ops::Range;
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
-use super::budget::{Budget, longest_token};
+use super::budget::{Budget, longest_token, tensor_cost};
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -77,8 +77,6 @@ struct Header {
     tensors: Vec<(String, Info)>,
 }
 
-/// What a tensor of a header takes in all tables together, beside five copies of its name.
-const TENSOR_COST: usize = 640;
 /// What an entry of `__metadata__` takes beside its two texts.
 const ENTRY_COST: usize = 160;
 
@@ -126,7 +124,7 @@ impl<'de> Visitor<'de> for HeaderWithin<'_> {
                     format!("tensor count of {} or more, the limit is {most} (limits: tensors)", most + 1);
                 return Err(de::Error::custom(reason));
             }
-            self.budget.take(TENSOR_COST + 5 * name.len()).map_err(|e| {
+            self.budget.take(tensor_cost(&name)).map_err(|e| {
                 de::Error::custom(format_args!("more than {} tensors {e}", header.tensors.len()))
             })?;
             let info = map.next_value().map_err(at)?;

@@ -43,11 +43,7 @@ impl Shard {
     pub fn open(path: &Path) -> Result<Self> {
         let at = |e| Error::io(path, e);
         let name = path.display().to_string();
-        let file = File::open(path).map_err(at)?;
-        let meta = file.metadata().map_err(at)?;
-        if !meta.is_file() {
-            return Err(Error::format(&name, "neither a regular file nor a folder"));
-        }
+        let (file, meta) = source::open_regular(path, "neither a regular file nor a folder")?;
         let len = usize::try_from(meta.len())
             .map_err(|_| Error::format(&name, "more bytes than can be addressed"))?;
         let mut first = vec![0; len.min(64)];

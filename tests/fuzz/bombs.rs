@@ -80,13 +80,13 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
         safetensors(&empty_tensors(1 << 20, |i| format!("lora_unet_{i:x}.lora_down.weight")), b"")
     }),
     ("as-many-as-may", &["single", "file", "kohya", "diffusers", "flat"], || {
-        safetensors(&empty_tensors(20_000, |i| format!("lora_unet_{i:x}.lora_down.weight")), b"")
+        safetensors(&empty_tensors(15_000, |i| format!("lora_unet_{i:x}.lora_down.weight")), b"")
     }),
     ("as-many-flat", &["file", "flat"], || {
-        safetensors(&empty_tensors(20_000, |i| format!("layers.{i:x}.lora_a")), b"")
+        safetensors(&empty_tensors(15_000, |i| format!("layers.{i:x}.lora_a")), b"")
     }),
     ("as-many-diffusers", &["file", "diffusers"], || {
-        safetensors(&empty_tensors(20_000, |i| format!("unet.{i:x}.lora_A.weight")), b"")
+        safetensors(&empty_tensors(15_000, |i| format!("unet.{i:x}.lora_A.weight")), b"")
     }),
     ("a-million-peft", &["peft_dir", "mlx"], || {
         let name = |i| format!("base_model.model.{i:x}.lora_A.weight");
@@ -94,12 +94,12 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
     }),
     ("as-many-peft", &["peft_dir"], || {
         let name = |i| format!("base_model.model.{:x}.lora_{}.weight", i / 2, ["A", "B"][i % 2]);
-        pair(LORA, safetensors(&empty_tensors(20_000, name), b""))
+        pair(LORA, safetensors(&empty_tensors(15_000, name), b""))
     }),
     ("as-many-mlx", &["mlx"], || {
         let config = r#"{"fine_tune_type":"lora","lora_parameters":{"rank":1,"scale":1.0}}"#;
         let name = |i| format!("m.{:x}.lora_{}", i / 2, ["a", "b"][i % 2]);
-        pair(config, safetensors(&empty_tensors(20_000, name), b""))
+        pair(config, safetensors(&empty_tensors(15_000, name), b""))
     }),
     ("a-long-name", &["single", "file", "kohya"], || {
         safetensors(&empty_tensors(1, |_| "x".repeat(20_000_000)), b"")

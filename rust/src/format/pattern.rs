@@ -12,8 +12,9 @@ use super::json::show;
 const MAX_WORK: usize = 1 << 32;
 /// Most keys that need the engine: each is a compiled program.
 const MAX_REGEX: usize = 512;
-/// Longest key, in bytes.
+/// Longest key, and all keys of a table together, in bytes: they are kept twice.
 const MAX_KEY: usize = 1 << 16;
+const MAX_KEYS: usize = 4 << 20;
 /// Sizes of compiled keys that are tried, and how much all of a table may take together.
 const SIZES: [usize; 4] = [1 << 14, 1 << 16, 1 << 18, 1 << 20];
 const MAX_COMPILED: usize = 2 << 20;
@@ -36,11 +37,13 @@ pub(crate) struct Table<T> {
     compiled: usize,
     /// Bytes that the compiled keys take at most.
     size: usize,
+    /// Bytes of all keys.
+    bytes: usize,
 }
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Table { entries: Vec::new(), exact: HashMap::new(), others: 0, compiled: 0, size: 0 }
+        Table { entries: Vec::new(), exact: HashMap::new(), others: 0, compiled: 0, size: 0, bytes: 0 }
     }
 }
 
@@ -55,6 +58,10 @@ impl<T> Table<T> {
         let at = self.entries.len();
         if key.len() > MAX_KEY {
             return Err(format!("key {} of {} bytes, the limit is {MAX_KEY}", show(key), key.len()));
+        }
+        self.bytes += key.len();
+        if self.bytes > MAX_KEYS {
+            return Err(format!("keys of more than {MAX_KEYS} bytes"));
         }
         let matcher = match literal_path(key) {
             Some(path) => {

@@ -19,3 +19,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not any(item.get_closest_marker(name) for name in ("slow", "oracle", "interop")):
             item.add_marker(pytest.mark.unit)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--none-skipped", action="store_true", help="a test that skips, or none at all, is a failure"
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A program that is missing must not look like a proof."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--none-skipped") or reporter is None or exitstatus != 0:
+        return
+    if reporter.stats.get("skipped") or not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

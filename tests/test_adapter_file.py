@@ -78,6 +78,7 @@ def test_all_of_a_file_is_kept(tmp_path):
             ("q", "linear", (2, 6), (5, 2)),
         ]
         assert list(dict.fromkeys(v.kind for v in file.variants)) == RICH
+        assert file.config == settings(source)
         assert {v.at for v in file.variants} >= {PREFIX + "q.lora_magnitude_vector", "emb"}
         done = file.save(tmp_path / f"out{mmap}")
         assert (done.source, done.format, done.modules, done.dropped) == ("peft", "peft", 2, {})

@@ -119,12 +119,13 @@ def test_hostile_archives(tmp_path):
         "both sizes": (patched(data, True, 20, b"\xff\xff\xff\x7f\xff\xff\xff\x7f"), "overlap"),
         "place": (patched(data, True, 42, b"\x10\x00\x00\x00"), "overlap|record"),
         "local name": (patched(data, False, 30, b"X"), "differ"),
+        "not UTF-8": (patched(data, True, 46, b"\xff"), "not UTF-8"),
         "truncated": (data[:-30], "truncated|end"),
         "half": (data[: len(data) // 2], "truncated"),
         "tail": (data + b"x", "after its end"),
         "count": (data[:-12] + b"\xff\xff\xff\xff" + data[-8:], "members|disks|truncated|directory"),
         "start": (data[:-6] + b"\x00\x00\x00\x00" + data[-2:], "directory of"),
-        "empty": (b"PK\x05\x06" + bytes(18), ""),
+        "empty": (b"PK\x05\x06" + bytes(18), "safetensors"),
         "central": (data[:central] + b"XX" + data[central + 2 :], "record"),
     }
     for name, (bad, match) in cases.items():

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import microlora as ml
-from microlora.exceptions import ConfigError, DestinationExistsError, FormatError, UnsupportedVariantError
+from microlora.exceptions import (
+    CancelledError,
+    ConfigError,
+    DestinationExistsError,
+    FormatError,
+    UnsupportedVariantError,
+)
 from styles_support import (
     PATHS,
     delta,
@@ -127,6 +133,9 @@ def test_kohya_names_become_the_bases(tmp_path):
     both = dict.fromkeys(("lora_te_q_proj", "lora_te1_q_proj"), F[PATHS[0]])
     with pytest.raises(FormatError, match=r"lora_te1_q_proj.*lora_te_q_proj.*are both"):
         ml.AdapterFile.read(kohya(tmp_path / "b", both, 1.0), module_names=["text_encoder.q_proj"])
+    gpt2 = kohya(tmp_path / "g", {"lora_te_transformer_h_0_attn_c_attn": F[PATHS[0]]}, 1.0)
+    file = ml.AdapterFile.read(gpt2, module_names=["transformer.h.0.attn.c_attn"])
+    assert [m.path for m in file.modules] == ["transformer.h.0.attn.c_attn"]
     for names in (["", "x"], [1]):
         with pytest.raises(ConfigError, match="module_names"):
             ml.AdapterFile.read(path, module_names=names)
@@ -435,7 +444,7 @@ def test_kohyas_other_kinds_are_kept(tmp_path, kind):
         if kind == "conv" and style == "diffusers":
             continue
         with pytest.raises(UnsupportedVariantError, match=f'"drop:{kind}"'):
-            ml.convert(file, tmp_path / "c", format=style)
+            ml.convert(file, tmp_path / "c", format=style, overwrite=True)
         done = ml.convert(file, tmp_path / "c", format=style, allow=[f"drop:{kind}"], overwrite=True)
         assert list(done.dropped) == [kind]
         assert set(ml.load(tmp_path / "c").modules()) == set(left.modules())
@@ -581,16 +590,39 @@ def test_writers_refuse(tmp_path):
     clash = ml.Adapter.from_factors(factors(["a.b_c", "a_b.c"]), alpha=3.0)
     with pytest.raises(ConfigError, match=r"a\.b_c.*a_b\.c"):
         ml.convert(clash, tmp_path / "b", format="kohya")
-    for name in ("base_model.model.q", "q.lora_A"):
-        odd = ml.Adapter.from_factors(factors([name]), alpha=3.0)
-        with pytest.raises(ConfigError, match="module path"):
-            ml.convert(odd, tmp_path / "b", format="diffusers")
+    odd = ml.Adapter.from_factors(factors(["base_model.model.q"]), alpha=3.0)
+    with pytest.raises(ConfigError, match="module path"):
+        ml.convert(odd, tmp_path / "b", format="diffusers")
     assert not (tmp_path / "b").exists()
     odd = ml.Adapter.from_factors(factors(["../q"]), alpha=3.0)
     with pytest.raises(ConfigError, match="module path"):
         ml.convert(odd, tmp_path / "b", format="npz")
     with pytest.raises(OSError, match="no"):
         ml.convert(adapter, tmp_path / "no" / "such" / "a", format="flat")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_progress_is_told_and_cancelling_leaves_nothing(tmp_path, style):
+    adapter, told = ml.Adapter.from_factors(F, alpha=3.0), []
+    ml.convert(adapter, place(tmp_path, style), format=style, progress=lambda *args: told.append(args[:2]))
+    assert told[-1] == (3, 3)
+    token = ml.CancelToken()
+    token.cancel()
+    with pytest.raises(CancelledError):
+        ml.convert(adapter, tmp_path / "x", format=style, cancel=token)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_no_longer_fits_is_not_carried(tmp_path):
+    adapter = ml.Adapter.from_factors(F, alpha=6.0)
+    ml.convert(adapter, tmp_path / "a", format="kohya")
+    header, tensors = read_safetensors(tmp_path / "a")
+    arrays = {k: np.frombuffer(raw, "<f4").reshape(shape) for k, (_, shape, raw) in tensors.items()}
+    assert "microlora.config" in header
+    changed = {k: np.float32(9) if k.endswith(".alpha") else v for k, v in arrays.items()}
+    again = ml.load(safetensors(tmp_path / "b", changed, header))
+    same_deltas(again, twins(F, 9.0))
+    assert again.config.alpha == 9.0
 
 
 def test_limits_hold(tmp_path):

@@ -51,6 +51,14 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.quantized import QuantizedAdapter
+    from microlora.quantizing import (
+        Quantization,
+        QuantizationProfile,
+        QuantizationReport,
+        quantization_profile,
+        quantize,
+    )
     from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
@@ -98,6 +106,10 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "Quantization",
+    "QuantizationProfile",
+    "QuantizationReport",
+    "QuantizedAdapter",
     "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
@@ -130,6 +142,8 @@ __all__ = [
     "merging",
     "num_threads",
     "presets",
+    "quantization_profile",
+    "quantize",
     "resize",
     "save",
     "set_num_threads",
@@ -161,6 +175,14 @@ _ROOMS = {
         "extract",
         "merge",
         "resize",
+    ),
+    "quantized": ("QuantizedAdapter",),
+    "quantizing": (
+        "Quantization",
+        "QuantizationProfile",
+        "QuantizationReport",
+        "quantization_profile",
+        "quantize",
     ),
     "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (

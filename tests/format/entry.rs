@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use microlora::Error;
 use microlora::format::{
-    LoadOptions, Loaded, Orientation, from_bytes, peft, read, read_bytes, save_style, to_bytes,
+    LoadOptions, Loaded, Orientation, from_bytes, gguf as gguf_file, peft, quantized_from_bytes,
+    quantized_to_bytes, read, read_bytes, save_style, to_bytes,
 };
 
 /// Called around each parser with the bytes of its files, where somebody counts what it takes.
@@ -55,6 +56,21 @@ pub fn single(data: &[u8]) -> bool {
         }
     }
     was_read
+}
+
+/// Version 2 of our single file.
+pub fn quantized(data: &[u8]) -> bool {
+    let Some(loaded) = known(watched(data.len(), || quantized_from_bytes(data))) else { return false };
+    let modules = loaded.quantized.expect("a quantised adapter");
+    match quantized_to_bytes(&loaded.parts, &modules) {
+        Ok(bytes) => {
+            let again = quantized_from_bytes(&bytes).expect("what is written can be read");
+            assert_eq!(again.quantized.as_ref(), Some(&modules));
+        }
+        Err(Error::Config { arg, .. }) => assert_eq!(arg, "tensors"),
+        Err(other) => panic!("read but not written: {other:?}"),
+    }
+    true
 }
 
 /// `adapter_config.json` alone.
@@ -150,6 +166,18 @@ pub fn diffusers(data: &[u8]) -> bool {
 /// `lora_a` and `lora_b`.
 pub fn flat(data: &[u8]) -> bool {
     file_of(data, Some("flat"))
+}
+
+/// A GGUF adapter, from memory and told how to name its modules.
+pub fn gguf(data: &[u8]) -> bool {
+    let opts = LoadOptions::default();
+    match known(watched(data.len(), || gguf_file::from_memory(data, &opts))) {
+        Some(loaded) => {
+            survives(&loaded);
+            true
+        }
+        None => false,
+    }
 }
 
 /// A NumPy archive.

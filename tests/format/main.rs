@@ -3,8 +3,11 @@
 mod attacks;
 mod disk;
 mod entry;
+mod gguf;
+mod gguf_support;
 mod hostile;
 mod peft_dir;
+mod quantized;
 mod refusals;
 mod round_trip;
 mod samples;

@@ -202,7 +202,7 @@ fn foreign_files_are_refused_by_content() {
         (&b"PK\x03\x04rest of a torch archive"[..], "unsupported", "pickle"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "unsupported", "pickle"),
         (b"\x80\x04\x95", "unsupported", "pickle"),
-        (b"GGUF\x03\0\0\0\0\0\0\0", "format", "GGUF"),
+        (b"GGUF\x03\0\0\0\0\0\0\0", "format", "truncated"),
         (b"version https://git-lfs.github.com/spec/v1\n", "format", "git lfs pull"),
         (b"{\"peft_type\": \"LORA\"}", "format", "directory"),
         (b"", "format", "0 bytes"),
@@ -257,7 +257,7 @@ fn single_files_that_contradict_themselves_are_refused() {
         from_bytes(&safetensors(tensors, Some(&all)), true)
     };
     with(&[], &factors()).unwrap();
-    assert_refused(with(&[("format_version", "2")], &factors()), "unsupported", &["version 2", "upgrade"]);
+    assert_refused(with(&[("format_version", "3")], &factors()), "unsupported", &["version 3", "upgrade"]);
     assert_refused(with(&[("format_version", "")], &factors()), "format", &["format_version"]);
     assert_refused(with(&[("format_version", "one")], &factors()), "format", &["one"]);
     assert_refused(with(&[("modules", "")], &factors()), "format", &["modules"]);

@@ -72,7 +72,7 @@ fn gguf_text(text: &str) -> Vec<u8> {
 /// Name, targets, bytes.
 const BOMBS: &[(&str, &[&str], Make)] = &[
     ("spaces", &["single", "file", "flat"], || safetensors(&format!("{{}}{}", " ".repeat(99_999_990)), b"")),
-    ("zeros", &["file", "journal"], || vec![0; 100_000_000]),
+    ("zeros", &["file", "gguf", "journal"], || vec![0; 100_000_000]),
     ("a-million-tensors", &["single", "file", "kohya", "diffusers", "flat"], || {
         safetensors(&empty_tensors(1 << 20, |i| format!("{i:x}")), b"")
     }),
@@ -126,7 +126,7 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
         safetensors(&format!(r#"{{"a":{{"dtype":"U8","shape":[{}]}}}}"#, "1".repeat(10_000_000)), b"")
     }),
     ("deep", &["single", "file"], || safetensors(&format!("{{\"a\":{}", "[".repeat(10_000_000)), b"")),
-    ("modules", &["single", "file"], || modules(100_000)),
+    ("modules", &["single", "quantized", "file"], || modules(100_000)),
     ("many-modules", &["single", "file"], || modules(1_000_000)),
     ("values", &["peft_config"], || format!(r#"{{"a":[{}0]}}"#, "0,".repeat(8_000_000)).into_bytes()),
     ("objects", &["peft_config"], || format!(r#"{{"a":[{}0]}}"#, "{},".repeat(5_000_000)).into_bytes()),
@@ -155,12 +155,12 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
     ("zip-bomb", &["npz", "file"], || zip_bomb(1 << 28, &deflated(1 << 28))),
     ("zip-bomb-that-lies", &["npz", "file"], || zip_bomb(1 << 20, &deflated(1 << 26))),
     ("zip-bomb-that-boasts", &["npz", "file"], || zip_bomb(u32::MAX - 1, &deflated(1 << 16))),
-    ("gguf-counts", &["file"], || gguf(u64::MAX, u64::MAX, b"")),
-    ("gguf-keys", &["file"], || {
+    ("gguf-counts", &["gguf", "file"], || gguf(u64::MAX, u64::MAX, b"")),
+    ("gguf-keys", &["gguf", "file"], || {
         let key = |i: u32| [gguf_text(&format!("{i:x}")), vec![0, 0, 0, 0, 1]].concat();
         gguf(0, 1_000_000, &(0..1_000_000).flat_map(key).collect::<Vec<_>>())
     }),
-    ("gguf-tensors", &["file"], || {
+    ("gguf-tensors", &["gguf", "file"], || {
         let info = |i: u32| {
             let rest = [&1u32.to_le_bytes()[..], &1u64.to_le_bytes(), &[0; 4], &[0; 8]].concat();
             [gguf_text(&format!("{i:x}.lora_a")), rest].concat()
@@ -178,7 +178,7 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
         ];
         gguf(500_000, 3, &[keys.concat(), (0..500_000).flat_map(info).collect()].concat())
     }),
-    ("gguf-arrays", &["file"], || {
+    ("gguf-arrays", &["gguf", "file"], || {
         let nested = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat().repeat(1_000_000);
         gguf(0, 1, &[gguf_text("a"), 9u32.to_le_bytes().into(), nested].concat())
     }),

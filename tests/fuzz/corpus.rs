@@ -1,15 +1,19 @@
 //! The kept corpus, made by the writers themselves: `make fuzz-corpus`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use microlora::format::gguf::{GgufOptions, Target, save_gguf};
 use microlora::format::{
-    Loaded, ModuleKind, ModuleParts, PeftOptions, TensorDtype, save_peft, save_style, to_bytes,
+    AdapterParts, Along, FactorParts, Loaded, ModuleKind, ModuleParts, PeftOptions, QuantModuleParts,
+    TensorDtype, quantized_to_bytes, save_peft, save_style, to_bytes,
 };
 use microlora::journal::event::Event;
 use microlora::journal::{DirLock, Header, Journal, Options};
 use microlora::learn::{Feedback, TargetLoss};
+use microlora::quant::{BlockType, quantize_rows};
 use microlora::replay::Sample;
 
 use super::run::corpus_of;
@@ -67,6 +71,50 @@ fn write_corpus() {
     full.header.insert("note".into(), "x".into());
     let single = [("plain", to_bytes(&parts()).unwrap()), ("everything", to_bytes(&full).unwrap())];
     single.iter().for_each(|(name, bytes)| put("single", name, bytes));
+
+    let quantized = |kind: BlockType, along: Along, b_cols: usize| {
+        let blocks = |along, rows: usize, cols: usize| {
+            let numbers: Vec<f32> = (0..rows * cols).map(|i| (i % 89) as f32 / 89.0 - 0.4).collect();
+            let data = quantize_rows(kind, "x", &numbers, rows, cols).unwrap().into();
+            FactorParts::Blocks { kind, along, rows, cols, data }
+        };
+        let (rows, rank) = if along == Along::Rank { (7, b_cols) } else { (3, 3) };
+        let (a, b) = (blocks(Along::Features, rank, kind.elements()), blocks(along, rows, b_cols));
+        vec![QuantModuleParts { path: "m.q".into(), alpha: 4.0, rank, use_rslora: false, a, b }]
+    };
+    for (name, modules) in [
+        ("q8_0", quantized(BlockType::Q8_0, Along::Rank, 32)),
+        ("q4_k", quantized(BlockType::Q4K, Along::Features, 256)),
+    ] {
+        let bytes = quantized_to_bytes(&AdapterParts::default(), &modules).unwrap();
+        put("quantized", name, &bytes);
+        put("file", name, &bytes);
+    }
+
+    let targets: BTreeMap<String, Target> = (parts().modules.iter().enumerate())
+        .map(|(i, m)| {
+            let tensor = ["blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "blk.1.ffn_down.weight"][i];
+            (m.path.clone(), Target { tensor: tensor.into(), heads: None })
+        })
+        .collect();
+    let one = AdapterParts {
+        modules: vec![module_of("layers.0.q_proj", 32, 4.0, [F32; 2], false)],
+        ..AdapterParts::default()
+    };
+    let mut same = parts();
+    same.modules.truncate(2);
+    for (name, parts, encoding) in [("f32", &same, "auto"), ("f16", &same, "f16"), ("q8_0", &one, "q8_0")] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.gguf");
+        let targets = targets.iter().filter(|(k, _)| parts.modules.iter().any(|m| m.path == **k));
+        let targets = targets.map(|(k, v)| (k.clone(), v.clone())).collect();
+        let encoding = encoding.parse().unwrap();
+        let opts = GgufOptions { architecture: "qwen2", targets: &targets, encoding, tokens: None };
+        save_gguf(&path, parts, &opts).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        put("gguf", name, &bytes);
+        put("file", &format!("gguf-{name}"), &bytes);
+    }
 
     let patterns = br#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4.5, "bias": "none", "use_rslora": true,
         "rank_pattern": {"q_(proj|x)": 3, "^a\\.b": 2, "layers\\.[0-9]+.q": 9}, "alpha_pattern": {"a.b{1,3}": 7}}"#;

@@ -89,6 +89,8 @@ class AdapterFile(_core.AdapterFile):
         limits: Limits | None = None,
         alpha: float | None = None,
         orientation: str | None = None,
+        base_config: Mapping[str, Any] | PathLike | None = None,
+        names: str | None = None,
         module_names: PathLike | Sequence[str] | None = None,
     ) -> AdapterFile:
         """Reads any format that :func:`microlora.load` knows, variants that are not run included.
@@ -101,25 +103,37 @@ class AdapterFile(_core.AdapterFile):
             alpha: Scaling numerator, for formats that carry none.
             orientation: ``"rank_first"`` (A (rank, in), as PEFT) or ``"rank_last"`` (A (in, rank), as MLX),
                 for flat files whose shapes do not say.
+            base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which
+                gives the model's own module names and row order back (needs the gguf package).
+            names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
             module_names: Dotted names of the base's modules, or a model on disk that has them (safetensors,
                 or a folder of them), for files in Kohya's style: see :meth:`with_module_names`.
 
         Raises:
-            FormatError: The file is broken, ambiguous, beyond the limits or of no known format.
+            FormatError: The file is broken, ambiguous, beyond the limits, of no known format, or of another
+                architecture than ``base_config``.
+            ConfigError: ``base_config`` or ``names`` for a file of another format than GGUF.
             UnsupportedVariantError: A pickle, or a kind that cannot even be kept.
             OSError: The file cannot be read.
         """
         bounds = (limits or Limits()).as_tuple()
-        file = cls._wrap(_core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation))
-        return file if module_names is None else file.with_module_names(module_names)
+        file = _core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+        if base_config is not None or names is not None:
+            from microlora.formats.base_config import read_base_config
+            from microlora.formats.gguf import named
+
+            file = named(file, read_base_config(base_config), names)
+        content = cls.wrap(file)
+        return content if module_names is None else content.with_module_names(module_names)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> AdapterFile:
         """An adapter as a file would hold it."""
-        return cls._wrap(_core.AdapterFile.of(adapter))
+        return cls.wrap(_core.AdapterFile.of(adapter))
 
     @classmethod
-    def _wrap(cls, inner: _core.AdapterFile) -> AdapterFile:
+    def wrap(cls, inner: _core.AdapterFile) -> AdapterFile:
+        """What the core read, shared."""
         return cls(inner)
 
     @property
@@ -133,6 +147,13 @@ class AdapterFile(_core.AdapterFile):
     def variants(self) -> tuple[Variant, ...]:
         """Everything that is not plain LoRA on linear layers."""
         return tuple(Variant(*row) for row in self.variant_rows())
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The settings of PEFT's ``adapter_config.json`` as the file has them; None where there are none."""
+        import json
+
+        return None if self.peft_config is None else dict(json.loads(self.peft_config))
 
     def with_module_names(self, module_names: PathLike | Sequence[str]) -> AdapterFile:
         """The same content under the names of the base's modules.
@@ -158,7 +179,7 @@ class AdapterFile(_core.AdapterFile):
             for name in names:
                 if not isinstance(name, str) or not name:
                     raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
-        return self._wrap(self.resolved(names))
+        return self.wrap(self.resolved(names))
 
     def to_arrays(
         self,
@@ -205,7 +226,7 @@ class AdapterFile(_core.AdapterFile):
         """
         if experts is not None:
             experts = integer("experts", experts, 1, 2**31 - 1)
-        return self._wrap(self.unpacked(experts))
+        return self.wrap(self.unpacked(experts))
 
     def save(
         self,

@@ -75,7 +75,7 @@ def convert_to_plain(
         factor_b = _narrow(np.concatenate([b, -b0], axis=1), m.dtype_b)
         modules.append((m.path, m.kind, m.alpha * growth, m.use_rslora, factor_a, factor_b))
     extra = [(*row, trained.extra_bytes(i)) for i, row in enumerate(trained.extra())]
-    plain = AdapterFile._wrap(
+    plain = AdapterFile.wrap(
         _core.AdapterFile.build(
             modules,
             extra,

@@ -144,7 +144,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
     let settings = Settings::parse(content.metadata.get(METADATA), &file)?;
-    let carried = Carried::take(content.metadata, &file)?;
+    let mut carried = Carried::take(content.metadata, &file)?;
     let mut found = Found::default();
     let mut pairs = Pairs::new(&file);
     let mut alphas = Vec::new();

@@ -78,7 +78,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
 /// An adapter from flat tensors, `said` being what the file says of their orientation.
 pub(super) fn build(
     tensors: Vec<Tensor>,
-    carried: Carried,
+    mut carried: Carried,
     said: Option<Orientation>,
     opts: &LoadOptions,
     file: &str,

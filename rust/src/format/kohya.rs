@@ -103,7 +103,7 @@ pub(super) fn knows(_: &Source) -> bool {
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
-    let carried = Carried::take(content.metadata, &file)?;
+    let mut carried = Carried::take(content.metadata, &file)?;
     let mut found = Found::default();
     let mut groups: BTreeMap<String, Vec<(Mark, Tensor)>> = BTreeMap::new();
     for t in content.tensors {
@@ -220,12 +220,9 @@ fn keys_of(name: &str) -> Vec<String> {
         .iter()
         .filter_map(|(dotted, prefix)| Some(format!("{prefix}{}", under(name.strip_prefix(dotted)?))))
         .collect();
-    if keys.is_empty() {
-        // The names of one component alone: any prefix may stand before them.
-        let all = COMPONENTS.iter().map(|(_, p)| *p).chain(["lora_prior_", "lycoris_", "lora_"]);
-        keys = all.map(|prefix| format!("{prefix}{}", under(name))).collect();
-        keys.dedup();
-    }
+    // The names of one component alone may stand behind any prefix.
+    let all = COMPONENTS.iter().map(|(_, p)| *p).chain(["lora_prior_", "lycoris_", "lora_"]);
+    keys.extend(all.map(|prefix| format!("{prefix}{}", under(name))));
     keys
 }
 

@@ -185,7 +185,7 @@ fn build(config: &Config, content: container::Container, opts: &LoadOptions, fil
             _ => found.leave(t),
         }
     }
-    let carried = std::mem::take(&mut found.carried);
+    let mut carried = std::mem::take(&mut found.carried);
     for (path, mut slot) in pairs.slots {
         let both = slot.both(&path, file)?;
         let kind = match both[0].1.shape.len() {
@@ -246,7 +246,11 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
     let tensors = tensors_of(&written, content, dir)?;
     let config = config_text(content, rank, scale, &keys);
     let carried = written.iter().map(|m| (m.path.as_str(), m));
-    let header = Carried::give(&content.loaded.parts, carried, "mlx")?;
+    let mut parts = AdapterParts { modules: Vec::new(), extra: Vec::new(), ..content.loaded.parts.clone() };
+    if !notes.is_empty() {
+        parts.config_json = None; // it has the ranks and alphas that were
+    }
+    let header = Carried::give(&parts, carried, "mlx")?;
     let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
     let layout = container::lay_out(&header, named, &dir.join(WEIGHTS_FILE).display().to_string())?;
 
@@ -383,7 +387,8 @@ fn tensors_of(modules: &[ModuleParts], content: &Content, dir: &Path) -> Result<
     for m in modules {
         let Some((_, t)) = content.magnitudes.iter().find(|(path, _)| *path == m.path) else {
             let reason = format!(
-                "module {}: no DoRA magnitudes, and an MLX adapter is DoRA in all modules or in none",
+                "module {}: no DoRA magnitudes, and an MLX adapter is DoRA in all modules or in none; \
+                 allow=[\"drop:dora\"] leaves them out",
                 show(&m.path)
             );
             return Err(Error::unsupported(dir.display(), reason));

@@ -8,6 +8,7 @@ mod budget;
 pub(crate) mod container;
 mod diffusers;
 mod flat;
+pub mod gguf;
 pub(crate) mod json;
 mod kohya;
 mod limits;
@@ -16,6 +17,7 @@ mod npz;
 mod pairs;
 mod pattern;
 pub mod peft;
+mod quantized;
 mod runs;
 pub(crate) mod shards;
 mod single;
@@ -32,6 +34,8 @@ pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
 pub use kohya::resolve as resolve_names;
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
+pub use quantized::{Along, FactorParts, QUANTIZED_VERSION, QuantModuleParts};
+pub use quantized::{quantized_from_bytes, quantized_to_bytes, save_quantized};
 pub use single::{
     FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
 };
@@ -186,6 +190,8 @@ pub struct Loaded {
     pub format: &'static str,
     /// The content.
     pub parts: AdapterParts,
+    /// Modules of a quantised adapter, whose `parts` then have none (of GGUF the same ones, expanded).
+    pub quantized: Option<Vec<QuantModuleParts>>,
     /// What is not plain LoRA on linear layers; an adapter without it is another one.
     pub variants: Vec<Variant>,
     /// Tensors and settings that nothing uses (empty when strict).
@@ -215,7 +221,9 @@ pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 /// # Errors
 /// Those of [`read`], and the first variant that is left.
 pub fn load_without(path: &Path, opts: &LoadOptions, allow: &[String]) -> Result<Loaded> {
-    read(path, opts)?.runnable(&path.display().to_string(), allow)
+    let loaded = read(path, opts)?;
+    loaded.check_plain(&path.display().to_string())?;
+    loaded.runnable(&path.display().to_string(), allow)
 }
 
 /// What in these parts is not plain LoRA on linear layers, as a PEFT file of them would show it.
@@ -224,6 +232,23 @@ pub fn load_without(path: &Path, opts: &LoadOptions, allow: &[String]) -> Result
 /// A PEFT configuration among them that is broken.
 pub fn peft_variants(parts: &AdapterParts) -> Result<Vec<Variant>> {
     peft::variants::of(parts, peft::CONFIG_FILE)
+}
+
+impl Loaded {
+    /// Refuses a quantised adapter where plain weights are wanted.
+    ///
+    /// # Errors
+    /// A file of version 2.
+    pub fn check_plain(&self, file: &str) -> Result<()> {
+        match self.quantized {
+            None => Ok(()),
+            Some(_) if !self.parts.modules.is_empty() => Ok(()), // expanded beside the blocks
+            Some(_) => Err(Error::unsupported(
+                file,
+                "a quantised adapter, expected plain weights: microlora.load(path).dequantize() gives them",
+            )),
+        }
+    }
 }
 
 /// Checks shapes, dtypes and numbers of one pair of factors and returns their rank. `names` are the
@@ -283,6 +308,20 @@ fn check_factors(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], fil
     Ok(rank)
 }
 
+/// A path must be a name that did not come before, its alpha finite.
+fn check_name<'a>(path: &'a str, alpha: f64, seen: &mut HashSet<&'a str>) -> Result<()> {
+    if path.is_empty() || path.chars().any(char::is_control) {
+        return Err(Error::config("module path", show(path), "a name without control characters"));
+    }
+    if !seen.insert(path) {
+        return Err(Error::config("modules", format!("{} twice", show(path)), "each module once"));
+    }
+    if !alpha.is_finite() {
+        return Err(Error::config(format!("{path}.alpha"), alpha, "a finite number"));
+    }
+    Ok(())
+}
+
 impl AdapterParts {
     /// Checks what a writer relies on; errors name the module.
     pub(crate) fn check(&self) -> Result<()> {
@@ -314,18 +353,7 @@ impl AdapterParts {
     /// Paths must be names, each once, and alphas finite.
     fn check_names(&self) -> Result<()> {
         let mut seen = HashSet::new();
-        for m in &self.modules {
-            if m.path.is_empty() || m.path.chars().any(char::is_control) {
-                return Err(Error::config("module path", show(&m.path), "a name without control characters"));
-            }
-            if !seen.insert(m.path.as_str()) {
-                return Err(Error::config("modules", format!("{} twice", show(&m.path)), "each module once"));
-            }
-            if !m.alpha.is_finite() {
-                return Err(Error::config(format!("{}.alpha", m.path), m.alpha, "a finite number"));
-            }
-        }
-        Ok(())
+        self.modules.iter().try_for_each(|m| check_name(&m.path, m.alpha, &mut seen))
     }
 
     /// The JSON texts must be objects.

@@ -222,6 +222,7 @@ pub(super) fn plain_alpha(m: &ModuleParts) -> f64 {
 struct CarriedModule {
     key: String,
     path: String,
+    rank: usize,
     alpha: f64,
     use_rslora: bool,
 }
@@ -271,6 +272,7 @@ impl Carried {
             .map(|(key, m)| CarriedModule {
                 key: key.to_owned(),
                 path: m.path.clone(),
+                rank: m.rank,
                 alpha: m.alpha,
                 use_rslora: m.use_rslora,
             })
@@ -295,8 +297,9 @@ impl Carried {
     }
 
     /// Gives a module that was read under `key` its path, and its own alpha and scaling where the file's
-    /// scaling is still what they give: `same` is asked with the alpha for alpha / rank.
-    pub fn restore(&self, key: &str, m: &mut ModuleParts, same: impl Fn(f64) -> bool) {
+    /// scaling is still what they give: `same` is asked with the alpha for alpha / rank. Where another
+    /// program changed it, our settings no longer describe the adapter, and go.
+    pub fn restore(&mut self, key: &str, m: &mut ModuleParts, same: impl Fn(f64) -> bool) {
         let Some(row) = self.modules.get(key) else { return };
         if row.path != m.path {
             m.path.clone_from(&row.path);
@@ -304,8 +307,10 @@ impl Carried {
             m.b.name = format!("{}.lora_b", m.path);
         }
         let own = ModuleParts { alpha: row.alpha, use_rslora: row.use_rslora, ..m.clone() };
-        if same(plain_alpha(&own)) {
+        if row.rank == m.rank && same(plain_alpha(&own)) {
             (m.alpha, m.use_rslora) = (row.alpha, row.use_rslora);
+        } else {
+            self.config = None;
         }
     }
 }

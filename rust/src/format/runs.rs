@@ -48,7 +48,7 @@ impl Loaded {
             return Ok(self);
         }
         self.parts.modules.retain(|m| m.kind == ModuleKind::Linear);
-        if self.parts.modules.is_empty() {
+        if self.parts.modules.is_empty() && self.quantized.is_none() {
             let reason = format!("no linear module is left without {}", show(&self.variants[0].kind));
             return Err(Error::unsupported(file, reason));
         }
@@ -61,13 +61,13 @@ impl Loaded {
     }
 
     /// What PEFT's layout has no place for, as kind and where: variants that a PEFT file of the same
-    /// parts would not show.
+    /// parts would not show, and experts without the names of their parameters.
     ///
     /// # Errors
     /// A PEFT configuration among the parts that is broken.
     pub fn lost_in_peft(&self) -> Result<Vec<&Variant>> {
         let held = super::peft_variants(&self.parts)?;
-        let lost = |v: &&Variant| !held.iter().any(|h| h.kind == v.kind);
+        let lost = |v: &&Variant| v.kind == "experts" || !held.iter().any(|h| h.kind == v.kind);
         Ok(self.variants.iter().filter(lost).collect())
     }
 
@@ -77,8 +77,10 @@ impl Loaded {
     /// Those of [`lost_in_peft`](Self::lost_in_peft).
     pub fn peft_parts(&self) -> Result<AdapterParts> {
         let mut parts = self.parts.clone();
-        if !self.lost_in_peft()?.is_empty() {
+        let lost = self.lost_in_peft()?;
+        if !lost.is_empty() {
             parts.extra.clear();
+            parts.modules.retain(|m| !lost.iter().any(|v| v.kind == m.kind.as_str()));
         }
         Ok(parts)
     }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
 use super::json::{StringMap, show, show_list};
+use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 
 /// The header's `format`.
 pub const FORMAT: &str = "microlora";
-/// The header's `format_version`; a newer one is refused.
+/// The header's `format_version` of a plain adapter; 2 is a quantised one, a newer one is refused.
 pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
 
@@ -67,13 +68,20 @@ pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
 
 /// [`from_bytes`], variants included.
 pub fn read_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
+    let loaded = any_from_bytes(bytes, &LoadOptions { strict, ..LoadOptions::default() })?;
+    loaded.check_plain("bytes")?;
+    Ok(loaded)
+}
+
+/// Reads the bytes of a file of either version.
+pub(super) fn any_from_bytes(bytes: &[u8], opts: &LoadOptions) -> Result<Loaded> {
     let file = "bytes";
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
     let container = container::parse(&Bytes::from(bytes.to_vec()), file)?;
     if !is_ours(&container) {
         return Err(Error::format(file, "safetensors, but not written by microlora"));
     }
-    from_container(container, file, strict)
+    from_container(container, file, opts)
 }
 
 fn lay_out<'a>(parts: &'a AdapterParts, variants: &[Variant], file: &str) -> Result<Layout<'a>> {
@@ -91,12 +99,35 @@ fn lay_out<'a>(parts: &'a AdapterParts, variants: &[Variant], file: &str) -> Res
             kind: m.kind,
         });
     }
+    let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
+    let modules = serde_json::to_string(&entries).map_err(to_json)?;
+    lay_out_parts(parts, variants, FORMAT_VERSION, tensors, modules, file)
+}
+
+/// Lays out a file of version 2: its modules' tensors, and their header entry.
+pub(super) fn lay_out_with<'a>(
+    rest: &'a AdapterParts,
+    tensors: Vec<(String, &'a Tensor)>,
+    modules: String,
+    file: &str,
+) -> Result<Layout<'a>> {
+    lay_out_parts(rest, &[], QUANTIZED_VERSION, tensors, modules, file)
+}
+
+fn lay_out_parts<'a>(
+    parts: &'a AdapterParts,
+    variants: &[Variant],
+    version: u32,
+    mut tensors: Vec<(String, &'a Tensor)>,
+    modules: String,
+    file: &str,
+) -> Result<Layout<'a>> {
     tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
     let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
     let mut metadata = BTreeMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
-        ("format_version".to_owned(), FORMAT_VERSION.to_string()),
-        ("modules".to_owned(), serde_json::to_string(&entries).map_err(to_json)?),
+        ("format_version".to_owned(), version.to_string()),
+        ("modules".to_owned(), modules),
     ]);
     let variants = match variants {
         [] => None,
@@ -120,7 +151,7 @@ pub(super) fn knows(source: &Source) -> bool {
 
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let Content::Safetensors(container) = source.content else { return Err(source.unknown()) };
-    from_container(container, &source.file, opts.strict)
+    from_container(container, &source.file, opts)
 }
 
 /// True for a file that says it is ours, whatever its version.
@@ -128,14 +159,12 @@ pub(super) fn is_ours(container: &Container) -> bool {
     container.metadata.get("format").is_some_and(|f| f == FORMAT)
 }
 
-pub(super) fn from_container(container: Container, file: &str, strict: bool) -> Result<Loaded> {
+pub(super) fn from_container(container: Container, file: &str, opts: &LoadOptions) -> Result<Loaded> {
     let wrong = |reason: String| Error::format(file, reason);
     let Container { metadata: mut header, tensors } = container;
     header.remove("format");
-    check_version(header.remove("format_version"), file)?;
+    let version = check_version(header.remove("format_version"), file)?;
     let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
-    let entries: Vec<ModuleEntry> =
-        serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
     let other = match header.remove("header") {
         Some(text) => {
             serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0
@@ -156,14 +185,21 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
         header: other,
     };
     if let Some(key) = header.keys().next() {
-        return Err(wrong(format!("header: unknown entry {} in version {FORMAT_VERSION}", show(key))));
+        return Err(wrong(format!("header: unknown entry {} in version {version}", show(key))));
     }
     let mut by_name: HashMap<String, Tensor> = HashMap::with_capacity(tensors.len());
     let order: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
     by_name.extend(tensors.into_iter().map(|t| (t.name.clone(), t)));
-    for entry in entries {
-        parts.modules.push(module(entry, &mut by_name, file)?);
-    }
+    let quantized = if version == QUANTIZED_VERSION {
+        Some(quantized::modules(&text, &mut by_name, &opts.limits, file)?)
+    } else {
+        let entries: Vec<ModuleEntry> =
+            serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+        for entry in entries {
+            parts.modules.push(module(entry, &mut by_name, file)?);
+        }
+        None
+    };
     let mut unused = Vec::new();
     for key in order {
         let Some(mut tensor) = by_name.remove(&key) else { continue };
@@ -173,7 +209,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
         }
         parts.extra.push(tensor);
     }
-    if strict && !unused.is_empty() {
+    if opts.strict && !unused.is_empty() {
         let reason =
             format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
         return Err(wrong(reason));
@@ -184,21 +220,24 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     // What the content shows counts, whatever the header says.
     let shown = peft::variants::of(&parts, file)?;
     variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
-    Ok(Loaded { format: "safetensors", parts, variants, unused, ..Loaded::default() })
+    Ok(Loaded { format: "safetensors", parts, variants, quantized, unused, ..Loaded::default() })
 }
 
-fn check_version(version: Option<String>, file: &str) -> Result<()> {
+fn check_version(version: Option<String>, file: &str) -> Result<u32> {
     let Some(text) = version else { return Err(Error::format(file, "header: no `format_version`")) };
     match text.parse::<u32>() {
-        Ok(FORMAT_VERSION) => Ok(()),
-        Ok(n) if n > FORMAT_VERSION => {
+        Ok(n @ (FORMAT_VERSION | QUANTIZED_VERSION)) => Ok(n),
+        Ok(n) if n > QUANTIZED_VERSION => {
             let reason =
-                format!("format version {n}, this build reads up to {FORMAT_VERSION}; upgrade microlora");
+                format!("format version {n}, this build reads up to {QUANTIZED_VERSION}; upgrade microlora");
             Err(Error::unsupported(file, reason))
         }
         _ => Err(Error::format(
             file,
-            format!("header: format_version {}, expected {FORMAT_VERSION}", show(&text)),
+            format!(
+                "header: format_version {}, expected {FORMAT_VERSION} or {QUANTIZED_VERSION}",
+                show(&text)
+            ),
         )),
     }
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 use super::json::{show, show_list};
 use super::peft::is_only_for_training;
 use super::peft::variants::plain_config;
-use super::{AdapterParts, Loaded, ModuleKind, ModuleParts, Tensor, diffusers, flat, kohya, mlx, npz};
+use super::{
+    AdapterParts, Loaded, ModuleKind, ModuleParts, Tensor, Variant, diffusers, flat, kohya, mlx, npz,
+};
 use crate::error::{Error, Result};
 
 /// One format that is written here.
@@ -58,6 +60,13 @@ fn keeps(style: &Style, loaded: &Loaded, kind: &str, allow: &[String]) -> bool {
     !dropped && (loaded.format == style.name || style.holds.contains(&kind))
 }
 
+/// [`keeps`], of one variant: magnitudes of DoRA that only their own format understands stay there.
+fn keeps_this(style: &Style, loaded: &Loaded, v: &Variant, allow: &[String]) -> bool {
+    let own = v.kind == "dora" && magnitude_path(&v.at).is_none();
+    let foreign = own && loaded.format != style.name && loaded.parts.extra.iter().any(|t| t.name == v.at);
+    keeps(style, loaded, &v.kind, allow) && !foreign
+}
+
 /// What would be lost, by kind, with the place of the first of each.
 ///
 /// # Errors
@@ -66,7 +75,7 @@ pub fn losses(loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<(Stri
     let style = style(name)?;
     let mut lost: Vec<(String, String)> = Vec::new();
     for v in &loaded.variants {
-        if !keeps(style, loaded, &v.kind, allow) && lost.iter().all(|(k, _)| *k != v.kind) {
+        if !keeps_this(style, loaded, v, allow) && lost.iter().all(|(k, _)| *k != v.kind) {
             lost.push((v.kind.clone(), v.at.clone()));
         }
     }
@@ -83,6 +92,9 @@ pub fn losses(loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<(Stri
 /// No such format, something that it cannot hold and that is not dropped, the system's refusals.
 pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<String>> {
     let style = style(name)?;
+    if loaded.parts.modules.is_empty() {
+        loaded.check_plain(&path.display().to_string())?;
+    }
     let lost = losses(loaded, name, allow)?;
     if let Some((kind, at)) = lost.iter().find(|(k, _)| !allow.iter().any(|a| *a == format!("drop:{k}"))) {
         let reason =
@@ -94,9 +106,8 @@ pub fn save_style(path: &Path, loaded: &Loaded, name: &str, allow: &[String]) ->
     let modules: Vec<&ModuleParts> = (loaded.parts.modules.iter())
         .filter(|m| m.kind == ModuleKind::Linear || keeps(style, loaded, m.kind.as_str(), allow))
         .collect();
-    let dropped = |t: &&Tensor| {
-        !loaded.variants.iter().any(|v| v.at == t.name && !keeps(style, loaded, &v.kind, allow))
-    };
+    let dropped =
+        |t: &&Tensor| !loaded.variants.iter().any(|v| v.at == t.name && !keeps_this(style, loaded, v, allow));
     let (dora, others): (Vec<&Tensor>, Vec<&Tensor>) =
         loaded.parts.extra.iter().filter(dropped).partition(|t| magnitude_path(&t.name).is_some());
     let extra = if same { others } else { Vec::new() };

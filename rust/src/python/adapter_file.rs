@@ -94,6 +94,7 @@ impl PyAdapterFile {
         let orientation = orientation_of(orientation)?;
         let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
         let inner = py.detach(|| format::read(&path, &opts))?;
+        inner.check_plain(&path.display().to_string())?;
         Ok(PyAdapterFile { inner, file: path.display().to_string() })
     }
 
@@ -236,9 +237,12 @@ impl PyAdapterFile {
         Ok(PyAdapter::from(Adapter::from_parts(&loaded.parts)?))
     }
 
-    /// Writes all of it to one file of ours, through a temporary sibling and a rename.
-    fn save_single(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        Ok(py.detach(|| format::save_single_as_read(&path, &self.inner))?)
+    /// Writes all of it to one file of ours, through a temporary sibling and a rename. Variants of the
+    /// kinds in `lost` are no longer said to be there.
+    fn save_single(&self, py: Python<'_>, path: PathBuf, lost: Vec<String>) -> PyResult<()> {
+        let mut loaded = self.inner.clone();
+        loaded.variants.retain(|v| !lost.contains(&v.kind));
+        Ok(py.detach(|| format::save_single_as_read(&path, &loaded))?)
     }
 
     /// `(kind, at)` of what a PEFT directory cannot hold of it.

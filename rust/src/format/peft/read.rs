@@ -177,7 +177,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_json(file)?;
     parts.detach_extra();
     let variants = variants::with(&parts, Some(&config));
-    Ok(Loaded { format: "peft", parts, variants, unused, notes })
+    Ok(Loaded { format: "peft", parts, variants, unused, notes, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, those kept as they lie, the others, and which nothing uses.

@@ -10,7 +10,7 @@ use super::names::{Key, classify, split_prefix};
 use crate::error::Result;
 
 /// Each kind: what it changes, and the way out.
-const KINDS: [(&str, &str); 16] = [
+const KINDS: [(&str, &str); 17] = [
     ("dora", "DoRA rescales base weight and delta together and needs the base weights; merge it with PEFT"),
     ("lora_bias", "the adapter adds biases of its own (lora_B.bias); merge it with PEFT"),
     ("bias", "a trained bias of the base model; put it into the base model"),
@@ -28,6 +28,7 @@ const KINDS: [(&str, &str); 16] = [
         "LoRA on raw parameters (target_parameters) packs all experts in one pair; AdapterFile.unpack_experts gives \
          each expert's factors",
     ),
+    ("experts", "a LoRA on each expert of a mixture; only linear layers are run here"),
     ("embedding", "a LoRA on an embedding table; only linear layers are run here, merge it with PEFT"),
     ("conv", "a LoRA on a convolution; only linear layers are run here, merge it with PEFT"),
     ("qalora", "QALoRA pools its input by groups; run it with PEFT"),
@@ -164,10 +165,11 @@ pub(crate) fn of(parts: &AdapterParts, file: &str) -> Result<Vec<Variant>> {
 
 pub(super) fn with(parts: &AdapterParts, config: Option<&PeftConfig>) -> Vec<Variant> {
     let mut out = config.map_or_else(Vec::new, |c| c.variants.clone());
+    let parameters = out.iter().any(|v| v.kind == "target_parameters");
     for m in &parts.modules {
         let kind = match m.kind {
             ModuleKind::Linear => continue,
-            ModuleKind::Experts => "target_parameters",
+            ModuleKind::Experts if parameters => "target_parameters",
             kind => kind.as_str(),
         };
         out.push(variant(kind, m.path.clone()));

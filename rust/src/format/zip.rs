@@ -80,7 +80,7 @@ pub(super) fn members(bytes: &[u8], limits: &Limits, file: &str) -> Result<Vec<M
     }
     let mut cursor = Cursor { bytes: &bytes[..end as usize], at: start as usize, file };
     let mut budget = Budget::of_file(bytes.len());
-    let mut next = |_| {
+    let mut next = |_| -> Result<Member> {
         let member = entry(&mut cursor)?;
         let bound = |e: String| wrong(format!("{count} members {e}"));
         budget.take(tensor_cost(&member.name)).map_err(bound)?;

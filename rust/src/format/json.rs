@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::marker::PhantomData;
 
-use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::{Map, Number, Value};
 
 use super::budget::Budget;
@@ -189,6 +192,35 @@ impl<'de> Deserialize<'de> for StringMap {
         }
         d.deserialize_map(V)
     }
+}
+
+/// A JSON list of at most so many items.
+struct ListWithin<T>(usize, PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ListWithin<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of at most {} items", self.0)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut out = Vec::new();
+        while let Some(item) = seq.next_element()? {
+            if out.len() == self.0 {
+                return Err(de::Error::invalid_length(out.len() + 1, &self));
+            }
+            out.push(item);
+        }
+        Ok(out)
+    }
+}
+
+/// Parses a list of at most `most` items, so that a short text cannot fill memory.
+pub(crate) fn parse_list<T: DeserializeOwned>(text: &str, most: usize) -> serde_json::Result<Vec<T>> {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let list = json.deserialize_seq(ListWithin(most, PhantomData))?;
+    json.end().map(|()| list)
 }
 
 /// Parses one JSON object (key order kept); the error is a reason without a file name. Its values may take

@@ -135,6 +135,17 @@ test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
 test-interop: $(BUILT) $(ORACLE)/.interop ## Read and write files with the programs they are for: llama.cpp, mlx-lm
 	@$(RUN_ORACLE) -m pytest -q -m 'interop and not slow' --none-skipped
 
+# Other mutations than those of `make test`, as long as is asked: make fuzz SECONDS=60 SEED=7
+SECONDS ?= 20
+SEED ?= 1
+.PHONY: fuzz fuzz-corpus
+fuzz: tools ## Mutate files for SECONDS a parser (20), on stable Rust: no panic, hang or hunger
+	@MICROLORA_FUZZ_SECONDS=$(SECONDS) MICROLORA_FUZZ_SEED=$(SEED) cargo test --locked --test fuzz -- --test-threads 1 --nocapture
+
+fuzz-corpus: tools ## Write the kept corpus, and the table of attacks of docs/security.md, anew
+	@cargo test --locked --test fuzz -- --ignored --exact corpus::write_corpus
+	@MICROLORA_WRITE_TABLE=1 cargo test --locked --test format -- --exact attacks::the_documentation_has_the_table
+
 # --- Checks of the sources ---------------------------------------------------------------------------------
 
 .PHONY: lint format

@@ -5,4 +5,6 @@
 #[path = "../../tests/format/entry.rs"]
 mod entry;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| entry::single(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    entry::single(data);
+});

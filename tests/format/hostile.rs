@@ -152,7 +152,9 @@ fn ten_thousand_mutations_of_a_single_file() {
     seed.extra.push(tensor("head", format::TensorDtype::BF16, &[3], 1));
     let seed = to_bytes(&seed).unwrap();
     entry::single(&seed);
-    (0..10_000).for_each(|_| entry::single(&mutate(&seed, &mut rng)));
+    for _ in 0..10_000 {
+        entry::single(&mutate(&seed, &mut rng));
+    }
 }
 
 #[test]
@@ -161,7 +163,9 @@ fn ten_thousand_mutations_of_a_configuration() {
     let seed = br#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4.5, "bias": "none", "use_rslora": true,
         "rank_pattern": {"q_(proj|x)": 3, "^a\\.b": 2, "layers\\.[0-9]+.q": 9}, "alpha_pattern": {"a.b{1,3}": 7}}"#;
     entry::config(seed);
-    (0..10_000).for_each(|_| entry::config(&mutate(seed, &mut rng)));
+    for _ in 0..10_000 {
+        entry::config(&mutate(seed, &mut rng));
+    }
 }
 
 #[test]

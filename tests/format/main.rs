@@ -1,5 +1,6 @@
 //! Adapter files: round trips, every way to be refused, hostile bytes, full disks.
 
+mod attacks;
 mod disk;
 mod entry;
 mod gguf;

@@ -8,9 +8,10 @@ use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 
-use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
+use super::budget::{Budget, longest_token, tensor_cost};
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -18,11 +19,14 @@ use crate::error::{Error, Result};
 
 /// Longest header that is parsed, in bytes (the limit of the reference implementation).
 pub const MAX_HEADER: usize = 100_000_000;
-/// Most tensors in one file.
+/// Most tensors in one file, unless the caller's limits say otherwise.
 pub const MAX_TENSORS: usize = 1 << 20;
 /// Most dimensions of one tensor.
 pub const MAX_DIMS: usize = 16;
 const LEN: usize = 8;
+const METADATA: &str = "__metadata__";
+/// Headers up to this length need no look at their longest token.
+const SHORT: usize = 1 << 20;
 
 /// What a file holds.
 #[derive(Debug, Default)]
@@ -73,39 +77,60 @@ struct Header {
     tensors: Vec<(String, Info)>,
 }
 
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct V;
-        impl<'de> Visitor<'de> for V {
-            type Value = Header;
+/// What an entry of `__metadata__` takes beside its two texts.
+const ENTRY_COST: usize = 160;
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
-            }
+/// Reads a header within limits.
+struct HeaderWithin<'a> {
+    tensors: usize,
+    budget: &'a mut Budget,
+}
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut header = Header::default();
-                let mut seen = HashSet::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if !seen.insert(name.clone()) {
-                        return Err(de::Error::custom(format_args!("{} appears twice", show(&name))));
-                    }
-                    let at = |e: A::Error| de::Error::custom(format_args!("{}: {e}", show(&name)));
-                    if name == "__metadata__" {
-                        header.metadata =
-                            map.next_value::<Option<StringMap>>().map_err(at)?.unwrap_or_default().0;
-                        continue;
-                    }
-                    if header.tensors.len() == MAX_TENSORS {
-                        return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} tensors")));
-                    }
-                    let info = map.next_value().map_err(at)?;
-                    header.tensors.push((name, info));
+impl<'de> DeserializeSeed<'de> for HeaderWithin<'_> {
+    type Value = Header;
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Header, D::Error> {
+        d.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for HeaderWithin<'_> {
+    type Value = Header;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+        let mut header = Header::default();
+        let mut seen_metadata = false;
+        while let Some(name) = map.next_key::<String>()? {
+            let at = |e: A::Error| de::Error::custom(format_args!("{}: {e}", show(&name)));
+            if name == METADATA {
+                if seen_metadata {
+                    return Err(de::Error::custom(format_args!("{} appears twice", show(&name))));
                 }
-                Ok(header)
+                seen_metadata = true;
+                header.metadata = map.next_value::<Option<StringMap>>().map_err(at)?.unwrap_or_default().0;
+                let cost = |(k, v): (&String, &String)| ENTRY_COST + 2 * (k.len() + v.len());
+                self.budget
+                    .take(header.metadata.iter().map(cost).sum())
+                    .map_err(<A::Error as de::Error>::custom)?;
+                continue;
             }
+            if header.tensors.len() == self.tensors {
+                let most = self.tensors;
+                let reason =
+                    format!("tensor count of {} or more, the limit is {most} (limits: tensors)", most + 1);
+                return Err(de::Error::custom(reason));
+            }
+            self.budget.take(tensor_cost(&name)).map_err(|e| {
+                de::Error::custom(format_args!("more than {} tensors {e}", header.tensors.len()))
+            })?;
+            let info = map.next_value().map_err(at)?;
+            header.tensors.push((name, info));
         }
-        d.deserialize_map(V)
+        Ok(header)
     }
 }
 
@@ -153,14 +178,30 @@ pub(crate) fn heading_len(head: &[u8], len: usize, file: &str) -> Result<usize> 
 
 /// Parses what [`heading_len`] measured; `len` is that of the whole file.
 pub(crate) fn parse_heading(head: &[u8], len: usize, file: &str) -> Result<Heading> {
+    parse_heading_within(head, len, file, MAX_TENSORS)
+}
+
+fn parse_heading_within(head: &[u8], len: usize, file: &str, most: usize) -> Result<Heading> {
     let wrong = |reason: String| Error::format(file, reason);
     let (start, header) = (head.len(), &head[LEN..]);
     let text = std::str::from_utf8(header).map_err(|e| wrong(format!("header is not UTF-8: {e}")))?;
     if !text.starts_with('{') {
         return Err(wrong("header does not start with '{'".into()));
     }
-    let Header { metadata, tensors: mut infos } =
-        serde_json::from_str(text).map_err(|e| wrong(format!("header: {e}")))?;
+    let mut budget = Budget::of_file(len);
+    // A parser copies a token twice while it grows.
+    if text.len() > SHORT {
+        let longest = longest_token(text);
+        let bound = |e: String| wrong(format!("header: a string or number of {longest} bytes {e}"));
+        budget.take(3 * longest).map_err(bound)?;
+        budget.give(3 * longest);
+    }
+    let mut json = serde_json::Deserializer::from_str(text);
+    let seed = HeaderWithin { tensors: most, budget: &mut budget };
+    let parsed = seed.deserialize(&mut json).and_then(|header| json.end().map(|()| header));
+    drop(json);
+    let Header { metadata, tensors: mut infos } = parsed.map_err(|e| wrong(format!("header: {e}")))?;
+    refuse_repeated(&infos, file)?;
     infos.sort_by_key(|(_, info)| info.data_offsets);
 
     let have = len - start;
@@ -189,6 +230,14 @@ pub(crate) fn parse_heading(head: &[u8], len: usize, file: &str) -> Result<Headi
     Ok(Heading { metadata, entries })
 }
 
+fn refuse_repeated(infos: &[(String, Info)], file: &str) -> Result<()> {
+    let mut seen = HashSet::with_capacity(infos.len());
+    match infos.iter().find(|(name, _)| !seen.insert(name.as_str())) {
+        Some((name, _)) => Err(Error::format(file, format!("header: {} appears twice", show(name)))),
+        None => Ok(()),
+    }
+}
+
 /// Parses a whole file; tensors are slices of `bytes`. `file` is the name errors carry.
 pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
     parse_within(bytes, file, &Limits::default())
@@ -198,8 +247,8 @@ pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
 pub(crate) fn parse_within(bytes: &Bytes, file: &str, limits: &Limits) -> Result<Container> {
     let start = heading_len(bytes, bytes.len(), file)?;
     limits.check_header((start - LEN) as u64, file)?;
-    let Heading { metadata, entries } = parse_heading(&bytes[..start], bytes.len(), file)?;
-    limits.check_tensors(entries.len() as u64, file)?;
+    let Heading { metadata, entries } =
+        parse_heading_within(&bytes[..start], bytes.len(), file, limits.tensors)?;
     let tensor = |Entry { name, dtype, shape, span }| {
         let outside = || Error::format(file, format!("tensor {}: outside of the file", show(&name)));
         let data = bytes.slice(span).ok_or_else(outside)?;
@@ -233,7 +282,7 @@ pub(crate) fn lay_out<'a>(
     let mut data = Vec::with_capacity(tensors.len());
     let mut entries = String::new();
     for (name, tensor) in &tensors {
-        if name == "__metadata__" || !seen.insert(name.as_str()) {
+        if name == METADATA || !seen.insert(name.as_str()) {
             return Err(Error::config(
                 "tensors",
                 format!("{} twice", show(name)),
@@ -259,7 +308,7 @@ pub(crate) fn lay_out<'a>(
     let head = if metadata.is_empty() {
         String::new()
     } else {
-        format!(",\"__metadata__\":{}", to_json(metadata, file)?)
+        format!(",\"{METADATA}\":{}", to_json(metadata, file)?)
     };
     let body = format!("{head}{entries}");
     let mut text = format!("{{{}}}", body.strip_prefix(',').unwrap_or(&body));

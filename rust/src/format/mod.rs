@@ -4,6 +4,7 @@
 //! [`Error::Format`]; both name the file and the tensor or key. Pickle is never opened.
 
 pub(crate) mod atomic;
+mod budget;
 pub(crate) mod container;
 mod diffusers;
 mod flat;
@@ -364,7 +365,7 @@ impl AdapterParts {
         ];
         for (name, text) in texts {
             if let Some(text) = text {
-                json::parse_object(text).map_err(|e| Error::format(file, format!("{name}: {e}")))?;
+                json::check_object(text).map_err(|e| Error::format(file, format!("{name}: {e}")))?;
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::json::show;
+use super::json::{parse_list, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype};
 use super::{AdapterParts, LoadOptions, Loaded, atomic, check_name, single};
@@ -210,7 +210,7 @@ pub(super) fn modules(
 ) -> Result<Vec<QuantModuleParts>> {
     let wrong = |reason: String| Error::format(file, reason);
     let entries: Vec<ModuleEntry> =
-        serde_json::from_str(text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+        parse_list(text, by_name.len() / 2).map_err(|e| wrong(format!("header: modules: {e}")))?;
     let mut out = Vec::with_capacity(entries.len());
     for ModuleEntry { path, rank, alpha, use_rslora, a, b } in entries {
         limits.check_rank(rank, &show(&path), file)?;

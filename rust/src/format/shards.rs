@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::budget::Budget;
 use super::container::{self, Entry, Heading};
 use super::json::{self, show};
 use super::source;
@@ -42,11 +43,7 @@ impl Shard {
     pub fn open(path: &Path) -> Result<Self> {
         let at = |e| Error::io(path, e);
         let name = path.display().to_string();
-        let file = File::open(path).map_err(at)?;
-        let meta = file.metadata().map_err(at)?;
-        if !meta.is_file() {
-            return Err(Error::format(&name, "neither a regular file nor a folder"));
-        }
+        let (file, meta) = source::open_regular(path, "neither a regular file nor a folder")?;
         let len = usize::try_from(meta.len())
             .map_err(|_| Error::format(&name, "more bytes than can be addressed"))?;
         let mut first = vec![0; len.min(64)];
@@ -230,7 +227,9 @@ fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
 
 fn read_index(path: &Path) -> Result<Index> {
     let wrong = |reason: String| Error::format(path.display(), reason);
-    let object = json::parse_object(&source::Text::read(path)?.text).map_err(wrong)?;
+    // It describes files that are much larger than itself.
+    let text = source::Text::read(path)?.text;
+    let object = json::parse_object_within(&text, Budget::unbounded()).map_err(wrong)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {
         return Err(wrong("no `weight_map` of tensors to files".into()));
     };

@@ -12,7 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
-use super::json::{StringMap, show, show_list};
+use super::json::{StringMap, parse_list, show, show_list};
 use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
@@ -26,6 +26,8 @@ pub const FORMAT: &str = "microlora";
 /// The header's `format_version` of a plain adapter; 2 is a quantised one, a newer one is refused.
 pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
+/// Most variants that a header may list.
+const MAX_VARIANTS: usize = 1 << 14;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,7 +174,7 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
         None => BTreeMap::new(),
     };
     let mut variants: Vec<Variant> = match header.remove("variants") {
-        Some(text) => serde_json::from_str(&text).map_err(|e| wrong(format!("header: variants: {e}")))?,
+        Some(text) => parse_list(&text, MAX_VARIANTS).map_err(|e| wrong(format!("header: variants: {e}")))?,
         None => Vec::new(),
     };
     let mut parts = AdapterParts {
@@ -194,8 +196,9 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
         Some(quantized::modules(&text, &mut by_name, &opts.limits, file)?)
     } else {
         let entries: Vec<ModuleEntry> =
-            serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+            parse_list(&text, by_name.len() / 2).map_err(|e| wrong(format!("header: modules: {e}")))?;
         for entry in entries {
+            opts.limits.check_rank(entry.rank, &show(&entry.path), file)?;
             parts.modules.push(module(entry, &mut by_name, file)?);
         }
         None

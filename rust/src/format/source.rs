@@ -85,15 +85,29 @@ impl Source {
     }
 }
 
+/// Opens a regular file: what waits for a writer or has no end is refused before it is opened, and again
+/// by what was opened, as the path may lead elsewhere by then.
+pub(super) fn open_regular(path: &Path, refusal: &str) -> Result<(File, fs::Metadata)> {
+    let at = |e| Error::io(path, e);
+    let regular = |meta: fs::Metadata| match meta.is_file() {
+        true => Ok(meta),
+        false => Err(Error::format(path.display(), refusal)),
+    };
+    regular(fs::metadata(path).map_err(at)?)?;
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(target_os = "linux")]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path).map_err(at)?;
+    let meta = regular(file.metadata().map_err(at)?)?;
+    Ok((file, meta))
+}
+
 /// Reads or maps a regular file, after a look at its first bytes.
 pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
     let at = |e| Error::io(path, e);
-    let meta = fs::metadata(path).map_err(at)?;
     let name = path.display();
-    if !meta.is_file() {
-        return Err(Error::format(name, "neither a regular file nor a directory"));
-    }
-    let mut file = File::open(path).map_err(at)?;
+    let (mut file, meta) = open_regular(path, "neither a regular file nor a directory")?;
     let mut head = Vec::with_capacity(HEAD);
     (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(at)?;
     refuse_pickled(&head, &name.to_string())?;
@@ -126,11 +140,8 @@ impl Text {
     /// Reads a file, if it is not too long to be parsed.
     pub fn read(path: &Path) -> Result<Self> {
         let at = |e| Error::io(path, e);
-        if !fs::metadata(path).map_err(at)?.is_file() {
-            return Err(Error::format(path.display(), "not a regular file"));
-        }
-        let file = File::open(path).map_err(at)?;
-        let mut bytes = Vec::new();
+        let (file, meta) = open_regular(path, "not a regular file")?;
+        let mut bytes = Vec::with_capacity((meta.len() as usize).min(MAX_TEXT) + 1);
         (&file).take(MAX_TEXT as u64 + 1).read_to_end(&mut bytes).map_err(at)?;
         if bytes.len() > MAX_TEXT {
             return Err(Error::format(path.display(), format!("more than {MAX_TEXT} bytes")));

@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 
 use flate2::read::DeflateDecoder;
 
+use super::budget::{Budget, tensor_cost};
 use super::json::show;
 use super::limits::Limits;
 use super::tensor::Bytes;
@@ -78,7 +79,14 @@ pub(super) fn members(bytes: &[u8], limits: &Limits, file: &str) -> Result<Vec<M
         return Err(wrong(format!("{count} members in {} bytes", bytes.len())));
     }
     let mut cursor = Cursor { bytes: &bytes[..end as usize], at: start as usize, file };
-    let mut out: Vec<Member> = (0..count).map(|_| entry(&mut cursor)).collect::<Result<_>>()?;
+    let mut budget = Budget::of_file(bytes.len());
+    let mut next = |_| -> Result<Member> {
+        let member = entry(&mut cursor)?;
+        let bound = |e: String| wrong(format!("{count} members {e}"));
+        budget.take(tensor_cost(&member.name)).map_err(bound)?;
+        Ok(member)
+    };
+    let mut out: Vec<Member> = (0..count).map(&mut next).collect::<Result<_>>()?;
     let mut seen = HashSet::with_capacity(out.len());
     if let Some(twice) = out.iter().find(|m| !seen.insert(m.name.as_str())) {
         return Err(wrong(format!("member {} appears twice", show(&twice.name))));

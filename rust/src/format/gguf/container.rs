@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
+use crate::format::budget::{Budget, tensor_cost};
 use crate::format::json::show;
 use crate::format::limits::Limits;
 use crate::quant::BLOCKS;
@@ -22,6 +23,10 @@ pub(crate) const MAX_DIMS: usize = 4;
 /// Longest name of a tensor in ggml, in bytes.
 pub(crate) const MAX_NAME: usize = 63;
 const MAX_DEPTH: usize = 4;
+/// Longest array of numbers that is used, in bytes.
+const MAX_NUMBERS: usize = 1 << 18;
+/// What a key and a value take in all tables beside three copies of their texts.
+const KEY_COST: usize = 256;
 /// Shortest entry: a key is its length, one byte, a type and a value; an info has four numbers and a name.
 const MIN_KEY: u64 = 8 + 1 + 4 + 1;
 const MIN_INFO: u64 = 8 + 1 + 4 + 8 + 4 + 8;
@@ -123,6 +128,7 @@ pub(crate) struct Reader<'a> {
     at: usize,
     file: &'a str,
     limits: &'a Limits,
+    budget: Budget,
     /// Tensors that the header announces.
     pub tensors: u64,
     /// Keys in the file's order.
@@ -132,7 +138,15 @@ pub(crate) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// Reads magic, version, counts and keys.
     pub fn new(bytes: &'a [u8], file: &'a str, limits: &'a Limits) -> Result<Self> {
-        let mut r = Reader { bytes, at: 0, file, limits, tensors: 0, keys: Vec::new() };
+        let mut r = Reader {
+            bytes,
+            at: 0,
+            file,
+            limits,
+            budget: Budget::of_file(bytes.len()),
+            tensors: 0,
+            keys: vec![],
+        };
         if r.take(4, "magic")? != MAGIC {
             return Err(r.wrong("not GGUF: another magic"));
         }
@@ -158,6 +172,8 @@ impl<'a> Reader<'a> {
         for _ in 0..keys {
             let key = r.string("key")?;
             let value = r.value(&key)?;
+            let text = if let Value::Text(text) = &value { text.len() } else { 0 };
+            r.spend(KEY_COST + 3 * (key.len() + text), "keys")?;
             if !seen.insert(key.clone()) {
                 return Err(r.wrong(format!("key {} appears twice", show(&key))));
             }
@@ -185,6 +201,10 @@ impl<'a> Reader<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Array { item: U32_VALUE, span, .. }) => {
+                if span.len() > MAX_NUMBERS {
+                    let reason = format!("key {key}: {} bytes, the limit is {MAX_NUMBERS}", span.len());
+                    return Err(self.wrong(reason));
+                }
                 let numbers = self.bytes[span.clone()].chunks_exact(4);
                 Ok(Some(numbers.map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()))
             }
@@ -203,9 +223,10 @@ impl<'a> Reader<'a> {
             }
         };
         let mut seen = HashSet::new();
-        let mut raw = Vec::with_capacity(self.tensors as usize);
+        let mut raw = Vec::with_capacity((self.tensors as usize).min(1 << 12));
         for _ in 0..self.tensors {
             let (info, offset) = self.info()?;
+            self.spend(tensor_cost(&info.name), "tensors")?;
             if !seen.insert(info.name.clone()) {
                 return Err(self.wrong(format!("tensor {} appears twice", show(&info.name))));
             }
@@ -383,6 +404,10 @@ impl<'a> Reader<'a> {
             return Err(self.wrong(reason));
         }
         Ok(())
+    }
+
+    fn spend(&mut self, bytes: usize, what: &str) -> Result<()> {
+        self.budget.take(bytes).map_err(|e| Error::format(self.file, format!("{what}: the header {e}")))
     }
 
     fn wrong(&self, reason: impl Into<String>) -> Error {

@@ -1,0 +1,10 @@
+//! Kohya's keys in safetensors, from any bytes: `cargo +nightly fuzz run kohya`.
+#![no_main]
+
+#[allow(dead_code)] // each target calls one of its functions
+#[path = "../../tests/format/entry.rs"]
+mod entry;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    entry::kohya(data);
+});

@@ -1,0 +1,10 @@
+//! Both files of an MLX directory, from any bytes: `cargo +nightly fuzz run mlx`.
+#![no_main]
+
+#[allow(dead_code)] // each target calls one of its functions
+#[path = "../../tests/format/entry.rs"]
+mod entry;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    entry::mlx(data);
+});

@@ -5,10 +5,12 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+mod fingerprint;
 pub(crate) mod json;
 mod limits;
-mod pattern;
+pub(crate) mod pattern;
 pub mod peft;
+pub(crate) mod scan;
 pub(crate) mod shards;
 mod single;
 mod source;
@@ -20,12 +22,14 @@ use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
 pub use limits::Limits;
+
 pub use peft::{PeftOptions, save_peft};
 pub use single::{FORMAT, FORMAT_VERSION, from_bytes, save_single, to_bytes};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
 use crate::error::{Error, Result};
+pub(crate) use fingerprint::fingerprint;
 use json::show;
 
 /// What kind of layer a pair of factors adapts, which says how its tensors lie.
@@ -148,6 +152,8 @@ pub struct Loaded {
     pub unused: Vec<String>,
     /// What is worth knowing and no error: pattern keys that match nothing, a transposed base layer.
     pub notes: Vec<String>,
+    /// The fingerprint that the file says its weights have; [`Loaded::fingerprint`] is what they have.
+    pub weights_sha256: Option<String>,
 }
 
 /// Reads whatever adapter lies at a path, variants included. The content decides, not the name.
@@ -169,6 +175,12 @@ pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 }
 
 impl Loaded {
+    /// SHA-256 of names, shapes, dtypes, scaling and data (64 hex digits), whatever the format.
+    pub fn fingerprint(&self) -> String {
+        let modules = self.parts.modules.iter().map(|m| (m.path.as_str(), m));
+        fingerprint(modules, &self.parts.extra)
+    }
+
     /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).
     ///
     /// # Errors

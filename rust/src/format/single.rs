@@ -2,7 +2,7 @@
 //!
 //! Tensors `<module>.lora_a` (rank, in) and `<module>.lora_b` (out, rank), others under `extra.`. Header
 //! entries: `format` = "microlora", `format_version`, `modules` (a JSON list of path, rank, alpha and
-//! use_rslora), and where there is one `config`, `metadata`, `peft_config`, `prefix`, `header`. The same
+//! use_rslora), and where there is one `config`, `metadata`, `peft_config`, `prefix`, `header`, `weights_sha256`. The same
 //! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,7 +14,9 @@ use super::container::{self, Container, Layout};
 use super::json::{StringMap, show, show_list};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
-use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, source};
+use super::{
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, fingerprint, source,
+};
 use crate::error::{Error, Result};
 
 /// The header's `format`.
@@ -22,6 +24,8 @@ pub const FORMAT: &str = "microlora";
 /// The header's `format_version`; a newer one is refused.
 pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
+/// Of a file, not of bytes in memory: these stand for the adapter in comparisons.
+const WEIGHTS_SHA256: &str = "weights_sha256";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,13 +38,14 @@ struct ModuleEntry {
 
 /// Writes an adapter to one file, whole or not at all.
 pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
-    let layout = lay_out(parts, &path.display().to_string())?;
+    let sha256 = fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra);
+    let layout = lay_out(parts, Some(sha256), &path.display().to_string())?;
     atomic::write(path, |out| layout.write_to(out))
 }
 
 /// The single file as bytes.
 pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
-    let layout = lay_out(parts, "bytes")?;
+    let layout = lay_out(parts, None, "bytes")?;
     let mut out = Vec::with_capacity(layout.len());
     layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
     Ok(out)
@@ -57,7 +62,7 @@ pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
     from_container(container, file, strict)
 }
 
-fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
+fn lay_out<'a>(parts: &'a AdapterParts, sha256: Option<String>, file: &str) -> Result<Layout<'a>> {
     parts.check()?;
     let mut tensors = Vec::with_capacity(2 * parts.modules.len() + parts.extra.len());
     let mut entries = Vec::with_capacity(parts.modules.len());
@@ -83,6 +88,7 @@ fn lay_out<'a>(parts: &'a AdapterParts, file: &str) -> Result<Layout<'a>> {
         ("metadata", parts.metadata_json.clone()),
         ("peft_config", parts.peft_config.clone()),
         ("prefix", parts.prefix.clone()),
+        (WEIGHTS_SHA256, sha256),
         ("header", (!parts.header.is_empty()).then(|| serde_json::json!(parts.header).to_string())),
     ];
     metadata.extend(optional.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))));
@@ -111,6 +117,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
     let entries: Vec<ModuleEntry> =
         serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+    let weights_sha256 = header.remove(WEIGHTS_SHA256);
     let other = match header.remove("header") {
         Some(text) => {
             serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0
@@ -152,7 +159,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, ..Loaded::default() })
+    Ok(Loaded { parts, unused, weights_sha256, ..Loaded::default() })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<()> {

@@ -26,6 +26,7 @@ mod machine;
 mod merge;
 mod micro_lora;
 mod replay_memory;
+mod scan;
 mod sona;
 mod step;
 mod swap;
@@ -71,6 +72,8 @@ mod _core {
     use super::micro_lora::PyMicroLora;
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
+    #[pymodule_export]
+    use super::scan::{PyScan, match_patterns, match_whole, scan_file, write_safetensors};
     #[pymodule_export]
     use super::sona::{PySona, sona_config};
     #[pymodule_export]

@@ -11,7 +11,7 @@ use super::super::tensor::{Bytes, Tensor};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
 use super::config::{self, PeftConfig};
 use super::names::{Key, classify};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -155,6 +155,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     unused.extend(config.unknown.iter().map(|k| format!("{CONFIG_FILE}: {k}")));
     let mut header = metadata;
     header.remove("format");
+    let weights_sha256 = header.remove(HEADER_SHA256);
     let mut parts = AdapterParts {
         modules,
         config_json: header.remove(HEADER_CONFIG),
@@ -167,7 +168,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     parts.check_json(file)?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, notes, ..Loaded::default() })
+    Ok(Loaded { parts, unused, notes, weights_sha256, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, the others, and which of those nothing uses.

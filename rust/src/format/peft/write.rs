@@ -11,9 +11,9 @@ use serde_json::{Map, Value, json};
 use super::super::atomic::Staged;
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty};
 use super::super::pattern::anchored;
-use super::super::{AdapterParts, ModuleParts, container};
+use super::super::{AdapterParts, ModuleParts, container, fingerprint};
 use super::names::{Key, classify, pattern_path};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE, config};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE, config};
 use crate::error::{Error, Result};
 
 /// How to write a PEFT directory.
@@ -62,6 +62,8 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     header.insert("format".into(), "pt".into());
     let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
     header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
+    let placed = modules.iter().map(|(path, m)| (path.as_str(), *m));
+    header.insert(HEADER_SHA256.into(), fingerprint(placed, &parts.extra));
     let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
 
     let made = !dir.exists();

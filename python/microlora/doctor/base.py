@@ -181,14 +181,17 @@ def _count(config: Mapping[str, Any], key: str) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def nearest(unknown: Iterable[str], base: Base) -> tuple[dict[str, str], tuple[str, str] | None]:
+def nearest(unknown: Iterable[str], base: Base, taken: Iterable[str] = ()) -> tuple[dict[str, str], tuple[str, str] | None]:
     """For names that a base lacks: the nearest it has, and the one change of their beginning that mends all.
 
     Two names are near when they end in the same parts; the longest common end that one module alone has
-    counts. Where nothing ends alike, the most similar spelling is taken.
+    counts. Where nothing ends alike, the most similar spelling does. Names that are ``taken`` by other modules
+    are not proposed, and a change must leave the layer's number behind it as it is.
     """
     ends: dict[str, list[str]] = {}
-    for path in base.modules:
+    gone = set(taken)
+    known = [path for path in base.modules if path not in gone]
+    for path in known:
         parts = path.split(".")
         for i in range(len(parts)):
             ends.setdefault(".".join(parts[i:]), []).append(path)
@@ -201,11 +204,11 @@ def nearest(unknown: Iterable[str], base: Base) -> tuple[dict[str, str], tuple[s
             end = ".".join(parts[i:])
             if len(ends.get(end, ())) == 1:
                 found[path] = ends[end][0]
-                changes[path.removesuffix(end), found[path].removesuffix(end)] += 1
+                if not any(part.isdecimal() for part in parts[:i]):
+                    changes[path.removesuffix(end), found[path].removesuffix(end)] += 1
                 break
     import difflib  # only when something is already wrong
 
-    known = list(base.modules)
     for path in unknown[:50] if len(known) <= 20_000 else []:
         if path not in found and (close := difflib.get_close_matches(path, known, n=1, cutoff=0.6)):
             found[path] = close[0]

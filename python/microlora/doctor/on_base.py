@@ -29,7 +29,7 @@ def names(facts: Facts) -> Said:
     lost = _unknown(facts)
     if not lost or facts.base is None:
         return
-    found, change = nearest(lost, facts.base)
+    found, change = nearest(lost, facts.base, facts.modules)
     message = f"{len(lost)} of {len(facts.modules)} modules are not in {facts.base.source}"
     if change is not None:
         old, new = (repr(part) for part in change)
@@ -42,7 +42,7 @@ def names(facts: Facts) -> Said:
 def rename(facts: Facts, draft: Draft) -> None:
     """Replaces the beginning of paths, where one change mends all."""
     lost = _unknown(facts)
-    change = nearest(lost, facts.base)[1] if facts.base is not None else None
+    change = nearest(lost, facts.base, facts.modules)[1] if facts.base is not None else None
     if change is None:
         raise UnrepairableError(f"{facts.path}: fix: no one change of names makes {shown(lost)} fit the base")
     old, new = change

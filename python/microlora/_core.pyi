@@ -19,6 +19,7 @@ from microlora.progress import CancelToken, Progress
 __all__ = [
     "AdaptationResult",
     "Adapter",
+    "AdapterFile",
     "Bandit",
     "Chain",
     "Choice",
@@ -40,6 +41,7 @@ __all__ = [
     "SwapHandle",
     "Target",
     "__version__",
+    "adapter_file_formats",
     "adapter_from_factors",
     "available_isas",
     "combine",
@@ -503,8 +505,14 @@ class AdapterFile:
         metadata_json: str | None = None,
         peft_config: str | None = None,
     ) -> AdapterFile:
-        """Content from Python: modules as (path, kind, alpha, use_rslora, A, B), each factor as (dtype, shape,
-        bytes); other tensors as (name, dtype, shape, bytes); JSON texts.
+        """Content from Python.
+
+        Args:
+            modules: (path, kind, alpha, use_rslora, A, B) of each, a factor as (dtype, shape, bytes).
+            extra: Other tensors as (name, dtype, shape, bytes).
+            config_json: Settings of ours.
+            metadata_json: Metadata of ours.
+            peft_config: The text of an adapter_config.json.
 
         Raises:
             ShapeError: Byte counts or shapes that do not fit.
@@ -527,7 +535,7 @@ class AdapterFile:
     def rows(
         self,
     ) -> list[tuple[str, str, int, float, bool, tuple[str, list[int]], tuple[str, list[int]]]]:
-        """`(path, kind, rank, alpha, use_rslora, (dtype, shape) of A, (dtype, shape) of B)` of each module."""
+        """`(path, kind, rank, alpha, use_rslora, (dtype, shape) of A, of B)` of each module."""
 
     def factor_bytes(self, module: int) -> tuple[bytes, bytes]:
         """Bytes of A and of B of the module at that place in `rows`."""

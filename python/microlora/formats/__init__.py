@@ -1,6 +1,6 @@
 """Adapter files of every kind: what is read, what is written, and what a conversion may lose."""
 
-from microlora.formats.convert import Conversion, convert
+from microlora.formats.conversion import Conversion, convert
 from microlora.formats.file import AdapterFile, FileModule, Variant
 from microlora.formats.limits import Limits
 

@@ -159,7 +159,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, weights_sha256, ..Loaded::default() })
+    Ok(Loaded { format: "safetensors", parts, unused, weights_sha256, ..Loaded::default() })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<()> {

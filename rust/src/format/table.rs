@@ -55,13 +55,12 @@ pub(super) fn row_of(source: &Source) -> Result<&'static Row> {
     match found[..] {
         [(row, _)] => Ok(row),
         [] => {
-            let reason = match container.tensors.first() {
-                Some(t) => format!(
-                    "safetensors, but no tensor has a name of an adapter; the first is {}",
-                    show(&t.name)
-                ),
-                None => "safetensors without a tensor".to_owned(),
-            };
+            let first = container.tensors.first().map(|t| format!(" (the first is {})", show(&t.name)));
+            let reason = format!(
+                "safetensors, but no tensor has a name of a style that is known here{}; of a PEFT adapter pass the \
+                 directory with its adapter_config.json, which has the scaling",
+                first.unwrap_or_default()
+            );
             Err(Error::format(file, reason))
         }
         [(a, key_a), (b, key_b), ..] => Err(Error::format(

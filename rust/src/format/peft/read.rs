@@ -168,7 +168,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     parts.check_json(file)?;
     parts.detach_extra();
-    Ok(Loaded { parts, unused, notes, weights_sha256, ..Loaded::default() })
+    Ok(Loaded { format: "peft", parts, unused, notes, weights_sha256, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, the others, and which of those nothing uses.

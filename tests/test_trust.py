@@ -1,4 +1,5 @@
-"""Hashes, manifests and signatures: what is the same is the same everywhere, and what was changed is found."""
+"""Hashes, manifests and signatures: what is the same is the same everywhere, and what was changed is
+found."""
 
 from __future__ import annotations
 
@@ -113,14 +114,16 @@ def test_layer_paths_are_in_the_hash_that_is_written(tmp_path):
     assert result.fingerprint == ml.fingerprint(tmp_path / "dir") != ml.fingerprint(value)
 
 
-# -- verify -----------------------------------------------------------------------------------------------------
+# -- verify ---------------------------------------
 
 
 def test_each_thing_that_is_given_is_checked(tmp_path):
     ml.save(adapter(), tmp_path / "one.safetensors")
     whole = hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
     result = ml.verify(
-        tmp_path / "one.safetensors", sha256=whole.upper(), manifest=trust.manifest(tmp_path / "one.safetensors")
+        tmp_path / "one.safetensors",
+        sha256=whole.upper(),
+        manifest=trust.manifest(tmp_path / "one.safetensors"),
     )
     assert result.checked == ("sha256", "manifest", "weights")
     assert result.fingerprint == twin(adapter())
@@ -197,7 +200,7 @@ def test_bad_manifests_and_hashes_are_refused(bad, tmp_path):
         ml.verify(folder, manifest=bad)
     with pytest.raises(ConfigError, match="sha256"):
         ml.verify(folder / "adapter_config.json", sha256=bad)
-    with pytest.raises(ConfigError, match="sha256: got .*manifest="):
+    with pytest.raises(ConfigError, match=r"sha256: got .*manifest="):
         ml.verify(folder, sha256="0" * 64)
     with pytest.raises(ConfigError, match="public_key="):
         ml.verify(folder, signature="x")
@@ -208,7 +211,7 @@ def test_bad_manifests_and_hashes_are_refused(bad, tmp_path):
         ml.verify(folder, manifest=tmp_path / "m")
 
 
-# -- signatures -------------------------------------------------------------------------------------------------
+# -- signatures ---------------------------------------
 
 
 @pytest.fixture
@@ -341,7 +344,7 @@ def test_without_the_package_it_is_said_what_to_install(tmp_path, monkeypatch):
         ml.verify(folder, public_key=b"x")
 
 
-# -- what merges leave ------------------------------------------------------------------------------------------
+# -- what merges leave ---------------------------------------
 
 
 def test_a_merge_records_its_recipe(tmp_path):

@@ -83,7 +83,7 @@ class UnrepairableError(FormatError):
 
 
 class VerificationError(MicroLoraError, ValueError):
-    """A file is not the one that was meant: a hash, a manifest or a signature says otherwise; names the file."""
+    """A file is not the one that was meant, by a hash, a manifest or a signature; the message names it."""
 
 
 class DestinationExistsError(MicroLoraError, FileExistsError):

@@ -82,8 +82,8 @@ class AdapterMetadata(Document):
         metrics: Measured numbers, each with the hash of its data.
         created: Time of making, ISO 8601 in UTC, ``2026-01-31T12:00:00Z``; empty if unknown.
         parents: Names or fingerprints of the adapters it was made from, distinct.
-        recipe: How it was made of them, a JSON object such as ``{"merge": {"method": "ties", ...}}``; empty if
-            unknown.
+        recipe: How it was made of them, a JSON object such as ``{"merge": {"method": "ties", ...}}``; empty
+            if unknown.
 
     Raises:
         ConfigError: names the field, the value that came and what was wanted.

@@ -18,10 +18,12 @@ __all__ = ["Base", "nearest", "read_base"]
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 #: Families whose decoder layers have Llama's names and shapes.
-LLAMA_LIKE = frozenset(
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 granite cohere olmo olmo2 starcoder2 "
-    "stablelm".split()
-)
+# fmt: off
+LLAMA_LIKE = frozenset((
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite",
+    "cohere", "olmo", "olmo2", "starcoder2", "stablelm",
+))
+# fmt: on
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -144,7 +146,9 @@ def _of_config(config: Mapping[str, Any], source: str) -> Base:
     inner = text if isinstance(text, Mapping) else config
     layers, hidden = (_count(inner, key) for key in ("num_hidden_layers", "hidden_size"))
     if layers is None and hidden is None:
-        raise FormatError(f"{source}: base: no num_hidden_layers and no hidden_size: not a config.json of a model")
+        raise FormatError(
+            f"{source}: base: no num_hidden_layers and no hidden_size: not a config.json of a model"
+        )
     name = str(config.get("_name_or_path") or "")
     kind = str(inner.get("model_type") or "")
     widths = _widths(inner) if kind in LLAMA_LIKE else None
@@ -181,12 +185,14 @@ def _count(config: Mapping[str, Any], key: str) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def nearest(unknown: Iterable[str], base: Base, taken: Iterable[str] = ()) -> tuple[dict[str, str], tuple[str, str] | None]:
+def nearest(
+    unknown: Iterable[str], base: Base, taken: Iterable[str] = ()
+) -> tuple[dict[str, str], tuple[str, str] | None]:
     """For names that a base lacks: the nearest it has, and the one change of their beginning that mends all.
 
     Two names are near when they end in the same parts; the longest common end that one module alone has
-    counts. Where nothing ends alike, the most similar spelling does. Names that are ``taken`` by other modules
-    are not proposed, and a change must leave the layer's number behind it as it is.
+    counts. Where nothing ends alike, the most similar spelling does. Names that are ``taken`` by other
+    modules are not proposed, and a change must leave the layer's number behind it as it is.
     """
     ends: dict[str, list[str]] = {}
     gone = set(taken)

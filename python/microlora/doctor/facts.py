@@ -15,6 +15,7 @@ from microlora._checks import read_json
 from microlora.doctor.base import Base
 from microlora.doctor.names import Key, is_foreign, key_of, ours
 from microlora.exceptions import FormatError, MicroLoraError, UnsupportedVariantError
+from microlora.files import load
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
 
@@ -146,7 +147,7 @@ class Facts:
                 a, b = module.a[0].at, module.b[0].at
                 module.norm = self.scan.delta_norm(a, b, module.kind == "experts")
 
-    # -- opening -------------------------------------------------------------------------------------------
+    # -- opening ---------------------------------------
 
     def _open(self) -> None:
         self.path.stat()  # what is not there is the caller's mistake, not a finding
@@ -173,10 +174,23 @@ class Facts:
         names = [row[0] for row in self.scan.rows()] if self.scan.damage is None else []
         if self.scan.header.get("format") == "microlora":
             self.kind = "single"
+            if self.scan.header.get("format_version", "1") != "1":
+                self._scan_quantized()
         elif self.file is not None and self.file.format not in ("peft", "safetensors"):
             self._scan_read()
         elif self.folder is not None or any("lora_A" in n or "lora_B" in n for n in names):
             self.kind = "peft"
+
+    def _scan_quantized(self) -> None:
+        """Blocks are looked at as the numbers that they stand for."""
+        self.kind = "other"
+        try:
+            loaded = load(self.path, limits=self.limits)
+            self.file = AdapterFile.from_adapter(loaded.dequantize())  # type: ignore[attr-defined]
+        except MicroLoraError as e:
+            self.file, self.refusal = None, e
+        else:
+            self.refusal, self.scan = None, _core.Scan.of(self.file)
 
     def _scan_read(self) -> None:
         if self.file is not None:
@@ -193,7 +207,7 @@ class Facts:
         except (FormatError, UnicodeDecodeError) as e:
             self.config_error = str(e)
 
-    # -- modules -------------------------------------------------------------------------------------------
+    # -- modules ---------------------------------------
 
     def _modules(self) -> dict[str, Module]:
         found: dict[str, Module] = {}
@@ -267,7 +281,7 @@ class Facts:
         said = [(keys[i], why) for i, why in refused]
         return Facts.Patterns(of, [keys[i] for i in unmatched], said)
 
-    # -- what several checks ask ---------------------------------------------------------------------------
+    # -- what several checks ask ---------------------------------------
 
     @property
     def format(self) -> str:

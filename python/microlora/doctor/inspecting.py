@@ -1,4 +1,4 @@
-"""`microlora.inspect`: look at a file, say what is wrong, and write a repaired copy where that can be done."""
+"""`microlora.inspect`: look at a file, say what is wrong, and write a repaired copy where one can be made."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def inspect(
 ) -> Report:
     """Looks at an adapter file, broken or not, and says what is wrong with it and what to do.
 
-    Nothing is loaded and nothing is changed in place; a file that no reader takes is a report with errors, not
-    an exception. All checks stand in ``microlora.doctor.CHECKS``.
+    Nothing is loaded and nothing is changed in place; a file that no reader takes is a report with errors,
+    not an exception. All checks stand in ``microlora.doctor.CHECKS``.
 
     Args:
         path: A file or directory of any format.
-        base: The base model that it is for: its directory, ``config.json``, safetensors file or shard index, or
-            one of these as a mapping (``config.json``, or ``{tensor name: shape}``). Names and shapes are then
-            compared, and the nearest names proposed.
+        base: The base model that it is for: its directory, ``config.json``, safetensors file or shard
+            index, or one of these as a mapping (``config.json``, or ``{tensor name: shape}``). Names and
+            shapes are then compared, and the nearest names proposed.
         limits: What the file may ask for.
-        fix: Where to write a repaired copy: a directory for PEFT's files, a file for ours. Everything that is an
-            error is taken out, and whatever else can be without changing what the adapter does.
-        also: Codes of findings that are repaired only when asked for: ``"nonfinite"`` (switches the layer off),
-            ``"upcast"`` (stores F32 as 16 bits, exactly), ``"unknown_setting"``, ``"base_names"``,
+        fix: Where to write a repaired copy: a directory for PEFT's files, a file for ours. Everything that
+            is an error is taken out, and whatever else can be without changing what the adapter does.
+        also: Codes of findings that are repaired only when asked for: ``"nonfinite"`` (switches the layer
+            off), ``"upcast"`` (stores F32 as 16 bits, exactly), ``"unknown_setting"``, ``"base_names"``,
             ``"weights_changed"``.
 
     Returns:
@@ -63,7 +63,9 @@ def inspect(
     asked = _asked(also, fix)
     limits = limits or Limits()
     if fix is not None and Path(fix).exists():
-        raise DestinationExistsError(f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it")
+        raise DestinationExistsError(
+            f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it"
+        )
     known = None if base is None else read_base(base, limits)
     facts = Facts(place, limits, known)
     report = _report(facts)
@@ -88,7 +90,18 @@ def _report(facts: Facts) -> Report:
     found.sort(key=lambda f: SEVERITIES.index(f.severity))
     metadata = _metadata(facts)
     header = facts.header
-    sizes = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+    sizes = {
+        "F64": 8,
+        "I64": 8,
+        "U64": 8,
+        "F32": 4,
+        "I32": 4,
+        "U32": 4,
+        "F16": 2,
+        "BF16": 2,
+        "I16": 2,
+        "U16": 2,
+    }
     return Report(
         path=os.fspath(facts.path),
         format=facts.format,
@@ -136,7 +149,9 @@ def _repair(facts: Facts, report: Report, target: Path, asked: set[str]) -> list
     draft = Draft.of(facts)
     codes = set(report.codes)
     stuck = [f for f in report.findings if f.severity == "error" and f.repair == "no" and f.code != "refused"]
-    waits = [f for f in report.findings if f.severity == "error" and f.repair == "asked" and f.code not in asked]
+    waits = [
+        f for f in report.findings if f.severity == "error" and f.repair == "asked" and f.code not in asked
+    ]
     if stuck or waits:
         why = "; ".join(f"{f.code}: {f.line}" for f in (*stuck, *waits))
         names = ", ".join(dict.fromkeys(repr(f.code) for f in waits))
@@ -152,7 +167,9 @@ def _repair(facts: Facts, report: Report, target: Path, asked: set[str]) -> list
         again = Facts(place.draft, facts.limits, facts.base)
         left = [f for f in examine(again) if f.severity == "error"]
         if left:
-            raise UnrepairableError(f"{report.path}: fix: the copy would still have {left[0].code}: {left[0].line}")
+            raise UnrepairableError(
+                f"{report.path}: fix: the copy would still have {left[0].code}: {left[0].line}"
+            )
         if not again.reader_says_variant:
             AdapterFile.read(place.draft, limits=facts.limits)
         place.keep()

@@ -77,7 +77,9 @@ def key_of(name: str) -> Key:
             adapter = after[0] if part == "lora_magnitude_vector" and after and after[0] != "weight" else ""
             return Key(name, prefix, head, "", adapter, MARKS[part], ".".join([part, *after]))
     if rest.endswith(".base_layer.bias"):
-        return Key(name, prefix, rest.removesuffix(".base_layer.bias"), variant="bias", tail="base_layer.bias")
+        return Key(
+            name, prefix, rest.removesuffix(".base_layer.bias"), variant="bias", tail="base_layer.bias"
+        )
     return Key(name, prefix)
 
 

@@ -56,7 +56,9 @@ def rename(facts: Facts, draft: Draft) -> None:
         for key in ("rank_pattern", "alpha_pattern"):
             table = config.get(key)
             if isinstance(table, dict) and any(k.startswith("^") or "." in k for k in table):
-                raise UnrepairableError(f"{facts.path}: fix: {key} has keys with paths, which would not follow")
+                raise UnrepairableError(
+                    f"{facts.path}: fix: {key} has keys with paths, which would not follow"
+                )
         targets = config.get("target_modules")
         if not isinstance(targets, list) or any("." in str(t) for t in targets):
             config["target_modules"] = sorted({i.key.path for i in draft.items if i.key.factor})

@@ -96,7 +96,9 @@ def merge_duplicates(facts: Facts, draft: Draft) -> None:
             if len(items) > 1:
                 if len({(i.dtype, i.shape, draft.bytes_of(i)) for i in items}) > 1:
                     names = " and ".join(i.tensor.name for i in items)
-                    raise UnrepairableError(f"{facts.path}: fix: {names} differ; nobody can say which is meant")
+                    raise UnrepairableError(
+                        f"{facts.path}: fix: {names} differ; nobody can say which is meant"
+                    )
                 draft.drop(i.tensor.name for i in items[1:])
                 draft.say(f"kept one of {len(items)} equal tensors of {module.path}")
 

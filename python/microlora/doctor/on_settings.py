@@ -18,14 +18,18 @@ SOUND_INITS = ("gaussian", "eva", "orthogonal", "mica")
 MOST_SCALING, MOST_RSLORA = 64.0, 8.0
 
 #: Settings that PEFT writes for LoRA (0.21), and older ones.
-KNOWN = frozenset(
-    """alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
-    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config
-    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout
-    lora_ga_config megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version
-    qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters task_type
-    trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config""".split()
-)
+# fmt: off
+KNOWN = frozenset((
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config",
+))
+# fmt: on
 #: Settings that make it something else than plain LoRA on linear layers: the variant, and why.
 VARIANTS = {
     "use_dora": "DoRA, which needs the base weights at inference",
@@ -184,8 +188,8 @@ def base_mutating(facts: Facts) -> Said:
                     yield v.why, (v.at,)
         return
     yield (
-        f"init_lora_weights is {value!r}, which changed the base weights before training: the product does not "
-        "refer to the original model",
+        f"init_lora_weights is {value!r}, which changed the base weights before training: the product does "
+        "not refer to the original model",
         ("init_lora_weights",),
     )
 
@@ -246,12 +250,13 @@ def alphas(facts: Facts) -> Said:
 
 
 def rslora(facts: Facts) -> Said:
-    """rsLoRA multiplies what is usual for plain LoRA by the root of the rank."""
+    """RsLoRA multiplies what is usual for plain LoRA by the root of the rank."""
     found = [m for m in facts.modules.values() if m.rslora and (m.scaling or 0) > MOST_RSLORA]
     if found:
         most = max(m.scaling or 0 for m in found)
-        yield f"use_rslora with scaling up to {most:.4g}: alpha was perhaps chosen for alpha / rank", tuple(
-            m.path for m in found
+        yield (
+            f"use_rslora with scaling up to {most:.4g}: alpha was perhaps chosen for alpha / rank",
+            tuple(m.path for m in found),
         )
 
 

@@ -40,7 +40,9 @@ def ranks(facts: Facts) -> Said:
 def correct_ranks(facts: Facts, draft: Draft) -> None:
     """Writes the ranks of the tensors into the settings; alphas stay."""
     if draft.config is None:
-        raise UnrepairableError(f"{facts.path}: fix: ranks in the header of a single file contradict its tensors")
+        raise UnrepairableError(
+            f"{facts.path}: fix: ranks in the header of a single file contradict its tensors"
+        )
     found = {m.path: m.rank for m in facts.modules.values() if m.rank is not None}
     every = list(found.values())
     if len(set(every)) == 1:
@@ -89,7 +91,9 @@ def convert_dtypes(facts: Facts, draft: Draft) -> None:
     for item in draft.items:
         if item.key.factor and item.dtype not in FACTOR_DTYPES:
             if item.dtype not in NUMPY:
-                raise UnrepairableError(f"{facts.path}: fix: {item.tensor.name} is {item.dtype}: not converted")
+                raise UnrepairableError(
+                    f"{facts.path}: fix: {item.tensor.name} is {item.dtype}: not converted"
+                )
             draft.put(item, draft.numbers(item), "F32")
     draft.say("rounded F64 factors to F32")
 
@@ -145,7 +149,10 @@ def zero_layers(facts: Facts) -> Said:
     found = [m for m in facts.modules.values() if m.norm == 0 and not m.bad]
     if found and any(m.norm for m in facts.modules.values()):
         sides = {"B" if _zero(m.b) else "A" if _zero(m.a) else "B A" for m in found}
-        yield f"layers that change nothing ({' or '.join(sorted(sides))} is zero)", tuple(m.path for m in found)
+        yield (
+            f"layers that change nothing ({' or '.join(sorted(sides))} is zero)",
+            tuple(m.path for m in found),
+        )
 
 
 def _zero(tensors: list[Tensor]) -> bool:

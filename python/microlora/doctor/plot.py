@@ -25,7 +25,10 @@ ENDINGS = ("png", "svg", "pdf")
 
 
 def grid(report: Report) -> tuple[list[str], list[int], NDArray[np.float64], NDArray[np.bool_]]:
-    """Kinds of layers, layer numbers, ``|delta|`` (NaN where there is none), and where numbers are not finite."""
+    """Kinds of layers, layer numbers, ``|delta|``, and where numbers are not finite.
+
+    ``|delta|`` is NaN where there is none.
+    """
     placed = [(*template(m.path), m) for m in report.modules]
     kinds = list(dict.fromkeys(kind for kind, _, _ in placed))
     layers = sorted({layer or 0 for _, layer, _ in placed})

@@ -62,7 +62,9 @@ class Draft:
         """
         if facts.scan is None or facts.damage is not None or facts.kind not in ("peft", "single"):
             what = facts.damage or f"a file of format {facts.format}"
-            raise UnrepairableError(f"{facts.path}: fix: {what}; repairs are made of PEFT's and our own files")
+            raise UnrepairableError(
+                f"{facts.path}: fix: {what}; repairs are made of PEFT's and our own files"
+            )
         items = [Item(t, t.key, t.dtype) for t in facts.tensors]
         return cls(facts, items, None if facts.config is None else dict(facts.config))
 
@@ -114,7 +116,8 @@ class Draft:
             twice = next(n for n in names if names.count(n) > 1)
             raise UnrepairableError(f"{self.facts.path}: fix: two tensors would be named {twice}")
         rows = [
-            (name, i.dtype, list(i.shape), self.bytes_of(i)) for name, i in zip(names, self.items, strict=True)
+            (name, i.dtype, list(i.shape), self.bytes_of(i))
+            for name, i in zip(names, self.items, strict=True)
         ]
         header = {k: v for k, v in self.facts.header.items() if k not in STALE}
         if self.facts.kind == "single":
@@ -132,7 +135,9 @@ class Place:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.absolute().parent))
+        self.room = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.absolute().parent)
+        )
         self.draft = self.room / target.name
 
     def __enter__(self) -> Place:

@@ -50,7 +50,9 @@ def fingerprint(source: PathLike | AdapterFile | _core.Adapter, *, limits: Limit
     if isinstance(source, _core.Adapter):
         source = AdapterFile.from_adapter(Adapter(source))
     if not isinstance(source, AdapterFile):
-        raise DTypeError(f"source: got {type(source).__name__}, expected a path, an AdapterFile or an Adapter")
+        raise DTypeError(
+            f"source: got {type(source).__name__}, expected a path, an AdapterFile or an Adapter"
+        )
     return source.fingerprint()
 
 

@@ -49,7 +49,8 @@ def sign(
         overwrite: Replace an older signature.
 
     Returns:
-        Where the signature lies. It holds the names and SHA-256 of the files, the public key and the signature.
+        Where the signature lies. It holds the names and SHA-256 of the files, the public key and the
+        signature.
 
     Raises:
         MissingExtraError: The ``cryptography`` package is missing (extra ``signing``).
@@ -96,7 +97,9 @@ def check_signature(place: Path, signature: PathLike | None, public_key: Any) ->
         if set(document) != {"algorithm", "files", "public_key", "schema_version", "signature"}:
             raise FormatError(f"{where}: keys {sorted(document)}")
         if (document["algorithm"], document["schema_version"]) != ("ed25519", 1):
-            raise FormatError(f"{where}: algorithm {document['algorithm']!r}, expected 'ed25519' of version 1")
+            raise FormatError(
+                f"{where}: algorithm {document['algorithm']!r}, expected 'ed25519' of version 1"
+            )
         if not isinstance(document["files"], dict):
             raise FormatError(f"{where}: files: expected an object")
         files = read_manifest(document["files"])
@@ -145,7 +148,9 @@ def _private(value: Any, password: bytes | None) -> Ed25519PrivateKey:
                 else load_pem_private_key(data, password)
             )
     except (ValueError, TypeError, UnsupportedAlgorithm) as e:
-        raise ConfigError(f"private_key: got something that cannot be read ({e}), expected an Ed25519 key") from None
+        raise ConfigError(
+            f"private_key: got something that cannot be read ({e}), expected an Ed25519 key"
+        ) from None
     if not isinstance(value, Ed25519PrivateKey):
         raise ConfigError(f"private_key: got {type(value).__name__}, expected an Ed25519 key")
     return value
@@ -161,7 +166,9 @@ def _public(value: Any) -> Ed25519PublicKey:
         if data is not None:
             value = Ed25519PublicKey.from_public_bytes(data) if len(data) == 32 else load_pem_public_key(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as e:
-        raise ConfigError(f"public_key: got something that cannot be read ({e}), expected an Ed25519 key") from None
+        raise ConfigError(
+            f"public_key: got something that cannot be read ({e}), expected an Ed25519 key"
+        ) from None
     if not isinstance(value, Ed25519PublicKey):
         raise ConfigError(f"public_key: got {type(value).__name__}, expected an Ed25519 key")
     return value

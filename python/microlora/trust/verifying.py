@@ -58,10 +58,10 @@ def verify(
     Args:
         path: A file, or the directory of a PEFT adapter.
         sha256: SHA-256 of the whole file: 64 hex digits.
-        manifest: ``{file: sha256}`` of all files of the directory, or the path of its JSON; a file that it does
-            not name is an error too.
-        public_key: Ed25519 key of the signer: a key of the ``cryptography`` package, PEM bytes, the path of a PEM
-            file, or 64 hex digits. Then ``signature`` must be there and good.
+        manifest: ``{file: sha256}`` of all files of the directory, or the path of its JSON; a file that it
+            does not name is an error too.
+        public_key: Ed25519 key of the signer: a key of the ``cryptography`` package, PEM bytes, the path of
+            a PEM file, or 64 hex digits. Then ``signature`` must be there and good.
         signature: What :func:`sign` wrote; by default ``<path>.sig``.
         limits: What the file may ask for.
 
@@ -69,7 +69,7 @@ def verify(
         What was checked.
 
     Raises:
-        VerificationError: Something differs (the message names the file), or there is nothing to check against.
+        VerificationError: Something differs (the message names the file), or nothing can be checked.
         ConfigError: An argument that is no hash, manifest or key.
         FormatError: A file that cannot be read as what it should be.
         MissingExtraError: ``public_key`` without the ``cryptography`` package.
@@ -102,8 +102,8 @@ def verify(
         checked.append("weights")
     if not checked:
         raise VerificationError(
-            f"{place}: nothing to verify it against: no weights_sha256 in its header, and no sha256=, manifest= or "
-            "public_key="
+            f"{place}: nothing to verify it against: no weights_sha256 in its header, and no sha256=, "
+            "manifest= or public_key="
         )
     return Verification(os.fspath(path), tuple(checked), weights, signer)
 

@@ -16,8 +16,8 @@ EXIT_DIFFERS = 1
 _VERIFY = """Checks an adapter against its header's fingerprint and whatever else is given. Exit code: 0 when
 all is as it should be, 1 when something differs or nothing can be checked, 2 where the command itself
 failed."""
-_SIGN = """Writes a detached Ed25519 signature of a file, or of all files of a directory (extra: signing). Make a
-key with: openssl genpkey -algorithm ed25519 -out key.pem
+_SIGN = """Writes a detached Ed25519 signature of a file, or of all files of a directory (extra: signing).
+Make a key with: openssl genpkey -algorithm ed25519 -out key.pem
 and its public half with: openssl pkey -in key.pem -pubout -out pub.pem"""
 
 

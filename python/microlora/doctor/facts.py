@@ -134,9 +134,9 @@ class Facts:
         self.scan: _core.Scan | None = None
         self._open()
         self.damage = self.scan.damage if self.scan is not None else None
-        self.header = self.scan.header if self.scan is not None else {}
+        self.header: dict[str, str] = self.scan.header if self.scan is not None else {}
         read = key_of if self.kind != "single" else ours
-        rows = self.scan.rows() if self.scan is not None else []
+        rows: list[Any] = self.scan.rows() if self.scan is not None else []
         self.tensors = [
             Tensor(i, read(name), dtype, tuple(shape), Numbers(*n) if n else None)
             for i, (name, dtype, shape, n) in enumerate(rows)
@@ -251,7 +251,7 @@ class Facts:
         except FormatError:
             return
         for row in rows if isinstance(rows, list) else []:
-            module = found.get(row.get("path")) if isinstance(row, dict) else None
+            module = found.get(str(row.get("path"))) if isinstance(row, dict) else None
             if module is not None:
                 module.said_rank = row["rank"] if is_count(row.get("rank")) else None
                 module.alpha = float(row["alpha"]) if is_number(row.get("alpha")) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from microlora.doctor.facts import Facts, Tensor
-from microlora.doctor.names import template
+from microlora.doctor.names import shown, template
 from microlora.doctor.repair import Draft
 from microlora.exceptions import UnrepairableError
 
@@ -114,7 +114,7 @@ def drop_orphans(facts: Facts, draft: Draft) -> None:
     """Leaves them out: without the partner there is nothing to apply."""
     found = [t.name for m in facts.modules.values() if not (m.a and m.b) for t in (*m.a, *m.b)]
     draft.drop(found)
-    draft.say(f"dropped {', '.join(found)}: without a partner there was nothing to apply")
+    draft.say(f"dropped {shown(found)}: without a partner there was nothing to apply")
 
 
 def _unused(facts: Facts) -> list[str]:
@@ -144,7 +144,7 @@ def drop_unused(facts: Facts, draft: Draft) -> None:
     """Leaves them out."""
     found = _unused(facts)
     draft.drop(found)
-    draft.say(f"dropped {', '.join(found)}: no part of a LoRA")
+    draft.say(f"dropped {shown(found)}: no part of a LoRA")
 
 
 def gaps(facts: Facts) -> Said:

@@ -63,7 +63,8 @@ def nonfinite(facts: Facts) -> Said:
     found = [t for t in facts.tensors if t.bad]
     if found:
         count = sum(t.bad for t in found)
-        yield f"{count:,} numbers are NaN or infinite", tuple(t.name for t in found)
+        what = "1 number is" if count == 1 else f"{count:,} numbers are"
+        yield f"{what} NaN or infinite", tuple(t.name for t in found)
 
 
 def switch_off(facts: Facts, draft: Draft) -> None:

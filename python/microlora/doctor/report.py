@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,9 +41,13 @@ class Finding:
     repair: str = "no"
 
     def __str__(self) -> str:
-        """Two lines: what, and what to do."""
+        """What, where, and what to do, within 110 columns where names allow it."""
         way = {"yes": " [fix= does]", "asked": f" [fix= does with also={self.code!r}]"}.get(self.repair, "")
-        return f"{self.severity:<8}{self.code}: {self.line}\n        {self.todo}{way}"
+        lines = _wrapped(f"{self.code}: {self.message}", f"{self.severity:<8}")
+        places = [place for place in self.where if place not in self.message]
+        if places:
+            lines += [f"        in {shown(places, 1 if len(places[0]) > 40 else 3)}"]
+        return "\n".join([*lines, *_wrapped(f"-> {self.todo}{way}", " " * 8)])
 
     @property
     def line(self) -> str:
@@ -156,7 +161,11 @@ class Report:
         if counts:
             lines += ["", f"{'sound' if self.ok else 'broken'}: {counts}"]
         if self.fixed:
-            lines += ["", f"repaired copy: {self.fixed}", *(f"  {done}" for done in self.repairs)]
+            lines += [
+                "",
+                f"repaired copy: {self.fixed}",
+                *(t for r in self.repairs for t in _wrapped(r, "  ")),
+            ]
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -175,6 +184,12 @@ class Report:
         from microlora.doctor.plot import draw
 
         draw(self, path)
+
+
+def _wrapped(text: str, head: str) -> list[str]:
+    return textwrap.wrap(
+        text, 110, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False
+    )
 
 
 def _many(n: int, what: str) -> str:

@@ -165,6 +165,9 @@ BROKEN = {
     "prefix_doubled": [weights(lambda: renamed(sound_tensors(), PREFIX, PREFIX * 2))],
     "adapter_name": [
         weights(lambda: renamed(sound_tensors(), "lora_A.weight", "lora_A.default.weight")),
+        weights(lambda: renamed(sound_tensors(), ".weight", ".default.weight")),
+    ],
+    "other_adapter_name": [
         weights(lambda: renamed(sound_tensors(), "lora_B.weight", "lora_B.other.weight")),
     ],
     "duplicate": [

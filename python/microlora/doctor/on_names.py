@@ -63,10 +63,20 @@ def single_prefix(facts: Facts, draft: Draft) -> None:
 
 def adapter_name(facts: Facts) -> Said:
     """A state dict that was saved as it stood in memory."""
-    found = tuple(t.name for t in _named(facts) if t.key.adapter)
+    found = tuple(t.name for t in _named(facts) if t.key.adapter == "default")
     if found:
-        names = ", ".join(sorted({t.key.adapter for t in _named(facts) if t.key.adapter}))
-        yield f"keys still carry the adapter's name ({names}), which PEFT takes off when it saves", found
+        yield "keys still carry the adapter's name (default): PEFT forgives it, other programs do not", found
+
+
+def other_adapter_name(facts: Facts) -> Said:
+    """The same of an adapter that was not called default: PEFT looks for its own name only."""
+    found = [t for t in _named(facts) if t.key.adapter not in ("", "default")]
+    if found:
+        names = ", ".join(sorted({t.key.adapter for t in found}))
+        yield (
+            f"keys carry the name of another adapter ({names}), so that PEFT finds none of them",
+            tuple(t.name for t in found),
+        )
 
 
 def drop_adapter_name(facts: Facts, draft: Draft) -> None:

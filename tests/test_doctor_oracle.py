@@ -42,7 +42,9 @@ def net():
 @pytest.fixture
 def saved(net, tmp_path):
     """A directory that PEFT wrote, the input and the output of its model."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], base_model_name_or_path="b")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], base_model_name_or_path="b"
+    )
     model = peft.get_peft_model(copy.deepcopy(net), config).eval()
     for name, p in model.named_parameters():
         if "lora_" in name:

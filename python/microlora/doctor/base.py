@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from microlora._checks import wrong
+from microlora.doctor.names import template
 from microlora.exceptions import FormatError
 from microlora.formats.limits import Limits
 
@@ -24,6 +25,8 @@ LLAMA_LIKE = frozenset((
     "cohere", "olmo", "olmo2", "starcoder2", "stablelm",
 ))
 # fmt: on
+#: Kinds of layers that are looked up by spelling, and among how many: each costs time.
+MOST_KINDS, MOST_NAMES = 20, 2000
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -213,10 +216,25 @@ def nearest(
                 if not any(part.isdecimal() for part in parts[:i]):
                     changes[path.removesuffix(end), found[path].removesuffix(end)] += 1
                 break
-    import difflib  # only when something is already wrong
-
-    for path in unknown[:50] if len(known) <= 20_000 else []:
-        if path not in found and (close := difflib.get_close_matches(path, known, n=1, cutoff=0.6)):
-            found[path] = close[0]
+    _by_spelling([path for path in unknown if path not in found], known, found)
     whole = [change for change, n in changes.items() if n == len(unknown)]
     return found, whole[0] if whole else None
+
+
+def _by_spelling(lost: Iterable[str], known: Iterable[str], found: dict[str, str]) -> None:
+    """Adds the known names of the most similar spelling; layers are compared by kind, numbers stay."""
+    import difflib  # only when something is already wrong
+
+    have = set(known)
+    kinds = sorted({template(path)[0] for path in have})
+    near: dict[str, list[str]] = {}
+    for path in lost:
+        kind, layer = template(path)
+        if kind not in near and (len(near) == MOST_KINDS or len(kinds) > MOST_NAMES):
+            continue
+        if kind not in near:
+            near[kind] = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.6)
+        for close in near[kind]:
+            name = close if layer is None else close.replace("*", str(layer), 1)
+            if name in have:
+                found[path] = name

@@ -87,7 +87,8 @@ def drop_adapter_name(facts: Facts, draft: Draft) -> None:
         if item.key.variant == "dora":
             tail = "lora_magnitude_vector"
         draft.rename(item, adapter="", tail=tail)
-    draft.say(f"took the adapter's name off {len(hit)} keys")
+    if hit:
+        draft.say(f"took the adapter's name off {len(hit)} keys")
 
 
 def duplicates(facts: Facts) -> Said:

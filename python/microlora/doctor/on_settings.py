@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import microlora._core as _core
 from microlora._checks import near
 from microlora.doctor.facts import CONFIG, Facts, is_count, is_number
+from microlora.doctor.names import shown
 from microlora.doctor.repair import Draft
 from microlora.exceptions import ConfigError
 
@@ -111,24 +112,32 @@ def drop_patterns(facts: Facts, draft: Draft) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         table, gone = (draft.config or {}).get(name), facts.pattern(name).unmatched
         if gone and isinstance(table, dict) and draft.config is not None:
-            draft.config[name] = {k: v for k, v in table.items() if k not in gone}
-            draft.say(f"removed {', '.join(gone)} from {name}: it matched no module")
+            lost = set(gone)
+            draft.config[name] = {k: v for k, v in table.items() if k not in lost}
+            draft.say(f"removed {shown(gone)} from {name}: no module matched")
 
 
 def _outer(facts: Facts) -> list[str]:
     return [path.split(".base_layer.", 1)[0] for path in facts.modules]
 
 
-def _ends(target: str, path: str) -> bool:
-    return path == target or path.endswith("." + target)
+def _ends(path: str) -> set[str]:
+    """A path and all that follows one of its dots: what PEFT compares targets with."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _lost(facts: Facts, targets: list[object]) -> list[str]:
+    """Targets that name no module of the file."""
+    ends: set[str] = set().union(*(_ends(path) for path in _outer(facts)))
+    return [str(t) for t in targets if str(t) not in ends]
 
 
 def target_unmatched(facts: Facts) -> Said:
     """Targets without weights: PEFT makes a fresh, empty layer for them."""
     targets = _config(facts).get("target_modules")
     if isinstance(targets, list) and facts.modules:
-        paths = _outer(facts)
-        gone = [str(t) for t in targets if not any(_ends(str(t), p) for p in paths)]
+        gone = _lost(facts, targets)
         if gone and len(gone) < len(targets):
             yield "target_modules names layers that have no weights in the file", tuple(gone)
 
@@ -145,7 +154,8 @@ def target_uncovered(facts: Facts) -> Said:
 
 def _uncovered(targets: object, paths: list[str]) -> tuple[str, ...]:
     if isinstance(targets, list):
-        return tuple(p for p in paths if not any(_ends(str(t), p) for t in targets))
+        named = {str(t) for t in targets}
+        return tuple(p for p in paths if named.isdisjoint(_ends(p)))
     if not isinstance(targets, str):
         return tuple(paths)
     if targets.lower() == "all-linear":
@@ -171,11 +181,11 @@ def set_targets(facts: Facts, draft: Draft) -> None:
 
 def drop_targets(facts: Facts, draft: Draft) -> None:
     """Leaves out targets without weights."""
-    paths, targets = _outer(facts), (draft.config or {}).get("target_modules")
+    targets = (draft.config or {}).get("target_modules")
     if draft.config is not None and isinstance(targets, list):
-        gone = [t for t in targets if not any(_ends(str(t), p) for p in paths)]
-        draft.config["target_modules"] = [t for t in targets if t not in gone]
-        draft.say(f"removed {', '.join(map(str, gone))} from target_modules: no weights")
+        gone = _lost(facts, targets)
+        draft.config["target_modules"] = [t for t in targets if str(t) not in gone]
+        draft.say(f"removed {shown(gone)} from target_modules: no weights")
 
 
 def base_mutating(facts: Facts) -> Said:
@@ -228,7 +238,7 @@ def drop_unknown(facts: Facts, draft: Draft) -> None:
     if draft.config is not None:
         gone = [k for k, v in draft.config.items() if k not in KNOWN and v]
         draft.config = {k: v for k, v in draft.config.items() if k not in gone}
-        draft.say(f"removed the settings {', '.join(gone)}, which PEFT does not know either")
+        draft.say(f"removed the settings {shown(gone)}, which PEFT does not know either")
 
 
 def alphas(facts: Facts) -> Said:

@@ -1,6 +1,6 @@
 //! The doctor's look into files: tensors and their numbers, whatever is wrong with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -100,8 +100,8 @@ pub(super) fn match_patterns(
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
         table.check_work(&paths).map_err(|e| Error::format("pattern", e))?;
         let found = paths.iter().map(|p| table.find(p).map(|(_, &at)| at)).collect();
-        let unmatched = table.unmatched(&paths);
-        let unmatched = (0..keys.len()).filter(|&at| unmatched.contains(&keys[at].as_str())).collect();
+        let unmatched: HashSet<&str> = table.unmatched(&paths).into_iter().collect();
+        let unmatched = (0..keys.len()).filter(|&at| unmatched.contains(keys[at].as_str())).collect();
         Ok((found, unmatched, refused))
     })
 }

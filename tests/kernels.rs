@@ -204,6 +204,22 @@ fn bits_survive_packing_both_ways() {
             for transposed in [false, true] {
                 let bits = f.to_bits(transposed);
                 assert_eq!(Factor::from_bits(&bits, rank, len, dtype, transposed).unwrap(), f);
+                let mut written = Vec::new();
+                f.write_bits(transposed, &mut written).unwrap();
+                assert!(written == bits, "{rank} x {len} {dtype} {transposed}");
+                // By the definition: row-major numbers, or those of the transpose.
+                let size = dtype.size();
+                let row_major = f.to_bits(false);
+                let at = |r: usize, c: usize| if transposed { c * rank + r } else { r * len + c };
+                for (r, c) in (0..rank).flat_map(|r| (0..len).map(move |c| (r, c))) {
+                    assert_eq!(bits[at(r, c) * size..][..size], row_major[(r * len + c) * size..][..size]);
+                }
+                for at in [0, rank * len - 1, rank * len / 2] {
+                    let mut bad = bits.clone();
+                    bad[at * size + size - 2..][..2].copy_from_slice(&[0x80, 0x7f]);
+                    let bad = Factor::from_bits(&bad, rank, len, dtype, transposed).unwrap();
+                    assert!(!bad.is_finite(), "{dtype}: 0x7f80 is NaN or infinity in all three");
+                }
             }
         }
     }

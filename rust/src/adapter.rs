@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::factor::Factor;
-use crate::format::{AdapterParts, ModuleKind, ModuleParts, Tensor};
+use crate::factor::{Factor, SharedFactor};
+use crate::format::{AdapterParts, Bytes, ModuleKind, ModuleParts, Tensor};
 use crate::layer::Layer;
 use crate::snapshot::LEARNER_PREFIX;
 
@@ -117,11 +117,11 @@ impl Adapter {
 }
 
 fn module_parts(path: &str, layer: &Layer) -> ModuleParts {
-    let tensor = |f: &Factor, suffix: &str, transposed: bool| Tensor {
+    let tensor = |f: &SharedFactor, suffix: &str, transposed: bool| Tensor {
         name: format!("{path}.{suffix}"),
         dtype: f.dtype().into(),
         shape: if transposed { vec![f.len(), f.rank()] } else { vec![f.rank(), f.len()] },
-        data: f.to_bits(transposed).into(),
+        data: Bytes::from_factor(f, transposed),
     };
     ModuleParts {
         path: path.into(),

@@ -3,15 +3,18 @@
 //! Outside, a factor is `rank` rows of `len` numbers. Inside it is one cache-line-aligned stream in the tile
 //! order of [`kernels`](crate::kernels): never slower when warm, and read front to back when cold.
 
+use std::io::{self, Write};
 use std::sync::Arc;
 
+use bytemuck::allocation::zeroed_vec;
 use bytemuck::{Pod, Zeroable};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{Geometry, Kernels, TILE, prefetch_pages};
+use crate::kernels::{GROUP, Geometry, Kernels, TILE, prefetch_pages};
+use crate::mapping;
 
 /// One cache line; a `Vec` of them is aligned without any `unsafe`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq)]
@@ -65,6 +68,14 @@ impl Factor {
         Factor { geometry, dtype, lines }
     }
 
+    /// Room for all elements, each of which the caller writes; padding is zero, pages are not touched yet.
+    fn fresh(rank: usize, len: usize, dtype: Dtype) -> Self {
+        let geometry = Geometry { rank, len };
+        let mut lines: Vec<Line> = zeroed_vec((geometry.stored() * dtype.size()).div_ceil(64));
+        mapping::advise_huge(&mut lines);
+        Factor { geometry, dtype, lines }
+    }
+
     /// From f32 rows, `rows[r * len + c]`, rounded to nearest even where the dtype is narrower.
     pub fn from_rows(rows: &[f32], rank: usize, len: usize, dtype: Dtype) -> Self {
         assert_eq!(rows.len(), rank * len);
@@ -89,33 +100,56 @@ impl Factor {
                 format!("{rank} x {len} of {dtype}"),
             ));
         }
-        let at = |r: usize, c: usize| if transposed { c * rank + r } else { r * len + c };
-        let mut f = Self::zeros(rank, len, dtype);
-        let half = |i: usize| u16::from_le_bytes([bits[2 * i], bits[2 * i + 1]]);
-        match dtype {
-            Dtype::F32 => f.fill(|r, c| {
-                let i = 4 * at(r, c);
-                f32::from_le_bytes([bits[i], bits[i + 1], bits[i + 2], bits[i + 3]])
-            }),
-            Dtype::F16 => f.fill(|r, c| f16::from_bits(half(at(r, c)))),
-            Dtype::Bf16 => f.fill(|r, c| bf16::from_bits(half(at(r, c)))),
+        let mut f = Self::fresh(rank, len, dtype);
+        let geometry = f.geometry;
+        let out: &mut [u8] = bytemuck::cast_slice_mut(&mut f.lines);
+        match dtype.size() {
+            4 => place::<4>(geometry, bits, out, transposed),
+            _ => place::<2>(geometry, bits, out, transposed),
         }
         Ok(f)
     }
 
     /// Little-endian stored bits of the `(rank, len)` matrix, or of its transpose.
     pub fn to_bits(&self, transposed: bool) -> Vec<u8> {
-        let (rank, len, size) = (self.rank(), self.len(), self.dtype.size());
-        let mut out = vec![0u8; rank * len * size];
+        let mut out = vec![0u8; self.rank() * self.len() * self.dtype.size()];
+        mapping::advise_huge(&mut out);
         let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
-        self.each_run(|r, c, at, n| {
-            for i in 0..n {
-                let to = if transposed { (c + i) * rank + r } else { r * len + c + i };
-                let from = (at + i) * size;
-                out[to * size..(to + 1) * size].copy_from_slice(&bytes[from..from + size]);
-            }
-        });
+        match self.dtype.size() {
+            4 => gather::<4>(self.geometry, bytes, &mut out, transposed),
+            _ => gather::<2>(self.geometry, bytes, &mut out, transposed),
+        }
         out
+    }
+
+    /// Writes what [`Factor::to_bits`] gives, some kilobytes at a time.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write_bits(&self, transposed: bool, out: &mut dyn Write) -> io::Result<()> {
+        let (g, size) = (self.geometry, self.dtype.size());
+        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
+        let mut buffer = vec![0u8; size * if transposed { TILE * g.rank } else { g.len }];
+        if transposed {
+            for t in 0..g.tiles() {
+                let n = TILE.min(g.len - t * TILE);
+                let tile = &mut buffer[..n * g.rank * size];
+                for r in 0..g.rank {
+                    let from = &bytes[g.at(r, t) * size..][..n * size];
+                    spread(from, &mut tile[r * size..], g.rank, size);
+                }
+                out.write_all(tile)?;
+            }
+        } else {
+            for r in 0..g.rank {
+                for t in 0..g.tiles() {
+                    let n = TILE.min(g.len - t * TILE) * size;
+                    buffer[t * TILE * size..][..n].copy_from_slice(&bytes[g.at(r, t) * size..][..n]);
+                }
+                out.write_all(&buffer)?;
+            }
+        }
+        Ok(())
     }
 
     /// f32 values, `(rank, len)` row-major, or `(len, rank)` when `transposed`.
@@ -228,7 +262,20 @@ impl Factor {
 
     /// Whether every stored number is finite.
     pub fn is_finite(&self) -> bool {
-        typed!(self, w => w.iter().all(|&v| f32::from(v).is_finite()))
+        // An exponent of all ones; padding is zero. Without an early exit, so that it runs in vectors.
+        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
+        let half = |mask: u16| {
+            let v = bytes.as_chunks::<2>().0.iter().map(|&c| u16::from_le_bytes(c) & mask);
+            !v.fold(false, |bad, v| bad | (v == mask))
+        };
+        match self.dtype {
+            Dtype::F16 => half(0x7c00),
+            Dtype::Bf16 => half(0x7f80),
+            Dtype::F32 => {
+                let v = bytes.as_chunks::<4>().0.iter().map(|&c| u32::from_le_bytes(c) & 0x7f80_0000);
+                !v.fold(false, |bad, v| bad | (v == 0x7f80_0000))
+            }
+        }
     }
 
     /// A copy in another dtype (round to nearest even).
@@ -309,6 +356,63 @@ impl Factor {
     pub fn fit_sweep(&mut self, kn: &Kernels, u: &[f32], k: &[f32], target: &mut [f32]) -> f32 {
         let g = self.geometry;
         kn.fit_sweep(self.stream_mut(), g, u, k, target)
+    }
+}
+
+/// Stores a row-major `(rank, len)` matrix of `S`-byte numbers, or its transpose, in tile order.
+fn place<const S: usize>(g: Geometry, bits: &[u8], out: &mut [u8], transposed: bool) {
+    each_tile(g, transposed, |r, t, n| {
+        let to = &mut out[g.at(r, t) * S..][..n * S];
+        if transposed {
+            let from = bits[(t * TILE * g.rank + r) * S..].chunks(g.rank * S);
+            to.as_chunks_mut::<S>()
+                .0
+                .iter_mut()
+                .zip(from)
+                .for_each(|(to, from)| to.copy_from_slice(&from[..S]));
+        } else {
+            to.copy_from_slice(&bits[(r * g.len + t * TILE) * S..][..n * S]);
+        }
+    });
+}
+
+/// The inverse of [`place`].
+fn gather<const S: usize>(g: Geometry, stored: &[u8], out: &mut [u8], transposed: bool) {
+    each_tile(g, transposed, |r, t, n| {
+        let from = &stored[g.at(r, t) * S..][..n * S];
+        if transposed {
+            spread(from, &mut out[(t * TILE * g.rank + r) * S..], g.rank, S);
+        } else {
+            out[(r * g.len + t * TILE) * S..][..n * S].copy_from_slice(from);
+        }
+    });
+}
+
+/// Numbers of `size` bytes to every `step`th place.
+fn spread(from: &[u8], to: &mut [u8], step: usize, size: usize) {
+    match size {
+        4 => from
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .zip(to.chunks_mut(step * 4))
+            .for_each(|(f, t)| t[..4].copy_from_slice(f)),
+        _ => from
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .zip(to.chunks_mut(step * 2))
+            .for_each(|(f, t)| t[..2].copy_from_slice(f)),
+    }
+}
+
+/// Visits `(row, tile, its columns)`: in stored order, or tile by tile, so that a transposed side stays in L1.
+fn each_tile(g: Geometry, by_tile: bool, mut f: impl FnMut(usize, usize, usize)) {
+    let height = if by_tile { g.rank.max(1) } else { GROUP };
+    for first in (0..g.rank).step_by(height) {
+        for t in 0..g.tiles() {
+            (first..g.rank.min(first + height)).for_each(|r| f(r, t, TILE.min(g.len - t * TILE)));
+        }
     }
 }
 

@@ -5,6 +5,33 @@ use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Memory from this size on asks for huge pages: two of those of x86-64.
+const HUGE_FROM: usize = 2 << 20;
+
+/// Asks the system to back fresh, large memory with huge pages, so that filling it faults once per 2 MiB
+/// instead of once per 4 KiB. Advice only: it changes no byte, and a refusal changes nothing.
+pub(crate) fn advise_huge<T>(fresh: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    if size_of_val(fresh) >= HUGE_FROM {
+        // Whole pages from the one that holds the first byte: the allocator's own header may share it.
+        let start = fresh.as_mut_ptr().map_addr(|a| a & !0xfff);
+        let len = fresh.as_ptr_range().end.addr() - start.addr();
+        // SAFETY: MADV_HUGEPAGE reads and writes no memory, whatever lies in the range.
+        #[allow(unsafe_code)]
+        let _ = unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = fresh;
+}
+
+/// An empty vector with room for `bytes`, or `None` when the system does not give that much.
+pub(crate) fn reserve(bytes: usize) -> Option<Vec<u8>> {
+    let mut out = Vec::new();
+    out.try_reserve_exact(bytes).ok()?;
+    advise_huge(out.spare_capacity_mut());
+    Some(out)
+}
+
 /// A whole file, mapped read-only.
 ///
 /// The pages stay the file's: who truncates it in place while it is mapped makes later reads fault

@@ -218,7 +218,7 @@ struct InfoOut<'a> {
 /// A laid-out file: the header is ready, the data still lies in its tensors.
 pub(crate) struct Layout<'a> {
     header: Vec<u8>,
-    data: Vec<&'a [u8]>,
+    data: Vec<&'a Bytes>,
 }
 
 /// Lays tensors out as the reference implementation does: widest dtype first, then by name.
@@ -254,7 +254,7 @@ pub(crate) fn lay_out<'a>(
         let info = InfoOut { dtype: tensor.dtype, shape: &tensor.shape, data_offsets: (from, end) };
         let (name, info) = (to_json(name, file)?, to_json(&info, file)?);
         entries.push_str(&format!(",{name}:{info}"));
-        data.push(&tensor.data[..]);
+        data.push(&tensor.data);
     }
     let head = if metadata.is_empty() {
         String::new()
@@ -289,6 +289,6 @@ impl Layout<'_> {
     /// Writes header and data.
     pub fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
         out.write_all(&self.header)?;
-        self.data.iter().try_for_each(|d| out.write_all(d))
+        self.data.iter().try_for_each(|d| d.write_to(out))
     }
 }

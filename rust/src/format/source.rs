@@ -10,7 +10,7 @@ use super::json::MAX_TEXT;
 use super::limits::Limits;
 use super::tensor::Bytes;
 use crate::error::{Error, Result};
-use crate::mapping::Mapping;
+use crate::mapping::{self, Mapping};
 
 const PICKLE: &str = "a pickle: loading one runs whatever code it carries, so it is never opened here; if you trust \
                       it, read it with torch.load(path, weights_only=True) and save it with safetensors.torch.save_file";
@@ -104,11 +104,12 @@ pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
         );
         return Err(Error::format(name, reason));
     }
-    let rest = (meta.len() as usize).saturating_sub(head.len());
-    let no_room = |_| Error::format(path.display(), format!("{} bytes do not fit in memory", meta.len()));
-    head.try_reserve_exact(rest).map_err(no_room)?;
-    file.take(rest as u64).read_to_end(&mut head).map_err(at)?;
-    Ok(Bytes::from(head))
+    let no_room = || Error::format(path.display(), format!("{} bytes do not fit in memory", meta.len()));
+    let size = usize::try_from(meta.len()).map_err(|_| no_room())?;
+    let mut bytes = mapping::reserve(size.max(head.len())).ok_or_else(no_room)?;
+    bytes.extend_from_slice(&head);
+    file.take((size - head.len().min(size)) as u64).read_to_end(&mut bytes).map_err(at)?;
+    Ok(Bytes::from(bytes))
 }
 
 /// A JSON text file that was read whole and is still open.

@@ -1,19 +1,29 @@
 //! Tensors as files hold them: a name, a dtype, a shape and bytes that are cheap to clone.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::ops::{Deref, Range};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use ::safetensors::Dtype as TensorDtype;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+use crate::factor::SharedFactor;
 use crate::mapping::Mapping;
 
 #[derive(Clone)]
 enum Owner {
     Memory(Arc<Vec<u8>>),
     Map(Arc<Mapping>),
+    Factor(Arc<Unrolled>),
+}
+
+/// A factor in the kernels' order; its bits in a file's order are made when somebody looks at them.
+struct Unrolled {
+    factor: SharedFactor,
+    transposed: bool,
+    bits: OnceLock<Vec<u8>>,
 }
 
 /// A range of bytes with a shared owner: private memory, or a file map. Equal when the content is.
@@ -28,6 +38,43 @@ impl Bytes {
     pub fn from_mapping(map: Mapping) -> Self {
         let range = 0..map.len();
         Bytes { owner: Owner::Map(Arc::new(map)), range }
+    }
+
+    /// The stored bits of a factor, `(rank, len)` row-major, or of its transpose: shared until they are looked at,
+    /// and written without being held in memory.
+    pub(crate) fn from_factor(factor: &SharedFactor, transposed: bool) -> Self {
+        let range = 0..factor.rank() * factor.len() * factor.dtype().size();
+        let factor = SharedFactor::clone(factor);
+        Bytes {
+            owner: Owner::Factor(Arc::new(Unrolled { factor, transposed, bits: OnceLock::new() })),
+            range,
+        }
+    }
+
+    /// The factor whose bits these are, whole.
+    fn factor(&self) -> Option<&Unrolled> {
+        match &self.owner {
+            Owner::Factor(f)
+                if self.range == (0..f.factor.rank() * f.factor.len() * f.factor.dtype().size()) =>
+            {
+                Some(f)
+            }
+            _ => None,
+        }
+    }
+
+    /// Number of bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Writes all of them.
+    pub(crate) fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
+        match self.factor() {
+            Some(f) if f.bits.get().is_none() => f.factor.write_bits(f.transposed, out),
+            _ => out.write_all(self),
+        }
     }
 
     /// A part of these bytes with the same owner; `None` when it does not lie inside.
@@ -57,6 +104,7 @@ impl Deref for Bytes {
         match &self.owner {
             Owner::Memory(v) => &v[self.range.clone()],
             Owner::Map(m) => &m[self.range.clone()],
+            Owner::Factor(f) => &f.bits.get_or_init(|| f.factor.to_bits(f.transposed))[self.range.clone()],
         }
     }
 }
@@ -129,6 +177,9 @@ impl Tensor {
 
     /// True when no number is NaN or infinite. Meant for f32, f16 and bf16; others are taken as finite.
     pub fn is_finite(&self) -> bool {
+        if let Some(f) = self.data.factor() {
+            return f.factor.is_finite();
+        }
         let half = |mask: u16| {
             let exponent = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]) & mask;
             !self.data.chunks_exact(2).fold(false, |bad, c| bad | (exponent(c) == mask))

@@ -1,7 +1,7 @@
 //! Files that are whole or not there: a temporary sibling, fsync, rename.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile};
@@ -69,9 +69,24 @@ pub(crate) struct Staged {
 impl Staged {
     /// Writes and syncs the temporary sibling of `path`.
     pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
+        Self::patched(path, |out| fill(out).map(|()| (0, String::new())))
+    }
+
+    /// [`Staged::new`], and then a text at some place, which is known when the rest is written.
+    pub fn patched(
+        path: &Path,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<(u64, String)>,
+    ) -> Result<Self> {
         let growing = Growing::new(path)?;
         let mut out = BufWriter::with_capacity(1 << 18, growing.file());
-        fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
+        let mut write = || {
+            let (at, text) = fill(&mut out)?;
+            out.flush()?;
+            let mut file = growing.file();
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(text.as_bytes())
+        };
+        write().map_err(|e| Error::io(path, e))?;
         drop(out);
         growing.finish()
     }

@@ -11,6 +11,7 @@ use std::ops::Range;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
+use super::fingerprint::{Digests, UNKNOWN};
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -284,6 +285,25 @@ impl Layout<'_> {
     /// Bytes of the whole file.
     pub fn len(&self) -> usize {
         self.header.len() + self.data.iter().map(|d| d.len()).sum::<usize>()
+    }
+
+    /// Writes header and data; then `fingerprint` makes a text of the data's hashes, which takes the place of
+    /// [`UNKNOWN`] behind `key` in the header: the result is where, and what.
+    pub fn write_named(
+        &self,
+        out: &mut dyn Write,
+        key: &str,
+        fingerprint: impl FnOnce(&mut Digests) -> Result<String>,
+    ) -> io::Result<(u64, String)> {
+        let mut digests = Digests::default();
+        out.write_all(&self.header)?;
+        self.data.iter().try_for_each(|d| digests.write(d, out))?;
+        // Quotes inside of texts are escaped, so that this stands at one place.
+        let mark = format!("\"{key}\":\"{UNKNOWN}\"");
+        let at = self.header.windows(mark.len()).position(|w| w == mark.as_bytes());
+        let at = at.ok_or_else(|| io::Error::other("a header without a place for its fingerprint"))?;
+        let text = fingerprint(&mut digests).map_err(io::Error::other)?;
+        Ok(((at + mark.len() - 1 - UNKNOWN.len()) as u64, text))
     }
 
     /// Writes header and data.

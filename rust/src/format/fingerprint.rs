@@ -12,37 +12,86 @@
 //! "extra.<name>" ...
 //! ```
 
+use std::collections::HashMap;
+use std::io::{self, Write};
+
 use sha2::{Digest, Sha256};
 
+use super::tensor::Bytes;
 use super::{ModuleParts, Tensor};
+use crate::error::{Error, Result};
 
 /// First line of what is hashed.
 const HEAD: &str = "microlora weights 1\n";
 
-/// The fingerprint of modules under those paths and of tensors that are no factors: 64 hex digits.
+/// What a header says until its tensors are written and their hash is known.
+pub(crate) const UNKNOWN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// SHA-256 of tensors' bytes, by where these are owned.
+#[derive(Default)]
+pub(crate) struct Digests(HashMap<*const Bytes, String>);
+
+impl Digests {
+    /// Writes bytes, and remembers their hash: one pass over what may never lie in memory as a whole.
+    pub fn write(&mut self, bytes: &Bytes, out: &mut dyn Write) -> io::Result<()> {
+        let mut tee = Tee { out, sha: Sha256::new() };
+        bytes.write_to(&mut tee)?;
+        self.0.insert(bytes, hex(&tee.sha.finalize()));
+        Ok(())
+    }
+
+    fn of(&mut self, bytes: &Bytes) -> Result<String> {
+        let key: *const Bytes = bytes;
+        if !self.0.contains_key(&key) {
+            self.write(bytes, &mut io::sink()).map_err(|e| Error::io("fingerprint", e))?;
+        }
+        Ok(self.0[&key].clone())
+    }
+}
+
+struct Tee<'a> {
+    out: &'a mut dyn Write,
+    sha: Sha256,
+}
+
+impl Write for Tee<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let n = self.out.write(buf)?;
+        self.sha.update(&buf[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The fingerprint of modules under those paths and of tensors that are no factors: 64 hex digits. What
+/// `digests` does not know is hashed.
 pub(crate) fn fingerprint<'a>(
     modules: impl Iterator<Item = (&'a str, &'a ModuleParts)>,
     extra: &[Tensor],
-) -> String {
+    digests: &mut Digests,
+) -> Result<String> {
     let mut lines: Vec<(String, String)> = Vec::new();
-    let mut add = |name: String, dtype: &str, shape: &[usize], data: &[u8]| {
+    let mut add = |name: String, dtype: &str, shape: &[usize], digest: String| {
         let quoted = serde_json::Value::String(name.clone());
-        lines.push((name, format!("{quoted} {dtype} {shape:?} {}\n", hex(&Sha256::digest(data)))));
+        lines.push((name, format!("{quoted} {dtype} {shape:?} {digest}\n")));
     };
     for (path, m) in modules {
         for (which, t) in [("lora_a", &m.a), ("lora_b", &m.b)] {
-            add(format!("{path}.{which}"), &t.dtype.to_string(), &t.shape, &t.data);
+            add(format!("{path}.{which}"), &t.dtype.to_string(), &t.shape, digests.of(&t.data)?);
         }
         let scaling = [m.alpha, f64::from(u8::from(m.use_rslora))].map(f64::to_le_bytes).concat();
-        add(format!("{path}.scaling"), "F64", &[2], &scaling);
+        add(format!("{path}.scaling"), "F64", &[2], hex(&Sha256::digest(scaling)));
     }
     for t in extra {
-        add(format!("extra.{}", t.name), &t.dtype.to_string(), &t.shape, &t.data);
+        add(format!("extra.{}", t.name), &t.dtype.to_string(), &t.shape, digests.of(&t.data)?);
     }
     lines.sort();
     let mut all = Sha256::new_with_prefix(HEAD);
     lines.iter().for_each(|(_, line)| all.update(line));
-    hex(&all.finalize())
+    Ok(hex(&all.finalize()))
 }
 
 fn hex(digest: &[u8]) -> String {

@@ -29,7 +29,7 @@ pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
 use crate::error::{Error, Result};
-pub(crate) use fingerprint::fingerprint;
+pub(crate) use fingerprint::{Digests, fingerprint};
 use json::show;
 
 /// What kind of layer a pair of factors adapts, which says how its tensors lie.
@@ -176,9 +176,12 @@ pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 
 impl Loaded {
     /// SHA-256 of names, shapes, dtypes, scaling and data (64 hex digits), whatever the format.
-    pub fn fingerprint(&self) -> String {
+    ///
+    /// # Errors
+    /// Never, as long as memory is not a file that shrinks.
+    pub fn fingerprint(&self) -> Result<String> {
         let modules = self.parts.modules.iter().map(|m| (m.path.as_str(), m));
-        fingerprint(modules, &self.parts.extra)
+        fingerprint(modules, &self.parts.extra, &mut Digests::default())
     }
 
     /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).

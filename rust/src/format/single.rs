@@ -11,11 +11,13 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
+use super::fingerprint::UNKNOWN;
 use super::json::{StringMap, show, show_list};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
-    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, fingerprint, source,
+    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, fingerprint,
+    source,
 };
 use crate::error::{Error, Result};
 
@@ -38,9 +40,11 @@ struct ModuleEntry {
 
 /// Writes an adapter to one file, whole or not at all.
 pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
-    let sha256 = fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra);
-    let layout = lay_out(parts, Some(sha256), &path.display().to_string())?;
-    atomic::write(path, |out| layout.write_to(out))
+    let layout = lay_out(parts, Some(UNKNOWN.to_owned()), &path.display().to_string())?;
+    let named = |digests: &mut Digests| {
+        fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra, digests)
+    };
+    atomic::Staged::patched(path, |out| layout.write_named(out, WEIGHTS_SHA256, named))?.commit()
 }
 
 /// The single file as bytes.

@@ -220,8 +220,8 @@ impl PyAdapterFile {
     }
 
     /// SHA-256 of names, shapes, dtypes, scaling and data: 64 hex digits.
-    fn fingerprint(&self, py: Python<'_>) -> String {
-        py.detach(|| self.inner.fingerprint())
+    fn fingerprint(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(py.detach(|| self.inner.fingerprint())?)
     }
 
     /// The fingerprint that the file says its weights have.

@@ -9,9 +9,10 @@ use std::{fs, io};
 use serde_json::{Map, Value, json};
 
 use super::super::atomic::Staged;
+use super::super::fingerprint::UNKNOWN;
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty};
 use super::super::pattern::anchored;
-use super::super::{AdapterParts, ModuleParts, container, fingerprint};
+use super::super::{AdapterParts, Digests, ModuleParts, container, fingerprint};
 use super::names::{Key, classify, pattern_path};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE, config};
 use crate::error::{Error, Result};
@@ -62,13 +63,15 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     header.insert("format".into(), "pt".into());
     let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
     header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
-    let placed = modules.iter().map(|(path, m)| (path.as_str(), *m));
-    header.insert(HEADER_SHA256.into(), fingerprint(placed, &parts.extra));
+    header.insert(HEADER_SHA256.into(), UNKNOWN.into());
     let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
 
     let made = !dir.exists();
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let done = replace_pair(dir, &config, |out| layout.write_to(out));
+    let named = |digests: &mut Digests| {
+        fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests)
+    };
+    let done = replace_pair(dir, &config, |out| layout.write_named(out, HEADER_SHA256, named));
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }
@@ -78,10 +81,10 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
 fn replace_pair(
     dir: &Path,
     config: &str,
-    weights: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+    weights: impl FnOnce(&mut dyn io::Write) -> io::Result<(u64, String)>,
 ) -> Result<()> {
     let place = dir.join(CONFIG_FILE);
-    let weights = Staged::new(&dir.join(WEIGHTS_FILE), weights)?;
+    let weights = Staged::patched(&dir.join(WEIGHTS_FILE), weights)?;
     let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
     let aside = dir.join(format!(".{CONFIG_FILE}.previous"));
     let at = |e| Error::io(&place, e);

@@ -360,6 +360,16 @@ def test_the_nearest_names_are_proposed_and_one_change_is_told(tmp_path):
     assert f"{Q0} -> {Q0}ection" in finding.message
 
 
+def test_an_end_that_two_modules_share_proposes_neither(tmp_path):
+    write_peft(tmp_path / "a", sound_tensors(paths(2)))
+    two = {
+        f"{part}.{k.removeprefix('model.')}": (WIDTH, WIDTH) for part in ("vision", "text") for k in SHAPES
+    }
+    finding = ml.inspect(tmp_path / "a", base=two).findings[0]
+    assert finding.code == "base_names"
+    assert "in place of" not in finding.message
+
+
 def _shards(folder, shapes):
     folder.mkdir()
     names = list(shapes)
@@ -557,6 +567,23 @@ def test_refusals_come_before_any_work(tmp_path):
     with pytest.raises(UnrepairableError, match="nothing of the adapter"):
         ml.inspect(write_peft(tmp_path / "o", only), fix=tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_what_no_repair_takes_out_is_named(tmp_path):
+    tensors = put(B0, np.ones((WIDTH, RANK + 1), "f4"))
+    with pytest.raises(UnrepairableError, match="no repair takes out bad_shape"):
+        ml.inspect(write_peft(tmp_path / "a", tensors), fix=tmp_path / "b")
+
+
+def test_a_copy_is_looked_at_before_it_takes_its_place(tmp_path, monkeypatch):
+    from microlora.doctor import inspecting
+
+    nothing = [c._replace(repair=lambda *_: None) if c.code == "prefix_missing" else c for c in CHECKS]
+    monkeypatch.setattr(inspecting, "CHECKS", tuple(nothing))
+    write_peft(tmp_path / "a", renamed(sound_tensors(), PREFIX, ""))
+    with pytest.raises(UnrepairableError, match="would still have prefix_missing"):
+        ml.inspect(tmp_path / "a", fix=tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 # -- odd places ---------------------------------------

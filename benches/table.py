@@ -18,7 +18,21 @@ if any(os.environ.get(name) != "1" for name in THREADS):
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 from report import Report, machine  # noqa: E402
-from rows import files, fusing, hot_swap, learning, merging, read_path, science, sona, startup, training  # noqa: E402
+from rows import (  # noqa: E402
+    files,
+    fusing,
+    gguf,
+    hot_swap,
+    learning,
+    merging,
+    quantized,
+    quantizing,
+    read_path,
+    science,
+    sona,
+    startup,
+    training,
+)
 from timing import Clock  # noqa: E402
 
 
@@ -34,7 +48,20 @@ def main() -> int:
     report = Report()
     facts: dict[str, Any] = machine()
     print("  ".join(f"{k}: {v}" for k, v in facts.items()), flush=True)
-    for section in (read_path, hot_swap, learning, sona, training, merging, fusing, files, science, startup):
+    sections = (
+        read_path,
+        quantized,
+        quantizing,
+        hot_swap,
+        learning,
+        sona,
+        training,
+        merging,
+        fusing,
+        files,
+        gguf,
+    )
+    for section in (*sections, science, startup):
         section.run(report, clock, smoke=args.smoke)
     print(report.text())
     if args.json:

@@ -15,7 +15,22 @@ settings.load_profile(os.environ.get("MICROLORA_TEST_PROFILE", "fast"))
 
 
 def pytest_collection_modifyitems(items):
-    """Whatever is neither slow nor oracle is a unit test."""
+    """Whatever is neither slow nor oracle nor interop is a unit test."""
     for item in items:
-        if item.get_closest_marker("slow") is None and item.get_closest_marker("oracle") is None:
+        if not any(item.get_closest_marker(name) for name in ("slow", "oracle", "interop")):
             item.add_marker(pytest.mark.unit)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--none-skipped", action="store_true", help="a test that skips, or none at all, is a failure"
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A program that is missing must not look like a proof."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--none-skipped") or reporter is None or exitstatus != 0:
+        return
+    if reporter.stats.get("skipped") or not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -305,7 +305,7 @@ def test_a_newer_schema_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     rich().save(path)
     header, tensors = read_tensors(path.read_bytes())
-    header["__metadata__"]["format_version"] = "2"
+    header["__metadata__"]["format_version"] = "3"
     path.write_bytes(write_tensors(header, tensors))
     with pytest.raises(FormatError, match="version"):
         ml.load(path)

@@ -54,6 +54,14 @@ if TYPE_CHECKING:
         merge,
         resize,
     )
+    from microlora.quantized import QuantizedAdapter
+    from microlora.quantizing import (
+        Quantization,
+        QuantizationProfile,
+        QuantizationReport,
+        quantization_profile,
+        quantize,
+    )
     from microlora.sona import SonaConfig, SonaLoop
     from microlora.training import (
         AdapterTrainer,
@@ -102,6 +110,10 @@ __all__ = [
     "ModuleInfo",
     "Preference",
     "Progress",
+    "Quantization",
+    "QuantizationProfile",
+    "QuantizationReport",
+    "QuantizedAdapter",
     "ReplayConfig",
     "Reward",
     "RoutedEnsemble",
@@ -137,6 +149,8 @@ __all__ = [
     "merging",
     "num_threads",
     "presets",
+    "quantization_profile",
+    "quantize",
     "resize",
     "save",
     "set_num_threads",
@@ -172,6 +186,14 @@ _ROOMS = {
         "extract",
         "merge",
         "resize",
+    ),
+    "quantized": ("QuantizedAdapter",),
+    "quantizing": (
+        "Quantization",
+        "QuantizationProfile",
+        "QuantizationReport",
+        "quantization_profile",
+        "quantize",
     ),
     "sona": ("sona", "SonaConfig", "SonaLoop"),
     "training": (

@@ -33,6 +33,7 @@ __all__ = [
     "ModuleHandle",
     "Optimizer",
     "Preference",
+    "QuantizedAdapter",
     "ReplayMemory",
     "Reward",
     "Scan",
@@ -45,17 +46,25 @@ __all__ = [
     "adapter_file_formats",
     "adapter_from_factors",
     "available_isas",
+    "block_types",
     "combine",
     "compose",
+    "dequantize_blocks",
     "diff",
     "evaluate",
     "extract_from_arrays",
     "extract_from_files",
     "from_bytes",
     "fuse_model",
+    "gguf_adapter",
+    "gguf_alpha",
+    "gguf_interleaves",
+    "gguf_keep_names",
+    "gguf_translate",
     "isa",
     "list_tensors",
     "load",
+    "load_any",
     "match_patterns",
     "match_whole",
     "merge_adapters",
@@ -67,7 +76,9 @@ __all__ = [
     "probe_forward_ns",
     "probe_read_gbps",
     "probe_swap",
+    "quantize_blocks",
     "resize",
+    "save_gguf",
     "save_peft",
     "save_single",
     "scan_file",
@@ -653,6 +664,94 @@ class Adapter:
             UnknownModuleError: There is no such tensor.
         """
     def with_json(self, config_json: str | None, metadata_json: str | None) -> Adapter:
+        """The same weights (shared) with other settings and metadata."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __reduce__(self) -> tuple[type[Self], tuple[bytes]]: ...
+
+@disjoint_base
+class QuantizedAdapter:
+    """The compiled part of :class:`microlora.QuantizedAdapter`: factors in blocks, with their settings."""
+
+    def __new__(cls, source: QuantizedAdapter | bytes) -> Self: ...
+    @staticmethod
+    def quantize(
+        adapter: Adapter, types: Mapping[str, tuple[str, str]], b_along_rank: bool = False
+    ) -> QuantizedAdapter:
+        """Quantises an adapter: `{module: (type of A, type of B)}`.
+
+        Raises:
+            ShapeError: A width that is not whole blocks of its type.
+            NonFiniteError: Numbers too large for the type's scales.
+            ConfigError: An unknown type, or a module without types.
+            UnknownModuleError: Types for a module that the adapter does not have.
+        """
+    def dequantize(self) -> Adapter:
+        """The plain adapter: float32 where a factor was quantised."""
+    def to_bytes(self) -> bytes:
+        """The adapter as the bytes of a single safetensors file; the same content gives the same bytes."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the single file through a temporary sibling and a rename.
+
+        Raises:
+            OSError: The system refused; an older file is left whole.
+        """
+    def forward(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """What the module adds to its layer's output: ``dY = s (x A) B``, decoded in registers.
+
+        Args:
+            x: float32 (in_features,) or (n, in_features), as for :meth:`MicroLora.forward`.
+            module: Name of the module; None where there is only one.
+            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from ``x``.
+
+        Returns:
+            ``out``, or a new float32 array of that shape.
+
+        Raises:
+            ShapeError: Another width, or an ``out`` of another shape.
+            DTypeError: Integers, or an ``out`` that is not float32.
+            LayoutError: An ``out`` that cannot be written in place.
+            NonFiniteError: NaN or infinity in ``x``; ``out`` is untouched.
+            UnknownModuleError: The adapter has no such module.
+            ConfigError: No module named where there are several.
+        """
+    def forward_add(
+        self, x: ArrayLike, module: str | None = None, out: NDArray[np.float32] | None = None
+    ) -> None:
+        """``out += dY(x)``; arguments and errors are those of :meth:`forward`, ``out`` is needed."""
+    def forward_all(
+        self, x: ArrayLike, modules: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """``{module: dY(x)}`` of modules that read the same input; see :meth:`MicroLora.forward_all`."""
+    def modules(self) -> list[str]:
+        """Module names, in order."""
+    def describe(self, module: str) -> tuple[int, int, int, float, bool, str, str]:
+        """``(in_features, out_features, rank, alpha, use_rslora, type of A, type of B)`` of a module.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    def along(self, module: str) -> tuple[str, str]:
+        """Which way the blocks of A and B lie: "features", "rank", or "" where there are none.
+
+        Raises:
+            UnknownModuleError: The adapter has no such module.
+        """
+    @property
+    def param_count(self) -> int:
+        """Numbers in all factors."""
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes resident: blocks and plain factors as they lie in memory, and extra tensors."""
+    @property
+    def config_json(self) -> str | None:
+        """Settings as JSON, or None."""
+    @property
+    def metadata_json(self) -> str | None:
+        """Metadata as JSON, or None."""
+    def with_json(self, config_json: str | None, metadata_json: str | None) -> QuantizedAdapter:
         """The same weights (shared) with other settings and metadata."""
     def __eq__(self, value: object, /) -> bool: ...
     def __hash__(self) -> int: ...
@@ -1751,6 +1850,22 @@ def load(
         OSError: The file cannot be read.
     """
 
+def load_any(
+    path: str | PathLike[str],
+    mmap: bool,
+    strict: bool,
+    limits: tuple[int, int, int, int] | None = None,
+    alpha: float | None = None,
+    orientation: str | None = None,
+) -> tuple[Adapter | QuantizedAdapter, list[str], list[str]]:
+    """Reads any known format, quantised adapters included; otherwise as `load`.
+
+    Raises:
+        FormatError: The file is broken.
+        UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
+        OSError: The file cannot be read.
+    """
+
 def from_bytes(data: bytes, strict: bool) -> tuple[Adapter, list[str], list[str]]:
     """The same from the bytes of a single file.
 
@@ -1801,6 +1916,55 @@ def fuse_model(
         OSError: The system refused. Nothing is left behind in any error.
     """
 
+def gguf_interleaves(architecture: str) -> bool | None:
+    """Whether llama.cpp interleaves the rows of q and k of an architecture; None where that is not known."""
+
+def gguf_adapter(file: AdapterFile) -> Adapter | QuantizedAdapter:
+    """The adapter of a GGUF file that was read, its blocks as they are.
+
+    Raises:
+        UnsupportedVariantError: Something in it does not run here.
+    """
+
+def gguf_alpha(file: AdapterFile, modules: Sequence[str]) -> float:
+    """The one alpha that a file of these modules gets; other scalings are folded into B.
+
+    Raises:
+        ConfigError: An alpha that no float32 holds.
+    """
+
+def gguf_translate(file: AdapterFile, places: Mapping[str, tuple[str, int | None]]) -> AdapterFile:
+    """The file with the model's names and row order: ``places`` maps a module to its path and its heads.
+
+    Raises:
+        FormatError: A module without a place, or two at one.
+        ShapeError: Heads that do not divide the rows.
+    """
+
+def gguf_keep_names(file: AdapterFile) -> AdapterFile:
+    """The file with llama.cpp's names and row order, as they are."""
+
+def save_gguf(
+    file: AdapterFile,
+    path: str | PathLike[str],
+    architecture: str,
+    targets: Mapping[str, tuple[str, int | None]],
+    dtype: str,
+    tokens: Sequence[int] | None,
+    config_json: str | None,
+    progress: Progress | None,
+    cancel: CancelToken | None,
+) -> list[str]:
+    """Writes the modules that have a target (base tensor, heads) as a GGUF adapter; returns notes.
+
+    ``config_json`` are our settings, as the weights in the file will be.
+
+    Raises:
+        ConfigError: An unknown dtype, a name that ggml does not hold, no modules.
+        NonFiniteError: A number that the dtype cannot hold.
+        OSError: The system refused; an older file is left whole.
+    """
+
 def unfuse_model(
     fused: str | PathLike[str],
     sidecar: str | PathLike[str],
@@ -1815,6 +1979,34 @@ def unfuse_model(
         ConfigError: Places that would overwrite the input.
         CancelledError: The token was set.
         OSError: The system refused. Nothing is left behind in any error.
+    """
+
+def block_types() -> list[tuple[str, int, int, int]]:
+    """(name, number in ggml, numbers per block, bytes per block) of every block type, most exact first."""
+
+def quantize_blocks(x: ArrayLike, type: str) -> bytes:
+    """Quantises along the rows; the bytes are those that llama.cpp writes.
+
+    Args:
+        x: Floating point (rows, cols), cols a multiple of the block's length; read as float32.
+        type: ``q8_0``, ``q6_k``, ``q5_k``, ``q4_k``, ``q4_1`` or ``q4_0``.
+
+    Returns:
+        The blocks of the rows, one row after the other.
+
+    Raises:
+        ConfigError: Another type.
+        ShapeError: Not two dimensions, or rows that are not whole blocks.
+        NonFiniteError: NaN or infinity, or numbers too large for the f16 scale of their block.
+    """
+
+def dequantize_blocks(data: bytes, type: str, rows: int, cols: int) -> NDArray[np.float32]:
+    """The numbers of quantised rows, float32 (rows, cols).
+
+    Raises:
+        ConfigError: An unknown type.
+        ShapeError: Rows that are not whole blocks, or another number of bytes.
+        NonFiniteError: A scale that is infinite or NaN.
     """
 
 def isa() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import microlora._core as _core
 from microlora.config import LoraConfig
@@ -81,20 +81,7 @@ class Adapter(_core.Adapter):
         shapes = config_of(self)
         if not self.config_json:
             return shapes
-        config = LoraConfig.from_json(self.config_json)
-        if set(config.target_modules) != set(self.modules()):
-            # Saved under a model's paths: the weights know the names, the settings the rest.
-            kept = ("dropout", "name", "description", "tags", "instant")
-            return shapes.replace(**{key: getattr(config, key) for key in kept})
-        for module in self.modules():
-            info = self.info(module)
-            said = (config.rank_of(module), config.alpha_of(module), config.use_rslora)
-            if said != (info.rank, info.alpha, info.use_rslora):
-                got = (info.rank, info.alpha, info.use_rslora)
-                raise FormatError(
-                    f"config: {module} has (rank, alpha, use_rslora) {said}, but its weights have {got}"
-                )
-        return config
+        return check_config(self, self.config_json, shapes)
 
     @property
     def metadata(self) -> AdapterMetadata:
@@ -188,7 +175,36 @@ def _combine(*terms: tuple[Adapter, float]) -> Adapter:
     return combine(terms)
 
 
-def config_of(adapter: Adapter, description: str = "") -> LoraConfig:
+class _Described(Protocol):
+    """Whatever has modules of known shapes."""
+
+    def modules(self) -> list[str]: ...
+    def info(self, module: str) -> ModuleInfo: ...
+
+
+def check_config(adapter: _Described, text: str, shapes: LoraConfig) -> LoraConfig:
+    """The settings in a file's JSON, held against what its weights say.
+
+    Raises:
+        FormatError: They contradict each other, or the settings were written by a newer version.
+    """
+    config = LoraConfig.from_json(text)
+    if set(config.target_modules) != set(adapter.modules()):
+        # Saved under a model's paths: the weights know the names, the settings the rest.
+        kept = ("dropout", "name", "description", "tags", "instant")
+        return shapes.replace(**{key: getattr(config, key) for key in kept})
+    for module in adapter.modules():
+        info = adapter.info(module)
+        said = (config.rank_of(module), config.alpha_of(module), config.use_rslora)
+        if said != (info.rank, info.alpha, info.use_rslora):
+            got = (info.rank, info.alpha, info.use_rslora)
+            raise FormatError(
+                f"config: {module} has (rank, alpha, use_rslora) {said}, but its weights have {got}"
+            )
+    return config
+
+
+def config_of(adapter: _Described, description: str = "") -> LoraConfig:
     """Settings that describe an adapter whose file carries none of ours.
 
     The commonest rank and alpha become the global ones; the others are listed per module.
@@ -202,7 +218,7 @@ def config_of(adapter: Adapter, description: str = "") -> LoraConfig:
         alpha=alpha,
         target_modules=tuple(infos),
         use_rslora=first.use_rslora,
-        dtype=first.dtype_a,
+        dtype=first.dtype_a if first.dtype_a in ("f16", "bf16") else "f32",
         description=description,
         module_ranks={m: i.rank for m, i in infos.items() if i.rank != rank},
         module_alphas={m: i.alpha for m, i in infos.items() if i.alpha != alpha},

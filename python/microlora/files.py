@@ -6,16 +6,23 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
 from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, DTypeError, FormatError, UnusedTensorWarning
+from microlora.exceptions import (
+    ConfigError,
+    DTypeError,
+    FormatError,
+    UnsupportedVariantError,
+    UnusedTensorWarning,
+)
 
 if TYPE_CHECKING:
     from microlora.formats.limits import Limits
     from microlora.micro_lora import MicroLoRA
+    from microlora.quantized import QuantizedAdapter
 
 PathLike = str | os.PathLike[str]
 
@@ -23,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def save(
-    adapter: Adapter | MicroLoRA,
+    adapter: Adapter | QuantizedAdapter | MicroLoRA,
     path: PathLike,
     format: str | None = None,
     *,
@@ -32,7 +39,7 @@ def save(
     """Writes an adapter through a temporary sibling and a rename: a crash never leaves a half file.
 
     Args:
-        adapter: What to save; a learner is saved as it stands now.
+        adapter: What to save; a learner is saved as it stands now, a quantised adapter as one file.
         path: A file name for ``"safetensors"``, a directory for ``"peft"``.
         format: ``"safetensors"`` (one file with settings and metadata), ``"peft"`` (a directory that Hugging
             Face PEFT loads), or ``None``: safetensors where the name ends in ``.safetensors``, else peft.
@@ -45,6 +52,9 @@ def save(
     """
     if isinstance(adapter, _core.MicroLora):
         adapter = adapter.adapter()
+    if isinstance(adapter, _core.QuantizedAdapter):
+        _save_quantized(adapter, path, format, layer_paths is not None)
+        return
     if not isinstance(adapter, _core.Adapter):
         raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter or a MicroLoRA")
     value = adapter
@@ -64,6 +74,18 @@ def save(
         raise ConfigError(f"format: got {format!r}, expected 'safetensors' or 'peft'")
 
 
+def _save_quantized(
+    adapter: _core.QuantizedAdapter, path: PathLike, format: str | None, layer_paths: bool
+) -> None:
+    if format not in (None, "safetensors") or layer_paths:
+        got = f"format={format!r}" + (" with layer_paths" if layer_paths else "")
+        raise ConfigError(
+            f"format: got {got} for a quantised adapter, expected 'safetensors' alone "
+            "(save adapter.dequantize() in other formats)"
+        )
+    adapter.save(os.fspath(path))
+
+
 def load(
     path: PathLike,
     *,
@@ -72,11 +94,13 @@ def load(
     limits: Limits | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
-) -> Adapter:
+    base_config: Mapping[str, Any] | PathLike | None = None,
+    names: str | None = None,
+) -> Adapter | QuantizedAdapter:
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
-        path: A PEFT directory, the weights file in one, or our single file.
+        path: A PEFT directory, the weights file in one, our single file, or a GGUF adapter.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
@@ -86,9 +110,13 @@ def load(
         limits: What the file may ask for; by default :class:`microlora.Limits`.
         alpha: Scaling numerator, for formats that carry none.
         orientation: ``"rank_first"`` or ``"rank_last"``, for flat files whose shapes do not say.
+        base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
+            the model's own module names and row order back (needs the gguf package).
+        names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
 
     Returns:
-        The adapter, with the file's dtypes.
+        The adapter, with the file's dtypes; a :class:`QuantizedAdapter` where the file holds
+        factors in blocks.
 
     Raises:
         FormatError: The file is broken: it names the file, the tensor or key, and the reason.
@@ -96,15 +124,45 @@ def load(
         OSError: The file cannot be read.
     """
     bounds = None if limits is None else limits.as_tuple()
-    adapter, unused, notes = _core.load(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+    adapter: _core.Adapter | _core.QuantizedAdapter
+    if base_config is None and names is None:
+        adapter, unused, notes = _core.load_any(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+    else:
+        from microlora.formats import AdapterFile
+
+        file = AdapterFile.read(
+            path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
+        )
+        adapter, unused, notes = _core.gguf_adapter(file), file.unused, file.notes
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:
         warnings.warn(f"{os.fspath(path)}: unused: {', '.join(unused)}", UnusedTensorWarning, stacklevel=2)
-    value = Adapter(adapter)
+    value: Adapter | QuantizedAdapter
+    if isinstance(adapter, _core.QuantizedAdapter):
+        from microlora.quantized import QuantizedAdapter
+
+        value = QuantizedAdapter(adapter)
+    else:
+        value = Adapter(adapter)
     # Settings and metadata of ours are read now, so that a file that lies about itself is refused here.
     try:
         _ = value.config_json and value.config, value.metadata
     except ConfigError as e:
         raise FormatError(f"{os.fspath(path)}: {e}") from e
     return value
+
+
+def load_plain(path: PathLike, **options: Any) -> Adapter:
+    """:func:`load` where plain weights are needed.
+
+    Raises:
+        UnsupportedVariantError: The file holds a quantised adapter.
+    """
+    value = load(path, **options)
+    if isinstance(value, Adapter):
+        return value
+    raise UnsupportedVariantError(
+        f"{os.fspath(path)}: a quantised adapter, expected plain weights: "
+        "microlora.load(path).dequantize() gives them"
+    )

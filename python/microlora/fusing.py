@@ -11,7 +11,7 @@ import microlora._core as _core
 from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DTypeError
-from microlora.files import PathLike, load
+from microlora.files import PathLike, load_plain
 from microlora.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _adapter(adapter: Adapter | MicroLoRA | PathLike) -> _core.Adapter:
     if isinstance(adapter, _core.Adapter):
         return adapter
     if isinstance(adapter, str | os.PathLike):
-        return load(adapter)
+        return load_plain(adapter)
     raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter, a MicroLoRA or a path")
 
 

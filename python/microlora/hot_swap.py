@@ -238,7 +238,7 @@ class HotSwapManager(_core.HotSwap):
         def work() -> Adapter:
             if cancel is not None:
                 cancel.raise_if_cancelled("preparing the standby")
-            value = files.load(source) if taken is None else taken  # type: ignore[arg-type]
+            value = files.load_plain(source) if taken is None else taken  # type: ignore[arg-type]
             self._check(value, reshape, progress, cancel)
             if validate is not None and validate(value) is False:
                 raise SwapError("validate: returned False for the adapter", generation=self.generation)

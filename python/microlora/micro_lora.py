@@ -148,7 +148,7 @@ class MicroLoRA(_core.MicroLora):
             device: See the class.
             **options: ``mmap`` and ``strict`` of :func:`microlora.load`.
         """
-        return cls(files.load(path, **options), seed=seed, device=device)
+        return cls(files.load_plain(path, **options), seed=seed, device=device)
 
     def export_weights(self) -> bytes:
         """The present weights as bytes: our single-file format."""

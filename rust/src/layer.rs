@@ -1,18 +1,10 @@
 //! One LoRA layer: two factors and a scaling. Immutable for readers; the learner edits a copy of its own.
 
-use std::sync::Arc;
-
-use rayon::ThreadPool;
-use rayon::prelude::*;
-
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::factor::{Factor, SharedFactor};
 use crate::kernels::Kernels;
-use crate::parallel;
-
-/// Ranks up to this need no heap for the bottleneck `u`.
-const STACK_RANK: usize = 64;
+use crate::low_rank::LowRank;
 
 /// `dY = s (x A) B`, with A as `rank` rows of `in_features` and B as `rank` rows of `out_features`.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,10 +19,20 @@ pub struct Layer {
     pub rslora: bool,
 }
 
-/// Runs `f` on a zeroed scratch of `n` floats, on the stack for usual ranks.
-#[inline]
-fn with_scratch<R>(n: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    if n <= STACK_RANK { f(&mut [0.0; STACK_RANK][..n]) } else { f(&mut vec![0.0; n]) }
+impl LowRank for Layer {
+    type Half = Factor;
+    #[inline]
+    fn half_a(&self) -> &Factor {
+        &self.a
+    }
+    #[inline]
+    fn half_b(&self) -> &Factor {
+        &self.b
+    }
+    #[inline]
+    fn scaling(&self) -> f32 {
+        self.scaling()
+    }
 }
 
 impl Layer {
@@ -97,46 +99,24 @@ impl Layer {
         self.a.memory_bytes() + self.b.memory_bytes()
     }
 
-    /// `y = dY(x)`, or `y += dY(x)` when `add`.
+    /// See [`LowRank::forward`].
     ///
     /// # Errors
-    /// Wrong lengths; NaN or infinity in `x` (seen on the bottleneck `u`, so `y` is still untouched).
+    /// Wrong lengths; NaN or infinity in `x`, with `y` untouched.
     #[inline]
     pub fn forward(&self, k: &Kernels, x: &[f32], y: &mut [f32], add: bool) -> Result<()> {
-        self.check("x", x.len(), self.in_features())?;
-        self.check("out", y.len(), self.out_features())?;
-        self.b.prefetch();
-        let s = self.scaling();
-        with_scratch(self.rank(), |u| {
-            self.a.dots(k, x, u);
-            let mut bad = false;
-            for u in u.iter_mut() {
-                *u *= s;
-                bad |= !u.is_finite();
-            }
-            if bad {
-                return Err(Error::non_finite("x"));
-            }
-            self.b.combine(k, u, y, add);
-            Ok(())
-        })
+        LowRank::forward(self, k, x, y, add)
     }
 
-    /// `forward` for `(rows, in)` to `(rows, out)`, both row-major and contiguous.
+    /// See [`LowRank::forward_rows`].
     ///
     /// # Errors
     /// As [`Layer::forward`]; on a non-finite row nothing of `y` is written.
     pub fn forward_rows(&self, k: &Kernels, x: &[f32], y: &mut [f32], add: bool) -> Result<()> {
-        let rows = x.len() / self.in_features();
-        self.check("x", x.len(), rows * self.in_features())?;
-        self.check("out", y.len(), rows * self.out_features())?;
-        let mut u = vec![0.0; rows * self.rank()];
-        self.down_rows(k, x, &mut u, 0)?;
-        self.up_rows(k, &u, y, add);
-        Ok(())
+        LowRank::forward_rows(self, k, x, y, add)
     }
 
-    /// First half of a batch: `u = s x A`, `(rows, rank)`; `first` is the number of the first row, for errors.
+    /// See [`LowRank::down_rows`].
     ///
     /// # Errors
     /// A row whose bottleneck is not finite.
@@ -144,46 +124,15 @@ impl Layer {
     /// # Panics
     /// When lengths do not fit.
     pub fn down_rows(&self, k: &Kernels, x: &[f32], u: &mut [f32], first: usize) -> Result<()> {
-        let (n_in, rank, s) = (self.in_features(), self.rank(), self.scaling());
-        match self.threads(x.len() / n_in) {
-            None => self.a.dots_batch(k, x, u, s),
-            Some((pool, block)) => pool.install(|| {
-                let parts = u.par_chunks_mut(block * rank).zip(x.par_chunks(block * n_in));
-                parts.for_each(|(u, x)| self.a.dots_batch(k, x, u, s));
-            }),
-        }
-        if k.all_finite(u) {
-            return Ok(());
-        }
-        let row = first + u.iter().position(|v| !v.is_finite()).unwrap_or(0) / rank;
-        Err(Error::NonFinite { arg: "x".into(), detail: format!(" in row {row}") })
+        LowRank::down_rows(self, k, x, u, first)
     }
 
-    /// Second half of a batch: `y = u B`, or `y += u B`.
+    /// See [`LowRank::up_rows`].
     ///
     /// # Panics
     /// When lengths do not fit.
     pub fn up_rows(&self, k: &Kernels, u: &[f32], y: &mut [f32], add: bool) {
-        let (n_out, rank) = (self.out_features(), self.rank());
-        match self.threads(u.len() / rank) {
-            None => self.b.combine_batch(k, u, y, add),
-            Some((pool, block)) => pool.install(|| {
-                let parts = y.par_chunks_mut(block * n_out).zip(u.par_chunks(block * rank));
-                parts.for_each(|(y, u)| self.b.combine_batch(k, u, y, add));
-            }),
-        }
-    }
-
-    /// The pool for a batch, with rows per thread: whole blocks of the batch kernels (6 rows).
-    fn threads(&self, rows: usize) -> Option<(Arc<ThreadPool>, usize)> {
-        let pool = parallel::pool_for(rows * self.param_count())?;
-        let block = rows.div_ceil(pool.current_num_threads()).next_multiple_of(6);
-        Some((pool, block))
-    }
-
-    #[inline]
-    fn check(&self, arg: &str, got: usize, want: usize) -> Result<()> {
-        if got == want { Ok(()) } else { Err(Error::shape(arg, format!("({got},)"), format!("({want},)"))) }
+        LowRank::up_rows(self, k, u, y, add);
     }
 
     /// `w += sign * delta`, for `w` row-major `(out_features, in_features)`.

@@ -2,6 +2,8 @@
 
 mod disk;
 mod entry;
+mod gguf;
+mod gguf_support;
 mod hostile;
 mod peft_dir;
 mod refusals;

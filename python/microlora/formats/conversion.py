@@ -11,6 +11,8 @@ from typing import Any
 import microlora._core as _core
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
+from microlora.formats import gguf
+from microlora.formats.base_config import read_base_config
 from microlora.formats.file import AdapterFile, PathLike, check_allow
 from microlora.progress import CancelToken, Progress
 
@@ -24,10 +26,16 @@ class Options:
     Attributes:
         base_config: The base model's ``config.json`` as a mapping (head counts, architecture).
         allow: Losses that the caller accepts.
+        dtype: Element type to write; None for the format's default.
+        progress: Called between modules.
+        cancel: Stops between modules.
     """
 
     base_config: Mapping[str, Any] | None = None
     allow: tuple[str, ...] = ()
+    dtype: str | None = None
+    progress: Progress | None = None
+    cancel: CancelToken | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,13 @@ class Writer:
         name: Public name of the format.
         losses: What the format cannot hold of a file: ``{kind: where}``.
         write: Writes; returns notes.
+        dtypes: Element types that can be asked for; none where tensors are written as they are.
     """
 
     name: str
     losses: Callable[[AdapterFile, Options], dict[str, str]]
     write: Callable[[AdapterFile, Path, Options], list[str]]
+    dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ WRITERS: dict[str, Writer] = {
     for row in (
         Writer("safetensors", _variants, _single),
         Writer("peft", _variants, _peft),
+        Writer("gguf", gguf.losses, gguf.write, gguf.DTYPES),
     )
 }
 
@@ -98,6 +109,8 @@ def convert(
     base_config: Mapping[str, Any] | PathLike | None = None,
     allow: Sequence[str] = (),
     overwrite: bool = False,
+    dtype: str | None = None,
+    names: str | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
     progress: Progress | None = None,
@@ -113,6 +126,10 @@ def convert(
             architecture and head counts.
         allow: Losses that are accepted by name, such as ``"drop:dora"``.
         overwrite: Replace what lies at ``dst``.
+        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are), ``"f32"``, ``"f16"``,
+            ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"`` (blocks where a
+            row is a whole number of them, f16 elsewhere). Other formats keep every tensor's type.
+        names: As for :meth:`AdapterFile.read`.
         alpha: Scaling numerator, for sources that carry none.
         orientation: As for :meth:`AdapterFile.read`.
         progress: Called with modules done and in all.
@@ -124,19 +141,31 @@ def convert(
     Raises:
         UnsupportedVariantError: The format cannot hold what the file has; the message has the names to allow.
         DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
-        ConfigError: An unknown format, or ``base_config`` is needed and missing.
+        ConfigError: An unknown format or dtype, or ``base_config`` is needed and missing.
+        MissingExtraError: GGUF names need the gguf package.
+        ShapeError: A module that does not fit the base.
+        NonFiniteError: A number that ``dtype`` cannot hold.
+        CancelledError: ``cancel`` was set.
         FormatError: The source is broken.
         OSError: The system refused; what was at ``dst`` is left whole.
     """
     writer = WRITERS.get(format)
     if writer is None:
         raise ConfigError(f"format: got {format!r}, expected one of {', '.join(sorted(WRITERS))}")
-    options = Options(base_config=read_base_config(base_config), allow=tuple(check_allow(allow)))
+    if dtype is not None and dtype not in writer.dtypes:
+        want = f"one of {', '.join(writer.dtypes)}" if writer.dtypes else f"None ({format} keeps every type)"
+        raise ConfigError(f"dtype: got {dtype!r}, expected {want}")
+    config = read_base_config(base_config)
+    options = Options(config, tuple(check_allow(allow)), dtype, progress, cancel)
     target = Path(dst)
     if target.exists() and not overwrite:
         raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
     file = read_source(src, alpha=alpha, orientation=orientation)
+    if names is not None or (config is not None and gguf.has_own_names(file)):
+        file = AdapterFile.wrap(gguf.named(file, config, names))
     losses = writer.losses(file, options)
+    if format != "gguf":
+        losses |= gguf.unplaced(file)
     left = {kind: at for kind, at in losses.items() if f"drop:{kind}" not in options.allow}
     if left:
         names = ", ".join(f'"drop:{kind}"' for kind in left)
@@ -166,28 +195,3 @@ def read_source(
     if isinstance(src, Adapter):
         return AdapterFile.from_adapter(src)
     return AdapterFile.read(src, alpha=alpha, orientation=orientation)
-
-
-def read_base_config(config: Mapping[str, Any] | PathLike | None) -> Mapping[str, Any] | None:
-    """A base model's configuration from its path (file, or the model's directory) or as it is.
-
-    Raises:
-        FormatError: Not JSON, or not an object.
-        OSError: It cannot be read.
-    """
-    if config is None or isinstance(config, Mapping):
-        return config
-    import json
-
-    from microlora.exceptions import FormatError
-
-    path = Path(config)
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FormatError(f"{path}: base_config is not JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: base_config is {type(value).__name__}, expected an object")
-    return value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import microlora._core as _core
 from microlora.adapter import Adapter
@@ -87,6 +87,8 @@ class AdapterFile(_core.AdapterFile):
         limits: Limits | None = None,
         alpha: float | None = None,
         orientation: str | None = None,
+        base_config: Mapping[str, Any] | PathLike | None = None,
+        names: str | None = None,
     ) -> AdapterFile:
         """Reads any format that :func:`microlora.load` knows, variants that are not run included.
 
@@ -98,22 +100,34 @@ class AdapterFile(_core.AdapterFile):
             alpha: Scaling numerator, for formats that carry none.
             orientation: ``"rank_first"`` (A (rank, in), as PEFT) or ``"rank_last"`` (A (in, rank), as MLX),
                 for flat files whose shapes do not say.
+            base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which
+                gives the model's own module names and row order back (needs the gguf package).
+            names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
 
         Raises:
-            FormatError: The file is broken, ambiguous, beyond the limits or of no known format.
+            FormatError: The file is broken, ambiguous, beyond the limits, of no known format, or of another
+                architecture than ``base_config``.
+            ConfigError: ``base_config`` or ``names`` for a file of another format than GGUF.
             UnsupportedVariantError: A pickle, or a kind that cannot even be kept.
             OSError: The file cannot be read.
         """
         bounds = (limits or Limits()).as_tuple()
-        return cls._wrap(_core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation))
+        file = _core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+        if base_config is not None or names is not None:
+            from microlora.formats.base_config import read_base_config
+            from microlora.formats.gguf import named
+
+            file = named(file, read_base_config(base_config), names)
+        return cls.wrap(file)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> AdapterFile:
         """An adapter as a file would hold it."""
-        return cls._wrap(_core.AdapterFile.of(adapter))
+        return cls.wrap(_core.AdapterFile.of(adapter))
 
     @classmethod
-    def _wrap(cls, inner: _core.AdapterFile) -> AdapterFile:
+    def wrap(cls, inner: _core.AdapterFile) -> AdapterFile:
+        """What the core read, shared."""
         return cls(inner)
 
     @property

@@ -12,7 +12,7 @@ import microlora._core as _core
 from microlora._checks import text, wrong
 from microlora.adapter import Adapter, config_of
 from microlora.exceptions import ConfigError, DTypeError, ShapeError
-from microlora.files import load
+from microlora.files import load_plain
 from microlora.metadata import AdapterMetadata, utc_now
 from microlora.micro_lora import MicroLoRA
 
@@ -38,7 +38,7 @@ def as_adapter(name: str, source: object) -> Adapter:
     if isinstance(source, _core.Adapter):
         return Adapter(source)
     if isinstance(source, str | os.PathLike):
-        return load(source)
+        return load_plain(source)
     raise DTypeError(f"{name}: got {type(source).__name__}, expected an Adapter, a MicroLoRA or a path")
 
 

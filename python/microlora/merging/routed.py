@@ -23,7 +23,7 @@ from microlora.exceptions import (
     ShapeError,
     UnknownModuleError,
 )
-from microlora.files import load
+from microlora.files import load_plain
 from microlora.merging.parents import Parents, Source, listed
 from microlora.merging.router import CentroidRouter, Router
 from microlora.micro_lora import MicroLoRA
@@ -214,7 +214,7 @@ class RoutedEnsemble:
             ):
                 raise wrong("members", files, "names of files in the directory")
             router = CentroidRouter.from_dict(values.get("router", {}))
-            return cls([load(folder / file) for file in files], router)
+            return cls([load_plain(folder / file) for file in files], router)
         except (ConfigError, ShapeError, NonFiniteError) as e:
             raise FormatError(f"{folder / FILE}: {e}") from e
 

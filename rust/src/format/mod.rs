@@ -6,10 +6,12 @@
 pub(crate) mod atomic;
 pub(crate) mod container;
 mod fingerprint;
+pub mod gguf;
 pub(crate) mod json;
 mod limits;
 pub(crate) mod pattern;
 pub mod peft;
+mod quantized;
 pub(crate) mod scan;
 pub(crate) mod shards;
 mod single;
@@ -22,14 +24,16 @@ use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
 pub use limits::Limits;
-
 pub use peft::{PeftOptions, save_peft};
+pub use quantized::{Along, FactorParts, QUANTIZED_VERSION, QuantModuleParts};
+pub use quantized::{quantized_from_bytes, quantized_to_bytes, save_quantized};
 pub use single::{FORMAT, FORMAT_VERSION, from_bytes, save_single, to_bytes};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
-use crate::error::{Error, Result};
 pub(crate) use fingerprint::{Digests, fingerprint};
+
+use crate::error::{Error, Result};
 use json::show;
 
 /// What kind of layer a pair of factors adapts, which says how its tensors lie.
@@ -146,6 +150,8 @@ pub struct Loaded {
     pub format: &'static str,
     /// The content.
     pub parts: AdapterParts,
+    /// Modules of a quantised adapter, whose `parts` then have none (of GGUF the same ones, expanded).
+    pub quantized: Option<Vec<QuantModuleParts>>,
     /// What is not plain LoRA on linear layers; an adapter without it is another one.
     pub variants: Vec<Variant>,
     /// Tensors and settings that nothing uses (empty when strict).
@@ -170,6 +176,7 @@ pub fn read(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 /// Those of [`read`], and the first variant.
 pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
     let loaded = read(path, opts)?;
+    loaded.check_plain(&path.display().to_string())?;
     loaded.check_runs(&path.display().to_string(), &[])?;
     Ok(loaded)
 }
@@ -182,6 +189,20 @@ impl Loaded {
     pub fn fingerprint(&self) -> Result<String> {
         let modules = self.parts.modules.iter().map(|m| (m.path.as_str(), m));
         fingerprint(modules, &self.parts.extra, &mut Digests::default())
+    }
+
+    /// Refuses a quantised adapter where plain weights are wanted.
+    ///
+    /// # Errors
+    /// A file of version 2.
+    pub fn check_plain(&self, file: &str) -> Result<()> {
+        match self.quantized {
+            None => Ok(()),
+            Some(_) => Err(Error::unsupported(
+                file,
+                "a quantised adapter, expected plain weights: microlora.load(path).dequantize() gives them",
+            )),
+        }
     }
 
     /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).
@@ -253,6 +274,20 @@ fn check_factors(a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result
     Ok(rank)
 }
 
+/// A path must be a name that did not come before, its alpha finite.
+fn check_name<'a>(path: &'a str, alpha: f64, seen: &mut HashSet<&'a str>) -> Result<()> {
+    if path.is_empty() || path.chars().any(char::is_control) {
+        return Err(Error::config("module path", show(path), "a name without control characters"));
+    }
+    if !seen.insert(path) {
+        return Err(Error::config("modules", format!("{} twice", show(path)), "each module once"));
+    }
+    if !alpha.is_finite() {
+        return Err(Error::config(format!("{path}.alpha"), alpha, "a finite number"));
+    }
+    Ok(())
+}
+
 impl AdapterParts {
     /// Checks what a writer relies on; errors name the module.
     pub(crate) fn check(&self) -> Result<()> {
@@ -290,18 +325,7 @@ impl AdapterParts {
     /// Paths must be names, each once, and alphas finite.
     fn check_names(&self) -> Result<()> {
         let mut seen = HashSet::new();
-        for m in &self.modules {
-            if m.path.is_empty() || m.path.chars().any(char::is_control) {
-                return Err(Error::config("module path", show(&m.path), "a name without control characters"));
-            }
-            if !seen.insert(m.path.as_str()) {
-                return Err(Error::config("modules", format!("{} twice", show(&m.path)), "each module once"));
-            }
-            if !m.alpha.is_finite() {
-                return Err(Error::config(format!("{}.alpha", m.path), m.alpha, "a finite number"));
-            }
-        }
-        Ok(())
+        self.modules.iter().try_for_each(|m| check_name(&m.path, m.alpha, &mut seen))
     }
 
     /// The JSON texts must be objects.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::container::{self, Container, Layout};
 use super::fingerprint::UNKNOWN;
 use super::json::{StringMap, show, show_list};
+use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 
 /// The header's `format`.
 pub const FORMAT: &str = "microlora";
-/// The header's `format_version`; a newer one is refused.
+/// The header's `format_version` of a plain adapter; 2 is a quantised one, a newer one is refused.
 pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
 /// Of a file, not of bytes in memory: these stand for the adapter in comparisons.
@@ -57,13 +58,20 @@ pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
 
 /// Reads what [`to_bytes`] or [`save_single`] wrote.
 pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
+    let loaded = any_from_bytes(bytes, &LoadOptions { strict, ..LoadOptions::default() })?;
+    loaded.check_plain("bytes")?;
+    Ok(loaded)
+}
+
+/// Reads the bytes of a file of either version.
+pub(super) fn any_from_bytes(bytes: &[u8], opts: &LoadOptions) -> Result<Loaded> {
     let file = "bytes";
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
     let container = container::parse(&Bytes::from(bytes.to_vec()), file)?;
     if !is_ours(&container) {
         return Err(Error::format(file, "safetensors, but not written by microlora"));
     }
-    from_container(container, file, strict)
+    from_container(container, file, opts)
 }
 
 fn lay_out<'a>(parts: &'a AdapterParts, sha256: Option<String>, file: &str) -> Result<Layout<'a>> {
@@ -80,12 +88,34 @@ fn lay_out<'a>(parts: &'a AdapterParts, sha256: Option<String>, file: &str) -> R
             use_rslora: m.use_rslora,
         });
     }
-    tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
     let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
+    let modules = serde_json::to_string(&entries).map_err(to_json)?;
+    lay_out_parts(parts, FORMAT_VERSION, tensors, modules, sha256, file)
+}
+
+/// Lays out a file of version 2: its modules' tensors, and their header entry.
+pub(super) fn lay_out_with<'a>(
+    rest: &'a AdapterParts,
+    tensors: Vec<(String, &'a Tensor)>,
+    modules: String,
+    file: &str,
+) -> Result<Layout<'a>> {
+    lay_out_parts(rest, QUANTIZED_VERSION, tensors, modules, None, file)
+}
+
+fn lay_out_parts<'a>(
+    parts: &'a AdapterParts,
+    version: u32,
+    mut tensors: Vec<(String, &'a Tensor)>,
+    modules: String,
+    sha256: Option<String>,
+    file: &str,
+) -> Result<Layout<'a>> {
+    tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
     let mut metadata = BTreeMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
-        ("format_version".to_owned(), FORMAT_VERSION.to_string()),
-        ("modules".to_owned(), serde_json::to_string(&entries).map_err(to_json)?),
+        ("format_version".to_owned(), version.to_string()),
+        ("modules".to_owned(), modules),
     ]);
     let optional = [
         ("config", parts.config_json.clone()),
@@ -105,7 +135,7 @@ pub(super) fn knows(source: &Source) -> bool {
 
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let Content::Safetensors(container) = source.content else { return Err(source.unknown()) };
-    from_container(container, &source.file, opts.strict)
+    from_container(container, &source.file, opts)
 }
 
 /// True for a file that says it is ours, whatever its version.
@@ -113,14 +143,12 @@ pub(super) fn is_ours(container: &Container) -> bool {
     container.metadata.get("format").is_some_and(|f| f == FORMAT)
 }
 
-pub(super) fn from_container(container: Container, file: &str, strict: bool) -> Result<Loaded> {
+pub(super) fn from_container(container: Container, file: &str, opts: &LoadOptions) -> Result<Loaded> {
     let wrong = |reason: String| Error::format(file, reason);
     let Container { metadata: mut header, tensors } = container;
     header.remove("format");
-    check_version(header.remove("format_version"), file)?;
+    let version = check_version(header.remove("format_version"), file)?;
     let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
-    let entries: Vec<ModuleEntry> =
-        serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
     let weights_sha256 = header.remove(WEIGHTS_SHA256);
     let other = match header.remove("header") {
         Some(text) => {
@@ -138,14 +166,21 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
         header: other,
     };
     if let Some(key) = header.keys().next() {
-        return Err(wrong(format!("header: unknown entry {} in version {FORMAT_VERSION}", show(key))));
+        return Err(wrong(format!("header: unknown entry {} in version {version}", show(key))));
     }
     let mut by_name: HashMap<String, Tensor> = HashMap::with_capacity(tensors.len());
     let order: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
     by_name.extend(tensors.into_iter().map(|t| (t.name.clone(), t)));
-    for entry in entries {
-        parts.modules.push(module(entry, &mut by_name, file)?);
-    }
+    let quantized = if version == QUANTIZED_VERSION {
+        Some(quantized::modules(&text, &mut by_name, &opts.limits, file)?)
+    } else {
+        let entries: Vec<ModuleEntry> =
+            serde_json::from_str(&text).map_err(|e| wrong(format!("header: modules: {e}")))?;
+        for entry in entries {
+            parts.modules.push(module(entry, &mut by_name, file)?);
+        }
+        None
+    };
     let mut unused = Vec::new();
     for key in order {
         let Some(mut tensor) = by_name.remove(&key) else { continue };
@@ -155,7 +190,7 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
         }
         parts.extra.push(tensor);
     }
-    if strict && !unused.is_empty() {
+    if opts.strict && !unused.is_empty() {
         let reason =
             format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
         return Err(wrong(reason));
@@ -163,21 +198,24 @@ pub(super) fn from_container(container: Container, file: &str, strict: bool) -> 
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { format: "safetensors", parts, unused, weights_sha256, ..Loaded::default() })
+    Ok(Loaded { format: "safetensors", parts, quantized, unused, weights_sha256, ..Loaded::default() })
 }
 
-fn check_version(version: Option<String>, file: &str) -> Result<()> {
+fn check_version(version: Option<String>, file: &str) -> Result<u32> {
     let Some(text) = version else { return Err(Error::format(file, "header: no `format_version`")) };
     match text.parse::<u32>() {
-        Ok(FORMAT_VERSION) => Ok(()),
-        Ok(n) if n > FORMAT_VERSION => {
+        Ok(n @ (FORMAT_VERSION | QUANTIZED_VERSION)) => Ok(n),
+        Ok(n) if n > QUANTIZED_VERSION => {
             let reason =
-                format!("format version {n}, this build reads up to {FORMAT_VERSION}; upgrade microlora");
+                format!("format version {n}, this build reads up to {QUANTIZED_VERSION}; upgrade microlora");
             Err(Error::unsupported(file, reason))
         }
         _ => Err(Error::format(
             file,
-            format!("header: format_version {}, expected {FORMAT_VERSION}", show(&text)),
+            format!(
+                "header: format_version {}, expected {FORMAT_VERSION} or {QUANTIZED_VERSION}",
+                show(&text)
+            ),
         )),
     }
 }

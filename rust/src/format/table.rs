@@ -2,7 +2,7 @@
 
 use super::json::show;
 use super::source::{Content, Source};
-use super::{LoadOptions, Loaded, peft, single};
+use super::{LoadOptions, Loaded, gguf, peft, single};
 use crate::error::{Error, Result};
 
 /// One format.
@@ -19,7 +19,7 @@ pub struct Row {
 }
 
 /// All formats. A new one is one file and one row here.
-pub static FORMATS: [Row; 2] = [
+pub static FORMATS: [Row; 3] = [
     Row {
         name: "safetensors",
         known_by: "safetensors with `format` = `microlora` in its header",
@@ -33,6 +33,13 @@ pub static FORMATS: [Row; 2] = [
         knows: peft::knows,
         is_key: Some(peft::is_key),
         read: peft::read,
+    },
+    Row {
+        name: "gguf",
+        known_by: "`GGUF` as its first four bytes",
+        knows: gguf::knows,
+        is_key: None,
+        read: gguf::read,
     },
 ];
 

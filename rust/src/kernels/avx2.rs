@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::vector::{Eight, Vector};
+use super::vector::{Bytes32, Eight, Vector};
 
 /// Eight lanes in a `ymm` register.
 #[derive(Clone, Copy)]
@@ -40,6 +40,7 @@ unsafe fn quads(v: [Ymm; 4]) -> __m256 {
 unsafe impl Vector for Ymm {
     const W: usize = 8;
     type Wide = Ymm2;
+    type Bytes = Y8;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: AVX2 is present, by contract; so in every method below.
@@ -64,6 +65,29 @@ unsafe impl Vector for Ymm {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: 8 readable bytes, by contract.
+        Ymm(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn widen(b: Y8, i: usize) -> Self {
+        // SAFETY: by contract; registers only.
+        unsafe {
+            let half = if i < 2 { _mm256_castsi256_si128(b.0) } else { _mm256_extracti128_si256::<1>(b.0) };
+            let part = if i % 2 == 0 { half } else { _mm_unpackhi_epi64(half, half) };
+            Ymm(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn halves(p: *const u8) -> [f32; 8] {
+        // SAFETY: 16 readable bytes, by contract; the array is 32 bytes wide.
+        unsafe {
+            let mut out = [0.0; 8];
+            Self::load_f16(p.cast()).store(out.as_mut_ptr());
+            out
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: 8 writable elements, by contract.
         unsafe { _mm256_storeu_ps(p, self.0) }
@@ -82,6 +106,11 @@ unsafe impl Vector for Ymm {
     unsafe fn sub(self, b: Self) -> Self {
         // SAFETY: by contract.
         Ymm(unsafe { _mm256_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: by contract.
+        Ymm(unsafe { _mm256_mul_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
@@ -170,6 +199,56 @@ unsafe impl Eight for Ymm2 {
             _mm256_storeu_pd(out.as_mut_ptr().add(4), self.1);
             out
         }
+    }
+}
+
+/// Thirty-two bytes in a `ymm` register.
+#[derive(Clone, Copy)]
+pub(crate) struct Y8(pub(super) __m256i);
+
+// SAFETY: unaligned loads of as many bytes as the trait says; the tables are handed out only after detection.
+unsafe impl Bytes32 for Y8 {
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
+        // SAFETY: 32 readable bytes and AVX2, by contract; so in every method below.
+        Y8(unsafe { _mm256_loadu_si256(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(p: *const u8) -> Self {
+        // SAFETY: 16 readable bytes, by contract.
+        unsafe {
+            let b = _mm_loadu_si128(p.cast());
+            Y8(_mm256_set_m128i(_mm_srli_epi16::<4>(b), b)).down::<0>(15)
+        }
+    }
+    #[inline(always)]
+    unsafe fn down<const N: i32>(self, mask: u8) -> Self {
+        // SAFETY: by contract. Shifted in pairs of bytes: what came from the neighbour is masked off.
+        Y8(unsafe { _mm256_and_si256(_mm256_srli_epi16::<N>(self.0), _mm256_set1_epi8(mask as i8)) })
+    }
+    #[inline(always)]
+    unsafe fn up<const N: i32>(self, mask: u8) -> Self {
+        // SAFETY: as `down`.
+        Y8(unsafe { _mm256_and_si256(_mm256_slli_epi16::<N>(self.0), _mm256_set1_epi8(mask as i8)) })
+    }
+    #[inline(always)]
+    unsafe fn pick(self, mask: u8, value: u8) -> Self {
+        // SAFETY: by contract.
+        unsafe {
+            let bit = _mm256_set1_epi8(mask as i8);
+            let has = _mm256_cmpeq_epi8(_mm256_and_si256(self.0, bit), bit);
+            Y8(_mm256_and_si256(has, _mm256_set1_epi8(value as i8)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(self, b: Self) -> Self {
+        // SAFETY: by contract.
+        Y8(unsafe { _mm256_or_si256(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn minus(self, v: u8) -> Self {
+        // SAFETY: by contract.
+        Y8(unsafe { _mm256_sub_epi8(self.0, _mm256_set1_epi8(v as i8)) })
     }
 }
 

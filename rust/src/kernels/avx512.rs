@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::fold256;
+use super::avx2::{Y8, Ymm, fold256};
 use super::vector::{Eight, Vector};
 
 /// Sixteen lanes in a `zmm` register.
@@ -44,6 +44,7 @@ unsafe fn lanes(a: __m512, b: __m512) -> __m512 {
 unsafe impl Vector for Zmm {
     const W: usize = 16;
     type Wide = Zmm64;
+    type Bytes = Y8;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         // SAFETY: AVX-512 is present, by contract; so in every method below.
@@ -68,6 +69,24 @@ unsafe impl Vector for Zmm {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: 16 readable bytes, by contract.
+        Zmm(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
+    }
+    #[inline(always)]
+    unsafe fn widen(b: Y8, i: usize) -> Self {
+        // SAFETY: by contract; registers only.
+        unsafe {
+            let half = if i == 0 { _mm256_castsi256_si128(b.0) } else { _mm256_extracti128_si256::<1>(b.0) };
+            Zmm(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(half)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn halves(p: *const u8) -> [f32; 8] {
+        // SAFETY: 16 readable bytes, by contract; AVX2 and F16C come with this table.
+        unsafe { Ymm::halves(p) }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: 16 writable elements, by contract.
         unsafe { _mm512_storeu_ps(p, self.0) }
@@ -86,6 +105,11 @@ unsafe impl Vector for Zmm {
     unsafe fn sub(self, b: Self) -> Self {
         // SAFETY: by contract.
         Zmm(unsafe { _mm512_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: by contract.
+        Zmm(unsafe { _mm512_mul_ps(self.0, b.0) })
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {

@@ -12,20 +12,20 @@ const CHUNK: usize = 48;
 const WAITING: usize = 2 * GROUP;
 
 /// Partial sums of `M` rows of X against up to [`WAITING`] rows of W.
-type Partial<V, const M: usize> = [[MaybeUninit<V>; WAITING]; M];
+pub(super) type Partial<V, const M: usize> = [[MaybeUninit<V>; WAITING]; M];
 
 /// A stretch of X: `tiles` full tiles of rows that lie `ldx` apart.
 #[derive(Clone, Copy)]
-struct Stretch {
-    x: *const f32,
-    ldx: usize,
-    tiles: usize,
+pub(super) struct Stretch {
+    pub x: *const f32,
+    pub ldx: usize,
+    pub tiles: usize,
 }
 
 /// `acc[m][at + r] (+)= <row r, x_m>` for `M` rows of X and `R` rows of W that start at `w` (rows `TILE`
 /// apart, tiles `stride` apart); starts from zero when `fresh`. With `P` it asks for the next `M` rows of X.
 #[inline(always)]
-unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize, const P: bool>(
+pub(super) unsafe fn dots_block<V: Vector, E: Element, const M: usize, const R: usize, const P: bool>(
     w: *const E,
     stride: usize,
     xs: Stretch,

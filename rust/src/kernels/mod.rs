@@ -1,7 +1,7 @@
 //! All arithmetic that needs `unsafe`: one table of primitives per instruction set, chosen once.
 //!
 //! [`Kernels`] can only be had by detection, so holding one is the proof that its ISA is present. Its safe
-//! methods check lengths; below them bodies are written once ([`single`], [`batch`], [`update`]) and instantiated per ISA.
+//! methods check lengths; below them bodies are written once ([`single`], [`batch`], [`update`], [`quant`]) and instantiated per ISA.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -18,6 +18,10 @@ mod fused;
 mod geometry;
 mod outer;
 mod probe;
+mod quant;
+mod quant_batch;
+mod quant_blocks;
+mod quant_single;
 mod scalar;
 mod select;
 mod single;
@@ -34,6 +38,7 @@ mod avx512;
 pub use elementwise::AdamStep;
 pub use fused::{Product, Weight};
 pub use geometry::Geometry;
+pub use quant::{Anatomy, Packed, ROWS as QUANT_ROWS};
 pub use select::Election;
 
 /// Columns of a tile: the widest vector, and a cache line of f32.
@@ -125,6 +130,7 @@ pub struct Kernels {
     products_of_rows: ProductsOfRows,
     mix_rows: MixRows,
     select: select::Select,
+    quant: quant::Quant,
     probe_read: unsafe fn(&[f32]) -> f32,
     probe_fma: unsafe fn(usize, f32) -> f64,
 }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::vector::{Eight, Vector};
+use super::vector::{Bytes32, Eight, Vector};
 
 /// Eight lanes as an array.
 #[derive(Clone, Copy)]
@@ -13,6 +13,7 @@ unsafe impl Vector for F32x8 {
     const W: usize = 8;
     const FUSED: bool = false;
     type Wide = F64x8;
+    type Bytes = U8x32;
     #[inline(always)]
     unsafe fn splat(v: f32) -> Self {
         F32x8([v; 8])
@@ -33,6 +34,20 @@ unsafe impl Vector for F32x8 {
         F32x8(unsafe { p.cast::<[u16; 8]>().read_unaligned() }.map(|b| bf16::from_bits(b).to_f32_const()))
     }
     #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: 8 readable bytes, by contract.
+        F32x8(unsafe { p.cast::<[i8; 8]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn widen(b: U8x32, i: usize) -> Self {
+        F32x8(std::array::from_fn(|l| f32::from(b.0[8 * i + l] as i8)))
+    }
+    #[inline(always)]
+    unsafe fn halves(p: *const u8) -> [f32; 8] {
+        // SAFETY: 16 readable bytes, by contract.
+        unsafe { Self::load_f16(p.cast()).0 }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: 8 writable elements, by contract.
         unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0) }
@@ -49,6 +64,10 @@ unsafe impl Vector for F32x8 {
     #[inline(always)]
     unsafe fn sub(self, b: Self) -> Self {
         F32x8(std::array::from_fn(|i| self.0[i] - b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        F32x8(std::array::from_fn(|i| self.0[i] * b.0[i]))
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
@@ -106,6 +125,45 @@ unsafe impl Eight for F64x8 {
     #[inline(always)]
     unsafe fn lanes(self) -> [f64; 8] {
         self.0
+    }
+}
+
+/// Thirty-two bytes as an array.
+#[derive(Clone, Copy)]
+pub(crate) struct U8x32([u8; 32]);
+
+// SAFETY: plain loads of as many bytes as the trait asks of the caller; no ISA is needed.
+unsafe impl Bytes32 for U8x32 {
+    #[inline(always)]
+    unsafe fn load(p: *const u8) -> Self {
+        // SAFETY: 32 readable bytes, by contract.
+        U8x32(unsafe { p.cast::<[u8; 32]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(p: *const u8) -> Self {
+        // SAFETY: 16 readable bytes, by contract.
+        let b = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        U8x32(std::array::from_fn(|i| if i < 16 { b[i] & 15 } else { b[i - 16] >> 4 }))
+    }
+    #[inline(always)]
+    unsafe fn down<const N: i32>(self, mask: u8) -> Self {
+        U8x32(self.0.map(|b| b >> N & mask))
+    }
+    #[inline(always)]
+    unsafe fn up<const N: i32>(self, mask: u8) -> Self {
+        U8x32(self.0.map(|b| b << N & mask))
+    }
+    #[inline(always)]
+    unsafe fn pick(self, mask: u8, value: u8) -> Self {
+        U8x32(self.0.map(|b| if b & mask != 0 { value } else { 0 }))
+    }
+    #[inline(always)]
+    unsafe fn or(self, b: Self) -> Self {
+        U8x32(std::array::from_fn(|i| self.0[i] | b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn minus(self, v: u8) -> Self {
+        U8x32(self.0.map(|b| b.wrapping_sub(v)))
     }
 }
 

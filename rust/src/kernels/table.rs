@@ -42,6 +42,7 @@ macro_rules! isa_table {
         super::isa_table!(@reads reads_f16, half::f16, $v, $(#[$attr])*);
         super::isa_table!(@reads reads_bf16, half::bf16, $v, $(#[$attr])*);
         super::select::select_table!($(#[$attr])*);
+        super::quant::quant_table!($v, $(#[$attr])*);
 
         $(#[$attr])*
         unsafe fn rank1(w: *mut f32, g: Geometry, c: *const f32, v: *const f32) {
@@ -150,6 +151,7 @@ macro_rules! isa_table {
             products_of_rows,
             mix_rows,
             select: selection::SELECT,
+            quant: quantised::QUANT,
             probe_read,
             probe_fma,
         };

@@ -16,15 +16,24 @@ pub(crate) unsafe trait Vector: Copy {
     const FUSED: bool = true;
     /// Eight f64 lanes of the same instruction set.
     type Wide: Eight;
+    /// Thirty-two bytes of the same instruction set.
+    type Bytes: Bytes32;
     unsafe fn splat(v: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_f16(p: *const u16) -> Self;
     unsafe fn load_bf16(p: *const u16) -> Self;
+    /// `W` signed bytes.
+    unsafe fn load_i8(p: *const u8) -> Self;
+    /// The `i`-th `W` of 32 signed bytes.
+    unsafe fn widen(b: Self::Bytes, i: usize) -> Self;
+    /// Eight f16 at `p`.
+    unsafe fn halves(p: *const u8) -> [f32; 8];
     unsafe fn store(self, p: *mut f32);
     /// `self * b + c`, fused where the ISA fuses.
     unsafe fn fma(self, b: Self, c: Self) -> Self;
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
     unsafe fn sum(self) -> f32;
     /// Horizontal sums of four, eight or sixteen vectors at once, by transposing additions.
     unsafe fn sum4(v: [Self; 4]) -> [f32; 4];
@@ -87,6 +96,25 @@ pub(crate) unsafe trait Eight: Copy {
         let a = unsafe { self.lanes() };
         ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }
+}
+
+/// Thirty-two bytes in registers: the codes of one part of a block.
+///
+/// # Safety
+/// As [`Vector`]; `load` reads 32 bytes, `load_nibbles` 16.
+#[allow(clippy::missing_safety_doc)]
+pub(crate) unsafe trait Bytes32: Copy {
+    unsafe fn load(p: *const u8) -> Self;
+    /// The low nibbles of 16 bytes, then the high ones.
+    unsafe fn load_nibbles(p: *const u8) -> Self;
+    /// `(self >> N) & mask`; `mask` has no bit that comes from a neighbour.
+    unsafe fn down<const N: i32>(self, mask: u8) -> Self;
+    /// `(self << N) & mask`; as `down`.
+    unsafe fn up<const N: i32>(self, mask: u8) -> Self;
+    /// `value` where `self` has the one bit of `mask`, else 0.
+    unsafe fn pick(self, mask: u8, value: u8) -> Self;
+    unsafe fn or(self, b: Self) -> Self;
+    unsafe fn minus(self, v: u8) -> Self;
 }
 
 /// A stored number that widens to f32 on load.

@@ -92,6 +92,7 @@ impl PyAdapterFile {
         let orientation = orientation_of(orientation)?;
         let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
         let inner = py.detach(|| format::read(&path, &opts))?;
+        inner.check_plain(&path.display().to_string())?;
         Ok(PyAdapterFile { inner, file: path.display().to_string() })
     }
 

@@ -9,6 +9,7 @@ use super::array::{Input, Output, input, new_rows, new_vector, output};
 use super::error::ConfigError;
 use crate::kernels::Kernels;
 use crate::layer::Layer;
+use crate::low_rank::LowRank;
 use crate::micro_lora::MicroLora;
 
 /// Multiply-adds below which releasing the GIL costs more than it gives (about 100 us of work).
@@ -21,16 +22,20 @@ const SHARED_INPUT: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_pro
 
 /// Where a call reads the weights of its module.
 pub(super) trait Weights {
+    /// A version of them.
+    type Layer: LowRank;
     /// The kernels to run.
     fn kernels(&self) -> &'static Kernels;
     /// `dY(x)` of one row.
     fn row(&self, x: &[f32], y: &mut [f32], add: bool) -> crate::Result<()>;
     /// One version for a whole batch, and whether it is to give anything but zeros.
-    fn version(&self) -> (Arc<Layer>, bool);
+    fn version(&self) -> (Arc<Self::Layer>, bool);
 }
 
 /// A module of a learner.
 impl Weights for (&MicroLora, usize) {
+    type Layer = Layer;
+
     fn kernels(&self) -> &'static Kernels {
         self.0.kernels()
     }
@@ -46,7 +51,9 @@ impl Weights for (&MicroLora, usize) {
 }
 
 /// A layer that never changes.
-impl Weights for (&'static Kernels, &Arc<Layer>) {
+impl<L: LowRank> Weights for (&'static Kernels, &Arc<L>) {
+    type Layer = L;
+
     fn kernels(&self) -> &'static Kernels {
         self.0
     }
@@ -56,7 +63,7 @@ impl Weights for (&'static Kernels, &Arc<Layer>) {
         self.1.forward(self.0, x, y, add)
     }
 
-    fn version(&self) -> (Arc<Layer>, bool) {
+    fn version(&self) -> (Arc<L>, bool) {
         (Arc::clone(self.1), true)
     }
 }
@@ -146,10 +153,10 @@ pub(super) fn shared<T>(
 }
 
 /// `{module: dY(x)}` of modules of one version, which must take inputs of one width.
-pub(super) fn forward_all<'py>(
+pub(super) fn forward_all<'py, L: LowRank>(
     py: Python<'py>,
     k: &Kernels,
-    modules: &[(&str, Arc<Layer>)],
+    modules: &[(&str, Arc<L>)],
     enabled: bool,
     x: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
@@ -178,10 +185,10 @@ pub(super) fn forward_all<'py>(
 }
 
 /// All rows on one version of the weights.
-pub(super) fn rows(
+pub(super) fn rows<L: LowRank>(
     py: Python<'_>,
     k: &Kernels,
-    layer: &Arc<Layer>,
+    layer: &Arc<L>,
     enabled: bool,
     x: &[f32],
     y: &mut Output<'_>,

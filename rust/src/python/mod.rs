@@ -20,11 +20,14 @@ mod extract;
 mod feedback;
 mod files;
 mod fuse;
+mod gguf;
 mod handle;
 mod long;
 mod machine;
 mod merge;
 mod micro_lora;
+mod quant;
+mod quantized;
 mod replay_memory;
 mod scan;
 mod sona;
@@ -60,6 +63,8 @@ mod _core {
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]
+    use super::gguf::{gguf_alpha, gguf_interleaves, gguf_keep_names, gguf_translate, save_gguf};
+    #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]
     use super::machine::{
@@ -70,6 +75,10 @@ mod _core {
     use super::merge::{combine, compose, diff, merge_adapters, merge_mask, merge_methods, resize};
     #[pymodule_export]
     use super::micro_lora::PyMicroLora;
+    #[pymodule_export]
+    use super::quant::{block_types, dequantize_blocks, quantize_blocks};
+    #[pymodule_export]
+    use super::quantized::{PyQuantizedAdapter, gguf_adapter, load_any};
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
     #[pymodule_export]

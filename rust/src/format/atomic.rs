@@ -79,7 +79,7 @@ impl Staged {
     ) -> Result<Self> {
         let growing = Growing::new(path)?;
         let mut out = BufWriter::with_capacity(1 << 18, growing.file());
-        let mut write = || {
+        let write = || {
             let (at, text) = fill(&mut out)?;
             out.flush()?;
             let mut file = growing.file();

@@ -32,6 +32,7 @@ from microlora.exceptions import (
     MicroLoraError,
     UnrepairableError,
 )
+from microlora.formats.conversion import WRITERS
 
 CHECK = {c.code: c for c in CHECKS}
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -593,6 +594,22 @@ def test_the_weights_file_of_a_directory_is_the_directory(tmp_path):
     write_peft(tmp_path / "a", times(0))
     one, two = ml.inspect(tmp_path / "a"), ml.inspect(tmp_path / "a" / "adapter_model.safetensors")
     assert one.codes == two.codes == ("zero_layer",)
+
+
+@pytest.mark.parametrize("format", sorted(WRITERS))
+def test_every_format_that_is_written_is_looked_at(format, tmp_path):
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    adapter = ml.load(write_peft(tmp_path / "a"))
+    ml.convert(adapter, tmp_path / "b", format=format, base_config=CONFIG)
+    want, report = ml.inspect(tmp_path / "a"), ml.inspect(tmp_path / "b", base=CONFIG)
+    assert (report.ok, report.format) == (True, format), str(report)
+    norms = [sorted(m.norm_delta for m in r.modules) for r in (want, report)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    assert not {m.path for m in report.modules} - {m.path for m in want.modules}
+    if format not in ("peft", "safetensors"):
+        with pytest.raises(UnrepairableError, match=f"format {format}"):
+            ml.inspect(tmp_path / "b", fix=tmp_path / "c")
 
 
 @pytest.mark.parametrize(

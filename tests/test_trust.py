@@ -114,6 +114,20 @@ def test_layer_paths_are_in_the_hash_that_is_written(tmp_path):
     assert result.fingerprint == ml.fingerprint(tmp_path / "dir") != ml.fingerprint(value)
 
 
+def test_a_quantised_file_is_verified_by_its_bytes(tmp_path):
+    r = np.random.default_rng(0)
+    factors = {"q": (r.standard_normal((4, 64), np.float32), r.standard_normal((64, 4), np.float32))}
+    made = ml.quantize(ml.Adapter.from_factors(factors, alpha=8.0), "q8_0").adapter
+    path = tmp_path / "q.safetensors"
+    ml.save(made, path)
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert ml.verify(path, sha256=whole).checked == ("sha256",)
+    with pytest.raises(FormatError, match="dequantize"):
+        ml.fingerprint(path)
+    report = ml.inspect(path)
+    assert (report.ok, report.format, report.modules[0].rank) == (True, "safetensors", 4)
+
+
 # -- verify ---------------------------------------
 
 

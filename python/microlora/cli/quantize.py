@@ -62,10 +62,9 @@ def run(args: argparse.Namespace) -> int:
         raise DestinationExistsError(f"{args.target}: exists; pass --overwrite to replace it")
     import microlora as ml
 
-    quantize: Any = ml.quantize
     calibration = None if args.calibration is None else calibration_of(args.calibration)
     with progress() as tell:
-        made = quantize(
+        made = ml.quantize(
             args.source, args.type, calibration=calibration, target_error=args.target_error, progress=tell
         )
         ml.save(made.adapter, args.target, "safetensors")

@@ -41,6 +41,7 @@ class Base:
         complete: Whether every module of the model is in ``modules``.
         name: Name that the configuration gives itself.
         widths: Shapes (out, in) by short module name, for models whose paths are not known.
+        config: Its ``config.json``, where there was one.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Base:
     complete: bool = True
     name: str = ""
     widths: Mapping[str, tuple[int, int]] | None = None
+    config: Mapping[str, Any] | None = None
 
 
 def read_base(base: object, limits: Limits) -> Base:
@@ -76,7 +78,7 @@ def read_base(base: object, limits: Limits) -> Base:
         if (path / name).is_file():
             found = _of_file(path / name, limits)
             rest = _of_mapping(config, str(path)) if config else found
-            return Base(found.source, found.modules, rest.layers, True, rest.name)
+            return Base(found.source, found.modules, rest.layers, True, rest.name, config=rest.config)
     if not config:
         raise FormatError(f"{path}: base: no {CONFIG}, {WEIGHTS} or {INDEX} in this directory")
     return _of_mapping(config, str(path / CONFIG))
@@ -156,13 +158,13 @@ def _of_config(config: Mapping[str, Any], source: str) -> Base:
     kind = str(inner.get("model_type") or "")
     widths = _widths(inner) if kind in LLAMA_LIKE else None
     if widths is None or layers is None or inner is not config:
-        return Base(source, {}, layers, False, name, widths)
+        return Base(source, {}, layers, False, name, widths, config)
     modules: dict[str, tuple[int, ...] | None] = {"model.embed_tokens": None, "lm_head": None}
     for layer in range(min(layers, 4096)):
         for short, shape in widths.items():
             part = "self_attn" if short in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             modules[f"model.layers.{layer}.{part}.{short}"] = shape
-    return Base(source, modules, layers, False, name, widths)
+    return Base(source, modules, layers, False, name, widths, config)
 
 
 def _widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int]] | None:

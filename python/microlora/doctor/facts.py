@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import microlora._core as _core
 from microlora._checks import read_json
+from microlora.adapter import Adapter
 from microlora.doctor.base import Base
 from microlora.doctor.names import Key, is_foreign, key_of, ours
 from microlora.exceptions import FormatError, MicroLoraError, UnsupportedVariantError
@@ -161,6 +163,11 @@ class Facts:
             self.file = AdapterFile.read(self.path, limits=self.limits)
         except MicroLoraError as e:
             self.refusal = e
+        if self.file is not None and self.file.format == "gguf" and self.base and self.base.config:
+            # The base's own names, where the package that knows them is there.
+            with contextlib.suppress(MicroLoraError):
+                config = self.base.config
+                self.file = AdapterFile.read(self.path, limits=self.limits, base_config=config)
         if self.folder is not None and (self.folder / CONFIG).exists():
             self._read_config(self.folder / CONFIG)
         if self.weights.is_file() or not self.weights.is_dir():
@@ -186,7 +193,8 @@ class Facts:
         self.kind = "other"
         try:
             loaded = load(self.path, limits=self.limits)
-            self.file = AdapterFile.from_adapter(loaded.dequantize())  # type: ignore[attr-defined]
+            plain = loaded if isinstance(loaded, Adapter) else loaded.dequantize()
+            self.file = AdapterFile.from_adapter(plain)
         except MicroLoraError as e:
             self.file, self.refusal = None, e
         else:
@@ -287,7 +295,7 @@ class Facts:
     def format(self) -> str:
         """Name of the format, as far as it can be told."""
         if self.file is not None:
-            return self.file.format
+            return self.file.format or "safetensors"  # a quantised one was expanded in memory
         return {"peft": "peft", "single": "safetensors"}.get(self.kind, "unknown")
 
     @cached_property

@@ -596,6 +596,23 @@ def test_the_weights_file_of_a_directory_is_the_directory(tmp_path):
     assert one.codes == two.codes == ("zero_layer",)
 
 
+@pytest.mark.parametrize("format", ["gguf", "safetensors"])
+def test_blocks_are_looked_at_as_the_numbers_they_stand_for(format, tmp_path):
+    r = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj"
+    a, b = r.standard_normal((4, 64), np.float32), r.standard_normal((32, 4), np.float32)
+    adapter = ml.Adapter.from_factors({name: (a, b)}, alpha=8.0)
+    if format == "gguf":
+        pytest.importorskip("gguf")
+        config = CONFIG | {"hidden_size": 64, "intermediate_size": 32}
+        ml.convert(adapter, tmp_path / "x", format="gguf", base_config=config, dtype="q8_0")
+    else:
+        ml.save(ml.quantize(adapter, "q8_0").adapter, tmp_path / "x", format="safetensors")
+    report = ml.inspect(tmp_path / "x")
+    assert (report.ok, report.format) == (True, format), str(report)
+    assert report.modules[0].norm_delta == pytest.approx(2 * np.linalg.norm(b @ a), rel=0.02)
+
+
 @pytest.mark.parametrize("format", sorted(WRITERS))
 def test_every_format_that_is_written_is_looked_at(format, tmp_path):
     if format == "gguf":

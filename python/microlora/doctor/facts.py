@@ -134,6 +134,7 @@ class Facts:
         self.file: AdapterFile | None = None
         self.refusal: MicroLoraError | None = None
         self.scan: _core.Scan | None = None
+        self.expanded = "unknown"  # format of a quantised file, which is looked at as plain numbers
         self._open()
         self.damage = self.scan.damage if self.scan is not None else None
         self.header: dict[str, str] = self.scan.header if self.scan is not None else {}
@@ -183,6 +184,8 @@ class Facts:
             self.kind = "single"
             if self.scan.header.get("format_version", "1") != "1":
                 self._scan_quantized()
+        elif self.file is None and self.reader_says_variant and self.scan.damage is not None:
+            self._scan_quantized()
         elif self.file is not None and self.file.format not in ("peft", "safetensors"):
             self._scan_read()
         elif self.folder is not None or any("lora_A" in n or "lora_B" in n for n in names):
@@ -190,7 +193,8 @@ class Facts:
 
     def _scan_quantized(self) -> None:
         """Blocks are looked at as the numbers that they stand for."""
-        self.kind = "other"
+        ours = self.scan is not None and self.scan.header.get("format") == "microlora"
+        self.kind, self.expanded = "other", "safetensors" if ours else "gguf"
         try:
             loaded = load(self.path, limits=self.limits)
             plain = loaded if isinstance(loaded, Adapter) else loaded.dequantize()
@@ -295,7 +299,7 @@ class Facts:
     def format(self) -> str:
         """Name of the format, as far as it can be told."""
         if self.file is not None:
-            return self.file.format or "safetensors"  # a quantised one was expanded in memory
+            return self.file.format or self.expanded
         return {"peft": "peft", "single": "safetensors"}.get(self.kind, "unknown")
 
     @cached_property

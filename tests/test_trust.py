@@ -106,6 +106,17 @@ def test_the_hash_is_of_the_file_and_not_of_the_value(tmp_path):
     assert (tmp_path / "two.safetensors").read_bytes() == first
 
 
+def test_files_of_many_megabytes_are_hashed_too(tmp_path):
+    a = np.arange(16 * 8192, dtype=np.float32).reshape(16, 8192)
+    value = ml.Adapter.from_factors({f"m.{i}": (a + i, a.T - i) for i in range(10)}, alpha=8.0)
+    ml.save(value, tmp_path / "x.safetensors")
+    ml.save(value, tmp_path / "d")
+    assert (tmp_path / "x.safetensors").stat().st_size > 10_000_000
+    for name in ("x.safetensors", "d"):
+        assert ml.verify(tmp_path / name).fingerprint == twin(value)
+    assert ml.load(tmp_path / "x.safetensors") == value
+
+
 def test_layer_paths_are_in_the_hash_that_is_written(tmp_path):
     value = adapter(names=("q_proj",))
     ml.save(value, tmp_path / "dir", layer_paths={"q_proj": ["m.0.q_proj", "m.1.q_proj"]})

@@ -60,6 +60,14 @@ impl Growing {
     }
 }
 
+fn filled(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Growing> {
+    let growing = Growing::new(path)?;
+    let mut out = BufWriter::with_capacity(1 << 18, growing.file());
+    fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
+    drop(out);
+    Ok(growing)
+}
+
 /// A file that is complete and on disk, under a temporary name beside its place. Dropped: deleted.
 pub(crate) struct Staged {
     temp: NamedTempFile,
@@ -69,25 +77,26 @@ pub(crate) struct Staged {
 impl Staged {
     /// Writes and syncs the temporary sibling of `path`.
     pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
-        Self::patched(path, |out| fill(out).map(|()| (0, String::new())))
+        filled(path, fill)?.finish()
     }
 
-    /// [`Staged::new`], and then a text at some place, which is known when the rest is written.
+    /// [`Staged::new`], and then a text at some place, asked for when the rest is written; with `late`, when it
+    /// is on disk, because the text takes as long to be made.
     pub fn patched(
         path: &Path,
-        fill: impl FnOnce(&mut dyn Write) -> io::Result<(u64, String)>,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        at: u64,
+        late: bool,
+        text: impl FnOnce() -> Result<String>,
     ) -> Result<Self> {
-        let growing = Growing::new(path)?;
-        let mut out = BufWriter::with_capacity(1 << 18, growing.file());
-        let write = || {
-            let (at, text) = fill(&mut out)?;
-            out.flush()?;
-            let mut file = growing.file();
-            file.seek(SeekFrom::Start(at))?;
-            file.write_all(text.as_bytes())
-        };
-        write().map_err(|e| Error::io(path, e))?;
-        drop(out);
+        let growing = filled(path, fill)?;
+        if late {
+            growing.file().sync_data().map_err(|e| Error::io(path, e))?;
+        }
+        let text = text()?;
+        let mut file = growing.file();
+        let done = file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(text.as_bytes()));
+        done.map_err(|e| Error::io(path, e))?;
         growing.finish()
     }
 

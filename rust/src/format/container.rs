@@ -7,10 +7,13 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
+use std::path::Path;
+use std::thread;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
+use super::atomic::Staged;
 use super::fingerprint::{Digests, UNKNOWN};
 use super::json::{StringMap, show};
 use super::limits::Limits;
@@ -24,6 +27,8 @@ pub const MAX_TENSORS: usize = 1 << 20;
 /// Most dimensions of one tensor.
 pub const MAX_DIMS: usize = 16;
 const LEN: usize = 8;
+/// Bytes from which hashing takes longer than a thread takes to start, many times over.
+const LARGE: usize = 8 << 20;
 
 /// What a file holds.
 #[derive(Debug, Default)]
@@ -287,23 +292,29 @@ impl Layout<'_> {
         self.header.len() + self.data.iter().map(|d| d.len()).sum::<usize>()
     }
 
-    /// Writes header and data; then `fingerprint` makes a text of the data's hashes, which takes the place of
-    /// [`UNKNOWN`] behind `key` in the header: the result is where, and what.
-    pub fn write_named(
+    /// Writes the file under a temporary name beside `path`, with the fingerprint of its tensors in the place of
+    /// [`UNKNOWN`] behind `key` in the header. A large file is hashed in a thread of its own while it is written.
+    pub fn stage_named(
         &self,
-        out: &mut dyn Write,
+        path: &Path,
         key: &str,
-        fingerprint: impl FnOnce(&mut Digests) -> Result<String>,
-    ) -> io::Result<(u64, String)> {
-        let mut digests = Digests::default();
-        out.write_all(&self.header)?;
-        self.data.iter().try_for_each(|d| digests.write(d, out))?;
+        fingerprint: impl FnOnce(&mut Digests) -> Result<String> + Send,
+    ) -> Result<Staged> {
         // Quotes inside of texts are escaped, so that this stands at one place.
         let mark = format!("\"{key}\":\"{UNKNOWN}\"");
         let at = self.header.windows(mark.len()).position(|w| w == mark.as_bytes());
-        let at = at.ok_or_else(|| io::Error::other("a header without a place for its fingerprint"))?;
-        let text = fingerprint(&mut digests).map_err(io::Error::other)?;
-        Ok(((at + mark.len() - 1 - UNKNOWN.len()) as u64, text))
+        let at = at.map(|at| (at + mark.len() - 1 - UNKNOWN.len()) as u64);
+        let at = at.ok_or_else(|| Error::format(path.display(), "a header without a place for its hash"))?;
+        let whole = |out: &mut dyn Write| self.write_to(out);
+        if self.len() < LARGE {
+            let text = fingerprint(&mut Digests::default())?;
+            return Staged::patched(path, whole, at, false, || Ok(text));
+        }
+        thread::scope(|scope| {
+            let hashing = scope.spawn(|| fingerprint(&mut Digests::default()));
+            let lost = |_| Error::format(path.display(), "the thread that hashes it stopped");
+            Staged::patched(path, whole, at, true, || hashing.join().map_err(lost)?)
+        })
     }
 
     /// Writes header and data.

@@ -27,47 +27,39 @@ const HEAD: &str = "microlora weights 1\n";
 /// What a header says until its tensors are written and their hash is known.
 pub(crate) const UNKNOWN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// SHA-256 of tensors' bytes, by where these are owned.
+/// SHA-256 of tensors' bytes, by where these are owned: a tensor that goes under several names is hashed once.
 #[derive(Default)]
 pub(crate) struct Digests(HashMap<*const Bytes, String>);
 
 impl Digests {
-    /// Writes bytes, and remembers their hash: one pass over what may never lie in memory as a whole.
-    pub fn write(&mut self, bytes: &Bytes, out: &mut dyn Write) -> io::Result<()> {
-        let mut tee = Tee { out, sha: Sha256::new() };
-        bytes.write_to(&mut tee)?;
-        self.0.insert(bytes, hex(&tee.sha.finalize()));
-        Ok(())
-    }
-
+    /// The hash of bytes that may never lie in memory as a whole.
     fn of(&mut self, bytes: &Bytes) -> Result<String> {
         let key: *const Bytes = bytes;
-        if !self.0.contains_key(&key) {
-            self.write(bytes, &mut io::sink()).map_err(|e| Error::io("fingerprint", e))?;
+        if let Some(known) = self.0.get(&key) {
+            return Ok(known.clone());
         }
-        Ok(self.0[&key].clone())
+        let mut hashing = Hashing(Sha256::new());
+        bytes.write_to(&mut hashing).map_err(|e| Error::io("fingerprint", e))?;
+        let found = hex(&hashing.0.finalize());
+        self.0.insert(key, found.clone());
+        Ok(found)
     }
 }
 
-struct Tee<'a> {
-    out: &'a mut dyn Write,
-    sha: Sha256,
-}
+struct Hashing(Sha256);
 
-impl Write for Tee<'_> {
+impl Write for Hashing {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let n = self.out.write(buf)?;
-        self.sha.update(&buf[..n]);
-        Ok(n)
+        self.0.update(buf);
+        Ok(buf.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
+        Ok(())
     }
 }
 
-/// The fingerprint of modules under those paths and of tensors that are no factors: 64 hex digits. What
-/// `digests` does not know is hashed.
+/// The fingerprint of modules under those paths and of tensors that are no factors: 64 hex digits.
 pub(crate) fn fingerprint<'a>(
     modules: impl Iterator<Item = (&'a str, &'a ModuleParts)>,
     extra: &[Tensor],

@@ -86,10 +86,12 @@ pub fn stats(tensor: &Tensor) -> Option<Stats> {
             sum += v * v;
             s.max_abs = s.max_abs.max(v.abs());
             s.zeros += u64::from(v == 0.0);
-            let narrow = v as f32;
-            let exact = f64::from(narrow) == v;
-            s.fits_f16 &= exact && is_f16(narrow.to_bits());
-            s.fits_bf16 &= exact && narrow.to_bits() & 0xffff == 0;
+            if s.fits_f16 || s.fits_bf16 {
+                let narrow = v as f32;
+                let exact = f64::from(narrow) == v;
+                s.fits_f16 &= exact && is_f16(narrow.to_bits());
+                s.fits_bf16 &= exact && narrow.to_bits() & 0xffff == 0;
+            }
         } else {
             s.nan += u64::from(v.is_nan());
             s.inf += u64::from(v.is_infinite());

@@ -17,8 +17,7 @@ use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
-    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, atomic, check_factors, fingerprint,
-    source,
+    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, fingerprint, source,
 };
 use crate::error::{Error, Result};
 
@@ -45,7 +44,7 @@ pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
     let named = |digests: &mut Digests| {
         fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra, digests)
     };
-    atomic::Staged::patched(path, |out| layout.write_named(out, WEIGHTS_SHA256, named))?.commit()
+    layout.stage_named(path, WEIGHTS_SHA256, named)?.commit()
 }
 
 /// The single file as bytes.

@@ -1,10 +1,10 @@
 //! Writing a PEFT adapter that PEFT itself loads, and that changes nothing of what was read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
 use std::hash::Hash;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::{fs, io};
 
 use serde_json::{Map, Value, json};
 
@@ -71,20 +71,16 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     let named = |digests: &mut Digests| {
         fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests)
     };
-    let done = replace_pair(dir, &config, |out| layout.write_named(out, HEADER_SHA256, named));
+    let done = replace_pair(dir, &config, |path| layout.stage_named(path, HEADER_SHA256, named));
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }
     done
 }
 
-fn replace_pair(
-    dir: &Path,
-    config: &str,
-    weights: impl FnOnce(&mut dyn io::Write) -> io::Result<(u64, String)>,
-) -> Result<()> {
+fn replace_pair(dir: &Path, config: &str, weights: impl FnOnce(&Path) -> Result<Staged>) -> Result<()> {
     let place = dir.join(CONFIG_FILE);
-    let weights = Staged::patched(&dir.join(WEIGHTS_FILE), weights)?;
+    let weights = weights(&dir.join(WEIGHTS_FILE))?;
     let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
     let aside = dir.join(format!(".{CONFIG_FILE}.previous"));
     let at = |e| Error::io(&place, e);

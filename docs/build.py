@@ -193,7 +193,7 @@ def quant_block(data: dict[str, Any]) -> str:
     ]
     for group in data["groups"]:
         parts += [f"{group['title']}:", table(data["head"], group["rows"])]
-    parts += ["Factors that are 16 bits or `q8_0` there instead: " + ". ".join(data["fallbacks"]) + "."]
+    parts += ["Widths that are not whole blocks gave other types to " + "; ".join(data["fallbacks"]) + "."]
     parts += [table(["target", "wanted", "measured", ""], [list(t.values()) for t in data["targets"]])]
     parts += [f"One thread on {where['cpu']}; microlora {where['microlora']}, NumPy {where['numpy']}."]
     return "\n\n".join(parts)

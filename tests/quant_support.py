@@ -42,7 +42,8 @@ def blocks(kind, n, width, seed=0):
             x = g * 1e-3
             x[np.arange(n), r.integers(0, width, n)] = r.choice([-50.0, 7.0, 300.0], n)
         case "ties":
-            x = r.integers(-127, 128, (n, width)) * 0.5
+            x = r.integers(-254, 255, (n, width)) * 0.5
+            x[:, 0] = r.choice([-127.0, 127.0, -8.0, 15.0], n)
         case "alternating":
             x = np.abs(g) * np.where(np.arange(width) % 2, -1.0, 1.0)
         case "few":

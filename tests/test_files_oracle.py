@@ -205,23 +205,26 @@ def test_learning_goes_on_from_peft_and_returns(tmp_path, net):
 
 
 REFUSED = {
-    "use_dora": ({"use_dora": True}, UnsupportedVariantError),
-    "pissa": ({"init_lora_weights": "pissa"}, UnsupportedVariantError),
-    "olora": ({"init_lora_weights": "olora"}, UnsupportedVariantError),
-    "bias": ({"bias": "all"}, FormatError),
-    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, FormatError),
-    "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]}, FormatError),
+    "dora": {"use_dora": True},
+    "init:pissa": {"init_lora_weights": "pissa"},
+    "init:olora": {"init_lora_weights": "olora"},
+    "bias": {"bias": "all"},
+    "lora_bias": {"lora_bias": True, "target_modules": ["q_proj"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]},
+    "trainable_tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}},
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_variants_that_peft_writes_are_refused_by_name(tmp_path, net, kind):
-    settings, error = REFUSED[kind]
-    model = peft.get_peft_model(net, peft.LoraConfig(**{"r": 4, "target_modules": list(SHAPES), **settings}))
+    net.embed = torch.nn.Embedding(5, 24)
+    settings = {"r": 4, "target_modules": list(SHAPES), **REFUSED[kind]}
+    model = peft.get_peft_model(net, peft.LoraConfig(**settings))
     randomise(model)
     model.save_pretrained(tmp_path / "in")
-    with pytest.raises(error, match=kind.removeprefix("use_")):
+    with pytest.raises(UnsupportedVariantError, match=f'allow=.*"drop:{kind}"'):
         ml.load(tmp_path / "in")
+    assert ml.load(tmp_path / "in", allow=[f"drop:{kind}"]).modules()
 
 
 def test_other_methods_and_pickles_are_refused(tmp_path, net):

@@ -1,4 +1,4 @@
-"""Quantised adapters: what they run, what they say, and their file; the twin decodes blocks in NumPy float64."""
+"""Quantised adapters: what they run and say, and their file; the twin decodes blocks in NumPy float64."""
 
 import copy
 import json
@@ -223,7 +223,8 @@ def test_settings_and_metadata_are_kept():
     back = q.dequantize()
     assert (back.config, back.metadata) == (a.config, a.metadata)
     other = q.with_metadata(ml.AdapterMetadata(name="other"))
-    assert other.metadata.name == "other" and other != q
+    assert other.metadata.name == "other"
+    assert other != q
     bare = ml.QuantizedAdapter(q.with_json(None, None))
     assert bare.config.target_modules == ("q_proj", "v_proj")
     assert bare.config.dtype == "f32"
@@ -243,9 +244,14 @@ def test_dequantised_numbers_are_those_of_the_codec(kind):
 
 def test_equality_hashing_pickling_and_copies():
     one, same, other = quantized(adapter()), quantized(adapter()), quantized(adapter(seed=1))
-    assert one == same and hash(one) == hash(same) and one != other and one != one.dequantize()
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    assert one != one.dequantize()
     for made in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), ml.QuantizedAdapter(one.to_bytes())):
-        assert made == one and type(made) is ml.QuantizedAdapter and made.to_bytes() == one.to_bytes()
+        assert made == one
+        assert type(made) is ml.QuantizedAdapter
+        assert made.to_bytes() == one.to_bytes()
     assert len({one, same, other}) == 2
 
 
@@ -258,7 +264,8 @@ def test_save_and_load(tmp_path, mmap):
     path = tmp_path / "a.safetensors"
     ml.save(q, path)
     loaded = ml.load(path, mmap=mmap)
-    assert isinstance(loaded, ml.QuantizedAdapter) and loaded == q
+    assert isinstance(loaded, ml.QuantizedAdapter)
+    assert loaded == q
     assert path.read_bytes() == q.to_bytes()
     header, _ = read_tensors(path.read_bytes())
     assert header["__metadata__"]["format_version"] == "2"
@@ -434,7 +441,8 @@ def test_wrong_inputs(case):
     ):
         with pytest.raises(error) as seen:
             call()
-        assert words in str(seen.value) and str(seen.value).startswith("x")
+        assert words in str(seen.value)
+        assert str(seen.value).startswith("x")
     assert (y == 7).all()
 
 
@@ -468,13 +476,13 @@ def test_wrong_modules_and_a_bad_row():
 def test_types_that_cannot_be():
     a = adapter(96, 64, 3)
     make_of = ml.QuantizedAdapter.from_adapter
-    with pytest.raises(ex.ShapeError, match="lora_a of m.*256"):
+    with pytest.raises(ex.ShapeError, match=r"lora_a of m.*256"):
         make_of(a, {"m": ("q4_k", "q8_0")})
-    with pytest.raises(ex.ShapeError, match="lora_b of m.*32"):
+    with pytest.raises(ex.ShapeError, match=r"lora_b of m.*32"):
         make_of(a, {"m": ("q8_0", "q8_0")}, b_along_rank=True)
-    with pytest.raises(ex.ConfigError, match="q4_k_m.*one of q8_0"):
+    with pytest.raises(ex.ConfigError, match=r"q4_k_m.*one of q8_0"):
         make_of(a, {"m": ("q4_k_m", "q8_0")})
-    with pytest.raises(ex.ConfigError, match="'m'|\"m\""):
+    with pytest.raises(ex.ConfigError, match='"m"'):
         make_of(a, {})
     with pytest.raises(ex.UnknownModuleError, match="other"):
         make_of(a, {"m": ("f16", "f16"), "other": ("f16", "f16")})

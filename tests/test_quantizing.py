@@ -260,19 +260,24 @@ def test_smaller_errors_take_more_bytes():
     assert len(set(sizes)) >= 4
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_budget_is_near_the_best_of_all_choices(seed):
-    """Against every combination of options: never smaller, and never much larger than the smallest."""
+    """Against all combinations of options: never smaller, little larger; no module could go back alone."""
     r = rng(seed)
-    value = adapter(((256, 512), (512, 32), (96, 256)), rank=4, seed=seed, size=float(r.uniform(0.2, 2)))
+    shapes = ((256, 512), (512, 32), (96, 256))
+    value = adapter(shapes, rank=4, seed=seed, size=float(r.uniform(0.2, 2)))
     modules = [Measured.of(value, name, None) for name in value.modules()]
     total = sum(m.delta(m.dtypes)[1] ** 2 for m in modules)
     tables = [options(m, m.delta(m.dtypes)[1] ** 2 / total) for m in modules]
-    for target in (0.005, 0.02, 0.07):
+    excess = []
+    for target in (0.003, 0.005, 0.01, 0.02, 0.04, 0.07):
         found = smallest(modules, target, None, None)
-        size = sum(
-            size_of(t, s.shape) for m in modules for t, s in zip(found.types[m.name], (m.a, m.b), strict=True)
-        )
+        pairs = [found.types[m.name] for m in modules]
+        chosen = [next(o for o in t if o.types == p) for t, p in zip(tables, pairs, strict=True)]
+        cost, size = sum(o.cost for o in chosen), sum(o.bytes for o in chosen)
+        assert cost <= target**2
+        for one, table in zip(chosen, tables, strict=True):
+            assert all(cost - one.cost + o.cost > target**2 for o in table if o.bytes < one.bytes)
         best = min(
             a.bytes + b.bytes + c.bytes
             for a in tables[0]
@@ -280,7 +285,10 @@ def test_budget_is_near_the_best_of_all_choices(seed):
             for c in tables[2]
             if a.cost + b.cost + c.cost <= target**2
         )
-        assert best <= size <= 1.15 * best
+        excess.append(size / best)
+    assert min(excess) >= 1
+    assert max(excess) <= 1.06
+    assert np.mean(excess) <= 1.015
 
 
 def test_options_beat_one_another_in_one_way():
@@ -381,6 +389,9 @@ def test_sources(tmp_path):
     lora = ml.MicroLoRA(value.config, dims=value.dims)
     lora.import_weights(value.to_bytes())
     assert ml.quantize(lora, "q8_0").report == report
+    ml.save(ml.quantize(value, "q8_0").adapter, tmp_path / "q.safetensors")
+    with pytest.raises(ml.MicroLoraError, match="quantised"):
+        ml.quantize(tmp_path / "q.safetensors", "q4_0")
 
 
 def test_relative_of_nothing():

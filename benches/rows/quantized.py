@@ -26,7 +26,9 @@ def run(report: Report, clock: Clock, *, smoke: bool) -> None:
     for _ in range(places):
         for name, ns in _once(clock, errors).items():
             best[name] = min(best.get(name, ns), ns)
-    report.section(f"forward of one row from blocks, {HIDDEN} r{RANK}; error: of the kernel, relative to float64")
+    report.section(
+        f"forward of one row from blocks, {HIDDEN} r{RANK}; error: of the kernel, relative to float64"
+    )
     peer = best["f32"]
     report.add(f"forward f32 {HIDDEN} r{RANK}", duration(peer), "", error=errors["f32"])
     for name, target in {"f16": 1.1, **TARGETS}.items():

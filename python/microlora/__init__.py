@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
     from microlora.doctor import inspect
     from microlora.ewc import EwcPlusPlus
-    from microlora.formats import AdapterFile, Conversion, Limits, convert
+    from microlora.formats import AdapterFile, Conversion, Limits, convert, convert_to_plain
     from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
     from microlora.gram import Gram, collect_gram
     from microlora.hot_swap import HotSwapManager
@@ -134,6 +134,7 @@ __all__ = [
     "compose_parallel",
     "compose_sequential",
     "convert",
+    "convert_to_plain",
     "create_lora",
     "data",
     "diff",
@@ -169,7 +170,7 @@ _ROOMS = {
     "doctor": ("doctor", "inspect"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
-    "formats": ("AdapterFile", "Conversion", "Limits", "convert"),
+    "formats": ("AdapterFile", "Conversion", "Limits", "convert", "convert_to_plain"),
     "fusing": ("FuseReport", "FusedTensor", "fuse", "unfuse"),
     "gram": ("Gram", "collect_gram"),
     "hot_swap": ("HotSwapManager",),

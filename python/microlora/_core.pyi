@@ -520,6 +520,7 @@ class AdapterFile:
         config_json: str | None = None,
         metadata_json: str | None = None,
         peft_config: str | None = None,
+        prefix: str | None = None,
     ) -> AdapterFile:
         """Content from Python.
 
@@ -529,6 +530,7 @@ class AdapterFile:
             config_json: Settings of ours.
             metadata_json: Metadata of ours.
             peft_config: The text of an adapter_config.json.
+            prefix: PEFT's prefix of keys, where it was repeated.
 
         Raises:
             ShapeError: Byte counts or shapes that do not fit.
@@ -578,6 +580,10 @@ class AdapterFile:
         """The text of `adapter_config.json`, where there was one."""
 
     @property
+    def prefix(self) -> str | None:
+        """PEFT's prefix of keys, where it was repeated."""
+
+    @property
     def config_json(self) -> str | None:
         """Settings of ours, as JSON."""
 
@@ -596,11 +602,59 @@ class AdapterFile:
     def weights_sha256(self) -> str | None:
         """The fingerprint that the file says its weights have."""
 
+    def lost_in(self, format: str, allow: Sequence[str]) -> list[tuple[str, str]]:
+        """`(kind, at)` of what a format that is one key style cannot hold of it, and of what is dropped.
+
+        Raises:
+            ConfigError: No such format.
+        """
+
+    def save_style(self, path: str | PathLike[str], format: str, allow: Sequence[str]) -> list[str]:
+        """Writes a format that is one key style, without what `allow` drops by name; gives back notes.
+
+        Raises:
+            UnsupportedVariantError: Something that the format cannot hold and that is not dropped.
+            ConfigError: No such format, or names, ranks or scales that it cannot hold.
+            OSError: The system refused; what was there is left whole.
+        """
+
+    def resolved(self, names: Sequence[str]) -> AdapterFile:
+        """The same content under the names that the base's modules have, Kohya's underscores made dots.
+
+        Raises:
+            FormatError: A name that no module of the base has, or several have.
+        """
+
     def runnable(self, allow: Sequence[str]) -> Adapter:
         """The adapter that runs, without the variants that `allow` drops by name.
 
         Raises:
             UnsupportedVariantError: A variant is left.
+        """
+
+    def save_single(self, path: str | PathLike[str], lost: Sequence[str]) -> None:
+        """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing.
+
+        Raises:
+            OSError: The system refused; an older file is left whole.
+        """
+
+    def lost_in_peft(self) -> list[tuple[str, str]]:
+        """`(kind, at)` of what a PEFT directory cannot hold of it."""
+
+    def save_peft(self, path: str | PathLike[str]) -> None:
+        """Writes a PEFT directory, without what `lost_in_peft` lists.
+
+        Raises:
+            ConfigError: Modules that one PEFT configuration cannot describe.
+            OSError: The system refused; older files are left whole.
+        """
+
+    def unpacked(self, experts: int | None = None) -> AdapterFile:
+        """The same content with packed experts as modules of their own.
+
+        Raises:
+            ConfigError: No packed experts, or a number that the ranks do not give.
         """
 
 @disjoint_base
@@ -704,7 +758,8 @@ class QuantizedAdapter:
         Args:
             x: float32 (in_features,) or (n, in_features), as for :meth:`MicroLora.forward`.
             module: Name of the module; None where there is only one.
-            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from ``x``.
+            out: float32 (out_features,) or (n, out_features) to fill: C-contiguous, writable, apart from
+                ``x``.
 
         Returns:
             ``out``, or a new float32 array of that shape.
@@ -1841,8 +1896,9 @@ def load(
     limits: tuple[int, int, int, int] | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    allow: Sequence[str] | None = None,
 ) -> tuple[Adapter, list[str], list[str]]:
-    """Reads any known format: the adapter, the names of unused tensors, and notes.
+    """Reads any known format: the adapter without what `allow` drops, unused tensors, and notes.
 
     Raises:
         FormatError: The file is broken.
@@ -1857,6 +1913,7 @@ def load_any(
     limits: tuple[int, int, int, int] | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    allow: Sequence[str] | None = None,
 ) -> tuple[Adapter | QuantizedAdapter, list[str], list[str]]:
     """Reads any known format, quantised adapters included; otherwise as `load`.
 
@@ -1919,7 +1976,7 @@ def fuse_model(
 def gguf_interleaves(architecture: str) -> bool | None:
     """Whether llama.cpp interleaves the rows of q and k of an architecture; None where that is not known."""
 
-def gguf_adapter(file: AdapterFile) -> Adapter | QuantizedAdapter:
+def gguf_adapter(file: AdapterFile, allow: Sequence[str] | None = None) -> Adapter | QuantizedAdapter:
     """The adapter of a GGUF file that was read, its blocks as they are.
 
     Raises:

@@ -53,7 +53,10 @@ class Adapter(_core.Adapter):
         use_rslora: bool = False,
         dtype: str = "f32",
     ) -> Adapter:
-        """An adapter from arrays in PEFT's orientation.
+        """An adapter from raw arrays in PEFT's orientation.
+
+        :meth:`AdapterFile.to_arrays <microlora.AdapterFile.to_arrays>` is the way back, and
+        :func:`microlora.load` reads arrays from a ``.npz`` file.
 
         Args:
             factors: ``{module: (lora_a (rank, in_features), lora_b (out_features, rank))}``, float32.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora._checks import check_allow
 from microlora._checks import layer_paths as check_layer_paths
 from microlora.adapter import Adapter
 from microlora.exceptions import (
@@ -96,11 +97,13 @@ def load(
     orientation: str | None = None,
     base_config: Mapping[str, Any] | PathLike | None = None,
     names: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Adapter | QuantizedAdapter:
     """Loads an adapter; the content decides what it is, not the name.
 
     Args:
-        path: A PEFT directory, the weights file in one, our single file, or a GGUF adapter.
+        path: A file or directory of any format that is read: PEFT, our single file, GGUF, MLX, Kohya,
+            diffusers, flat ``lora_a``/``lora_b``, ``.npz``.
         mmap: Leave tensors that are not factors in the mapped file instead of copying them; the file must
             then not be written to while the adapter lives. Factors are copied into the kernels' layout.
         strict: Refuse a file with anything that nothing here uses. Otherwise such tensors are kept, and
@@ -113,6 +116,8 @@ def load(
         base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which gives
             the model's own module names and row order back (needs the gguf package).
         names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
+        allow: Variants to leave out, by the names that the refusal lists (``["drop:modules_to_save"]``). What
+            is left is another network than the file's.
 
     Returns:
         The adapter, with the file's dtypes; a :class:`QuantizedAdapter` where the file holds
@@ -124,16 +129,19 @@ def load(
         OSError: The file cannot be read.
     """
     bounds = None if limits is None else limits.as_tuple()
+    left_out = check_allow(allow)
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
-        adapter, unused, notes = _core.load_any(os.fspath(path), mmap, strict, bounds, alpha, orientation)
+        adapter, unused, notes = _core.load_any(
+            os.fspath(path), mmap, strict, bounds, alpha, orientation, left_out
+        )
     else:
         from microlora.formats import AdapterFile
 
         file = AdapterFile.read(
             path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
         )
-        adapter, unused, notes = _core.gguf_adapter(file), file.unused, file.notes
+        adapter, unused, notes = _core.gguf_adapter(file, left_out), file.unused, file.notes
     for note in notes:
         _log.info("%s: %s", os.fspath(path), note)
     if unused:

@@ -11,7 +11,7 @@ from microlora.metadata import AdapterMetadata
 
 
 class QuantizedAdapter(_core.QuantizedAdapter):
-    """An immutable adapter whose factors are blocks of few bits: equal, hashable and picklable by its content.
+    """An immutable adapter whose factors are blocks of few bits: equal, hashable, picklable by its content.
 
     ``forward`` decodes blocks in registers, so that ``memory_bytes`` is all it ever takes. Made by
     :func:`microlora.quantize`, by :meth:`from_adapter` and by :func:`microlora.load` of a file that
@@ -95,7 +95,8 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         names = self.modules()
         shown = ", ".join(f"{n}: {'/'.join(self.types(n))}" for n in names[:4])
         more = f", ... ({len(names)} modules)" if len(names) > 4 else ""
-        return f"{type(self).__name__}({shown}{more}; {self.param_count:,} parameters, {self.memory_bytes:,} bytes)"
+        sizes = f"{self.param_count:,} parameters, {self.memory_bytes:,} bytes"
+        return f"{type(self).__name__}({shown}{more}; {sizes})"
 
     # Defining __eq__ anywhere in a class body would drop the core's hash; both come from the core.
     __hash__ = _core.QuantizedAdapter.__hash__

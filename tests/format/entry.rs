@@ -2,7 +2,7 @@
 //! being written and read again. Shared by the fuzz targets and the plain loops of the tests.
 
 use microlora::Error;
-use microlora::format::{Loaded, from_bytes, peft, to_bytes};
+use microlora::format::{Loaded, from_bytes, peft, read_bytes, to_bytes};
 
 fn known<T>(result: Result<T, Error>) -> Option<T> {
     match result {
@@ -18,7 +18,7 @@ fn known<T>(result: Result<T, Error>) -> Option<T> {
 fn survives(loaded: Loaded) {
     match to_bytes(&loaded.parts) {
         Ok(bytes) => {
-            let again = from_bytes(&bytes, false).expect("what is written can be read");
+            let again = read_bytes(&bytes, false).expect("what is written can be read");
             assert_eq!(to_bytes(&again.parts).expect("and written again"), bytes);
         }
         // Two names may become one in the other container: an error, not a loss.

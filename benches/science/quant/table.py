@@ -78,7 +78,7 @@ def targets(found: Lines) -> list[dict[str, str]]:
     for row in ROWS.values():
         runs = found.get(row.name, {})
         asked = (
-            ("change", row.change, "|accuracy change| in points"),
+            ("change", row.change, "size of the accuracy change in points"),
             ("delta_error", row.error, "delta error"),
         )
         for key, limit, what in asked:
@@ -97,14 +97,14 @@ def targets(found: Lines) -> list[dict[str, str]]:
 
 
 def fallbacks(found: Lines) -> list[str]:
-    """What fell back, in words, of the adapters as they are."""
-    out = []
+    """What fell back of the adapters as they are, with the types that it is true of."""
+    said: dict[str, list[str]] = {}
     for name, runs in found.items():
         first = next(iter(runs.values()))
         if first["fell_back"]:
-            parts = [f"{m} {', '.join(sides)}" for m, sides in first["fell_back"].items()]
-            out.append(f"{ROWS[name].title}: {'; '.join(parts)}")
-    return out
+            parts = [f"`{module}` {' and '.join(sides)}" for module, sides in first["fell_back"].items()]
+            said.setdefault(", ".join(parts), []).append(ROWS[name].title)
+    return [f"{text} (asked for: {', '.join(titles)})" for text, titles in said.items()]
 
 
 def summary(lines: Sequence[dict[str, Any]], profiles: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

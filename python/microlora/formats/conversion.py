@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import microlora._core as _core
+from microlora._checks import check_allow
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
 from microlora.formats import gguf
 from microlora.formats.base_config import read_base_config
-from microlora.formats.file import AdapterFile, PathLike, check_allow
+from microlora.formats.file import AdapterFile, PathLike
 from microlora.progress import CancelToken, Progress
 
 __all__ = ["WRITERS", "Conversion", "Options", "Writer", "convert"]
@@ -47,12 +47,14 @@ class Writer:
         losses: What the format cannot hold of a file: ``{kind: where}``.
         write: Writes; returns notes.
         dtypes: Element types that can be asked for; none where tensors are written as they are.
+        also: What it may be allowed besides ``drop:<kind>``.
     """
 
     name: str
     losses: Callable[[AdapterFile, Options], dict[str, str]]
     write: Callable[[AdapterFile, Path, Options], list[str]]
     dtypes: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,52 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
 
-def _variants(file: AdapterFile, options: Options) -> dict[str, str]:
-    return {v.kind: v.at for v in reversed(file.variants)}
+def _nothing(file: AdapterFile, options: Options) -> dict[str, str]:
+    return {}
 
 
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    _core.save_single(file.runnable(list(options.allow)), os.fspath(path))
+    file.save_single(os.fspath(path), list(gguf.unplaced(file)))
     return []
+
+
+def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
+    return dict(reversed(file.lost_in_peft()))
 
 
 def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    _core.save_peft(file.runnable(list(options.allow)), os.fspath(path), None, None)
+    file.save_peft(os.fspath(path))
     return []
+
+
+def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
+    """A format that is one key style, written by the core."""
+
+    def losses(file: AdapterFile, options: Options) -> dict[str, str]:
+        return dict(file.lost_in(name, options.allow))
+
+    def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
+        notes = file.save_style(os.fspath(path), name, options.allow)
+        if options.progress is not None:
+            modules = len(file.rows())
+            options.progress(modules, modules, "writing")
+        return notes
+
+    return Writer(name, losses, write, also)
 
 
 # One row per format that can be written.
 WRITERS: dict[str, Writer] = {
     row.name: row
     for row in (
-        Writer("safetensors", _variants, _single),
-        Writer("peft", _variants, _peft),
+        Writer("safetensors", _nothing, _single),
+        Writer("peft", _not_in_peft, _peft),
         Writer("gguf", gguf.losses, gguf.write, gguf.DTYPES),
+        _style("mlx", also=("pad:rank", "round:scale")),
+        _style("kohya"),
+        _style("diffusers"),
+        _style("flat"),
+        _style("npz"),
     )
 }
 
@@ -113,6 +140,7 @@ def convert(
     names: str | None = None,
     alpha: float | None = None,
     orientation: str | None = None,
+    module_names: PathLike | Sequence[str] | None = None,
     progress: Progress | None = None,
     cancel: CancelToken | None = None,
 ) -> Conversion:
@@ -124,7 +152,9 @@ def convert(
         format: One of the names of :data:`WRITERS`.
         base_config: The base model's ``config.json`` (its path, or its content), for formats that need its
             architecture and head counts.
-        allow: Losses that are accepted by name, such as ``"drop:dora"``.
+        allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
+            one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
+            rounded into B (without it only where that is exact).
         overwrite: Replace what lies at ``dst``.
         dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are), ``"f32"``, ``"f16"``,
             ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"`` (blocks where a
@@ -132,6 +162,8 @@ def convert(
         names: As for :meth:`AdapterFile.read`.
         alpha: Scaling numerator, for sources that carry none.
         orientation: As for :meth:`AdapterFile.read`.
+        module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would
+            not keep apart are refused.
         progress: Called with modules done and in all.
         cancel: Stops between modules; nothing is left behind.
 
@@ -156,13 +188,15 @@ def convert(
         want = f"one of {', '.join(writer.dtypes)}" if writer.dtypes else f"None ({format} keeps every type)"
         raise ConfigError(f"dtype: got {dtype!r}, expected {want}")
     config = read_base_config(base_config)
-    options = Options(config, tuple(check_allow(allow)), dtype, progress, cancel)
+    options = Options(config, tuple(check_allow(allow, writer.also)), dtype, progress, cancel)
     target = Path(dst)
     if target.exists() and not overwrite:
         raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
     file = read_source(src, alpha=alpha, orientation=orientation)
     if names is not None or (config is not None and gguf.has_own_names(file)):
         file = AdapterFile.wrap(gguf.named(file, config, names))
+    if module_names is not None:
+        file = file.with_module_names(module_names)
     losses = writer.losses(file, options)
     if format != "gguf":
         losses |= gguf.unplaced(file)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 import microlora._core as _core
+from microlora._checks import check_allow, integer
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError
 from microlora.formats.limits import Limits
+
+if TYPE_CHECKING:
+    from microlora.formats.conversion import Conversion
+    from microlora.progress import CancelToken, Progress
 
 __all__ = ["AdapterFile", "FileModule", "Variant"]
 
@@ -56,19 +64,13 @@ class FileModule(NamedTuple):
     shape_b: tuple[int, ...]
 
 
-def check_allow(allow: Iterable[str]) -> list[str]:
-    """The losses that a caller accepts by name, checked.
-
-    Raises:
-        ConfigError: Not a list of names of the form ``drop:<kind>``.
-    """
-    if isinstance(allow, str):
-        raise ConfigError(f"allow: got {allow!r}, expected a list of names such as ['drop:dora']")
-    names = list(allow)
-    for name in names:
-        if not isinstance(name, str) or not name.startswith("drop:") or name == "drop:":
-            raise ConfigError(f"allow: got {name!r}, expected names of the form 'drop:<kind>'")
-    return names
+def _array(raw: bytes, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Little-endian numbers of a file, widened to float32."""
+    if dtype == "BF16":
+        bits = np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).reshape(shape)
+    kind = {"F32": "<f4", "F16": "<f2"}[dtype]
+    return np.frombuffer(raw, kind).astype(np.float32).reshape(shape)
 
 
 class AdapterFile(_core.AdapterFile):
@@ -89,6 +91,7 @@ class AdapterFile(_core.AdapterFile):
         orientation: str | None = None,
         base_config: Mapping[str, Any] | PathLike | None = None,
         names: str | None = None,
+        module_names: PathLike | Sequence[str] | None = None,
     ) -> AdapterFile:
         """Reads any format that :func:`microlora.load` knows, variants that are not run included.
 
@@ -103,6 +106,8 @@ class AdapterFile(_core.AdapterFile):
             base_config: Of a GGUF file: the base model's ``config.json`` (its path, or its content), which
                 gives the model's own module names and row order back (needs the gguf package).
             names: ``"gguf"`` keeps llama.cpp's names and row order as they are.
+            module_names: Dotted names of the base's modules, or a model on disk that has them (safetensors,
+                or a folder of them), for files in Kohya's style: see :meth:`with_module_names`.
 
         Raises:
             FormatError: The file is broken, ambiguous, beyond the limits, of no known format, or of another
@@ -118,7 +123,8 @@ class AdapterFile(_core.AdapterFile):
             from microlora.formats.gguf import named
 
             file = named(file, read_base_config(base_config), names)
-        return cls.wrap(file)
+        content = cls.wrap(file)
+        return content if module_names is None else content.with_module_names(module_names)
 
     @classmethod
     def from_adapter(cls, adapter: Adapter) -> AdapterFile:
@@ -142,6 +148,57 @@ class AdapterFile(_core.AdapterFile):
         """Everything that is not plain LoRA on linear layers."""
         return tuple(Variant(*row) for row in self.variant_rows())
 
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The settings of PEFT's ``adapter_config.json`` as the file has them; None where there are none."""
+        import json
+
+        return None if self.peft_config is None else dict(json.loads(self.peft_config))
+
+    def with_module_names(self, module_names: PathLike | Sequence[str]) -> AdapterFile:
+        """The same content under the names of the base's modules.
+
+        Kohya's style writes ``down_blocks.0.attn1.to_q`` as ``lora_unet_down_blocks_0_attn1_to_q``, which
+        only the base's own names can undo.
+
+        Args:
+            module_names: Dotted names, those of components of a pipeline with or without it
+                (``unet.down_blocks...``); or a model on disk, whose tensors have them.
+
+        Raises:
+            FormatError: A module that the base lacks, that several of its names may mean, or that another
+                has too.
+            ConfigError: Not names.
+            OSError: The model cannot be read.
+        """
+        if isinstance(module_names, (str, os.PathLike)):
+            tensors = _core.list_tensors(os.fspath(module_names), "module_names")
+            names = sorted({name.rpartition(".")[0] or name for name, _, _ in tensors})
+        else:
+            names = list(module_names)
+            for name in names:
+                if not isinstance(name, str) or not name:
+                    raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
+        return self.wrap(self.resolved(names))
+
+    def to_arrays(
+        self,
+    ) -> tuple[dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]], dict[str, float]]:
+        """The factors as arrays, and the alpha of each module.
+
+        Returns:
+            ``({path: (A, B)}, {path: alpha})``: A (rank, in_features) and B (out_features, rank) in float32
+            (widened exactly; of other kinds than linear in the shapes of :class:`FileModule`), and the alpha
+            for the scaling ``alpha / rank`` (of rsLoRA ``alpha * sqrt(rank)``). Of linear modules,
+            ``Adapter.from_factors(factors, alpha=alphas)`` makes the adapter again.
+        """
+        factors, alphas = {}, {}
+        for i, m in enumerate(self.modules):
+            raw_a, raw_b = self.factor_bytes(i)
+            factors[m.path] = _array(raw_a, m.dtype_a, m.shape_a), _array(raw_b, m.dtype_b, m.shape_b)
+            alphas[m.path] = m.alpha * m.rank**0.5 if m.use_rslora else m.alpha
+        return factors, alphas
+
     def adapter(self, *, allow: Sequence[str] = ()) -> Adapter:
         """The adapter that runs.
 
@@ -152,3 +209,66 @@ class AdapterFile(_core.AdapterFile):
             UnsupportedVariantError: A variant is left; the message has the names to allow.
         """
         return Adapter(self.runnable(check_allow(allow)))
+
+    def unpack_experts(self, experts: int | None = None) -> AdapterFile:
+        """The same content with packed experts (PEFT's ``target_parameters``) as modules of their own.
+
+        PEFT packs the experts of a raw parameter in one pair, A (experts * rank, in) with the expert varying
+        slowest and B (out, rank * experts) with the expert varying fastest. Here they become modules of kind
+        ``"experts"``, A (experts, rank, in) and B (experts, out, rank), under the path in the file: of nested
+        wrappers the inner ones end in ``.base_layer``. Saved to PEFT, they are packed again as they were.
+
+        Args:
+            experts: Their number, where ranks by pattern leave it open; otherwise it follows from the rank.
+
+        Raises:
+            ConfigError: No packed experts, or a number that the ranks of the configuration do not give.
+        """
+        if experts is not None:
+            experts = integer("experts", experts, 1, 2**31 - 1)
+        return self.wrap(self.unpacked(experts))
+
+    def save(
+        self,
+        dst: PathLike,
+        format: str | None = None,
+        *,
+        base_config: Mapping[str, Any] | PathLike | None = None,
+        allow: Sequence[str] = (),
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Conversion:
+        """Writes all of it: :func:`microlora.convert` of this content.
+
+        Args:
+            dst: File or directory to write.
+            format: Name of the format; by default the one it was read from, else by the name as
+                :func:`microlora.save` does.
+            base_config: As for :func:`microlora.convert`.
+            allow: Losses that are accepted by name.
+            overwrite: Replace what lies at ``dst``.
+            progress: As for :func:`microlora.convert`.
+            cancel: As for :func:`microlora.convert`.
+
+        Raises:
+            UnsupportedVariantError: The format cannot hold what the file has; the message has the names.
+            DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
+            ConfigError: An unknown format, or one that needs more than was given.
+            OSError: The system refused; what was at ``dst`` is left whole.
+        """
+        from microlora.formats.conversion import convert
+
+        if format is None:
+            single = os.fspath(dst).endswith(".safetensors")
+            format = self.format or ("safetensors" if single else "peft")
+        return convert(
+            self,
+            dst,
+            format=format,
+            base_config=base_config,
+            allow=allow,
+            overwrite=overwrite,
+            progress=progress,
+            cancel=cancel,
+        )

@@ -5,39 +5,55 @@
 
 pub(crate) mod atomic;
 pub(crate) mod container;
+mod diffusers;
 mod fingerprint;
+mod flat;
 pub mod gguf;
 pub(crate) mod json;
+mod kohya;
 mod limits;
+mod mlx;
+mod npz;
+mod pairs;
 pub(crate) mod pattern;
 pub mod peft;
 mod quantized;
+mod runs;
 pub(crate) mod scan;
 pub(crate) mod shards;
 mod single;
 mod source;
+mod styles;
 mod table;
 pub mod tensor;
+mod zip;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 pub use container::{MAX_DIMS, MAX_HEADER, MAX_TENSORS};
+pub use kohya::resolve as resolve_names;
 pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
 pub use quantized::{Along, FactorParts, QUANTIZED_VERSION, QuantModuleParts};
 pub use quantized::{quantized_from_bytes, quantized_to_bytes, save_quantized};
-pub use single::{FORMAT, FORMAT_VERSION, from_bytes, save_single, to_bytes};
+pub use single::{
+    FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
+};
+pub use styles::{STYLES, Style, losses, save_style};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
 
 pub(crate) use fingerprint::{Digests, fingerprint};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use json::show;
 
 /// What kind of layer a pair of factors adapts, which says how its tensors lie.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ModuleKind {
     /// A (rank, in_features), B (out_features, rank): the only kind that is run here.
     #[default]
@@ -58,6 +74,32 @@ impl ModuleKind {
             ModuleKind::Embedding => "embedding",
             ModuleKind::Conv => "conv",
             ModuleKind::Experts => "experts",
+        }
+    }
+
+    fn is_linear(&self) -> bool {
+        *self == ModuleKind::Linear
+    }
+
+    /// Dimensions that its factors may have.
+    const fn dims(self) -> std::ops::RangeInclusive<usize> {
+        match self {
+            ModuleKind::Linear | ModuleKind::Embedding => 2..=2,
+            ModuleKind::Experts => 3..=3,
+            ModuleKind::Conv => 3..=5,
+        }
+    }
+
+    /// Rank of a pair of factors, `None` where the two do not fit. A grouped convolution has fewer
+    /// columns than ranks.
+    fn rank_of(self, a: &[usize], b: &[usize]) -> Option<usize> {
+        if a.len() != b.len() || !self.dims().contains(&a.len()) {
+            return None;
+        }
+        match self {
+            ModuleKind::Linear | ModuleKind::Embedding => (a[0] == b[1]).then_some(a[0]),
+            ModuleKind::Conv => (b[1] > 0 && a[0].is_multiple_of(b[1])).then_some(a[0]),
+            ModuleKind::Experts => (a[0] == b[0] && a[1] == b[2]).then_some(a[1]),
         }
     }
 }
@@ -110,7 +152,8 @@ pub enum Orientation {
 }
 
 /// Something in a file that is not plain LoRA on linear layers: kept, and not run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Variant {
     /// Short name, the `<kind>` of `drop:<kind>`.
     pub kind: String,
@@ -175,10 +218,25 @@ pub fn read(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 /// # Errors
 /// Those of [`read`], and the first variant.
 pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
+    load_without(path, opts, &[])
+}
+
+/// [`load`], without the variants that are dropped by name (`drop:<kind>`).
+///
+/// # Errors
+/// Those of [`read`], and the first variant that is left.
+pub fn load_without(path: &Path, opts: &LoadOptions, allow: &[String]) -> Result<Loaded> {
     let loaded = read(path, opts)?;
     loaded.check_plain(&path.display().to_string())?;
-    loaded.check_runs(&path.display().to_string(), &[])?;
-    Ok(loaded)
+    loaded.runnable(&path.display().to_string(), allow)
+}
+
+/// What in these parts is not plain LoRA on linear layers, as a PEFT file of them would show it.
+///
+/// # Errors
+/// A PEFT configuration among them that is broken.
+pub fn peft_variants(parts: &AdapterParts) -> Result<Vec<Variant>> {
+    peft::variants::of(parts, peft::CONFIG_FILE)
 }
 
 impl Loaded {
@@ -198,49 +256,33 @@ impl Loaded {
     pub fn check_plain(&self, file: &str) -> Result<()> {
         match self.quantized {
             None => Ok(()),
+            Some(_) if !self.parts.modules.is_empty() => Ok(()), // expanded beside the blocks
             Some(_) => Err(Error::unsupported(
                 file,
                 "a quantised adapter, expected plain weights: microlora.load(path).dequantize() gives them",
             )),
         }
     }
-
-    /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).
-    ///
-    /// # Errors
-    /// The first variant that is not allowed, with all the names to allow.
-    pub fn check_runs(&self, file: &str, allow: &[String]) -> Result<()> {
-        let allowed = |v: &&Variant| !allow.iter().any(|a| a.strip_prefix("drop:") == Some(&v.kind));
-        let mut left = self.variants.iter().filter(allowed);
-        let Some(first) = left.next() else { return Ok(()) };
-        let mut kinds = vec![first.kind.as_str()];
-        for v in left {
-            if !kinds.contains(&v.kind.as_str()) {
-                kinds.push(&v.kind);
-            }
-        }
-        let names: Vec<String> = kinds.iter().map(|k| format!("\"drop:{k}\"")).collect();
-        let reason = format!(
-            "{}: {}; AdapterFile.read keeps it as it is, allow=[{}] leaves it out",
-            json::show(&first.at),
-            first.why,
-            names.join(", ")
-        );
-        Err(Error::unsupported(file, reason))
-    }
 }
 
 /// Checks shapes, dtypes and numbers of one pair of factors and returns their rank. `names` are the
 /// keys that errors carry.
-fn check_factors(a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
-    let (&[rank, inputs], &[outputs, columns]) = (&a.shape[..], &b.shape[..]) else {
-        let (name, t) = if a.shape.len() == 2 { (names[1], b) } else { (names[0], a) };
-        return Err(Error::format(
-            file,
-            format!("tensor {}: shape {:?}, expected two dimensions", show(name), t.shape),
-        ));
-    };
-    for (name, t) in [(names[0], a), (names[1], b)] {
+fn check_factors(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
+    let both = [(names[0], a), (names[1], b)];
+    for (name, t) in both {
+        if !kind.dims().contains(&t.shape.len()) {
+            let want = match kind {
+                ModuleKind::Linear | ModuleKind::Embedding => "two dimensions",
+                ModuleKind::Conv => "three to five dimensions",
+                ModuleKind::Experts => "three dimensions",
+            };
+            return Err(Error::format(
+                file,
+                format!("tensor {}: shape {:?}, expected {want}", show(name), t.shape),
+            ));
+        }
+    }
+    for (name, t) in both {
         if t.shape.contains(&0) {
             return Err(Error::format(
                 file,
@@ -256,17 +298,23 @@ fn check_factors(a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result
             return Err(Error::unsupported(file, reason));
         }
     }
-    if rank != columns {
+    let Some(rank) = kind.rank_of(&a.shape, &b.shape) else {
         let reason = format!(
-            "tensors {} {:?} and {} {:?}: expected (rank, {inputs}) and ({outputs}, rank) with one rank",
+            "tensors {} {:?} and {} {:?}: expected {} with one rank",
             show(names[0]),
             a.shape,
             show(names[1]),
-            b.shape
+            b.shape,
+            match kind {
+                ModuleKind::Linear | ModuleKind::Embedding =>
+                    format!("(rank, {}) and ({}, rank)", a.shape[1], b.shape[0]),
+                ModuleKind::Conv => "(rank, in, kernel) and (out, rank or a part of it, 1)".to_owned(),
+                ModuleKind::Experts => "(experts, rank, in) and (experts, out, rank)".to_owned(),
+            }
         );
         return Err(Error::format(file, reason));
-    }
-    for (name, t) in [(names[0], a), (names[1], b)] {
+    };
+    for (name, t) in both {
         if !t.is_finite() {
             return Err(Error::format(file, format!("tensor {}: contains NaN or infinity", show(name))));
         }
@@ -295,12 +343,7 @@ impl AdapterParts {
         for m in &self.modules {
             let (a, b) = (format!("{}.lora_a", m.path), format!("{}.lora_b", m.path));
             for (name, t, want) in [(&a, &m.a, "(rank, in_features)"), (&b, &m.b, "(out_features, rank)")] {
-                let dims = match m.kind {
-                    ModuleKind::Linear | ModuleKind::Embedding => 2..=2,
-                    ModuleKind::Experts => 3..=3,
-                    ModuleKind::Conv => 3..=5,
-                };
-                if !dims.contains(&t.shape.len()) || t.shape.contains(&0) {
+                if !m.kind.dims().contains(&t.shape.len()) || t.shape.contains(&0) {
                     return Err(Error::shape(name, format!("{:?}", t.shape), want));
                 }
                 if t.factor_dtype().is_none() {
@@ -312,8 +355,7 @@ impl AdapterParts {
                     return Err(Error::non_finite(name));
                 }
             }
-            let (in_a, in_b) = if m.kind == ModuleKind::Experts { (1, 2) } else { (0, 1) };
-            if m.a.shape[in_a] != m.rank || m.b.shape[in_b] != m.rank {
+            if m.kind.rank_of(&m.a.shape, &m.b.shape) != Some(m.rank) {
                 let got = format!("{:?} and {:?}", m.a.shape, m.b.shape);
                 let want = format!("({0}, in_features) and (out_features, {0})", m.rank);
                 return Err(Error::shape(format!("{a}, {b}"), got, want));

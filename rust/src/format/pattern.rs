@@ -36,6 +36,11 @@ impl<T> Default for Table<T> {
 }
 
 impl<T> Table<T> {
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     /// Adds a key after all others; the error says what in the key is refused.
     pub fn push(&mut self, key: &str, value: T) -> Result<(), String> {
         let at = self.entries.len();

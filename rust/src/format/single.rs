@@ -2,7 +2,8 @@
 //!
 //! Tensors `<module>.lora_a` (rank, in) and `<module>.lora_b` (out, rank), others under `extra.`. Header
 //! entries: `format` = "microlora", `format_version`, `modules` (a JSON list of path, rank, alpha and
-//! use_rslora), and where there is one `config`, `metadata`, `peft_config`, `prefix`, `header`, `weights_sha256`. The same
+//! use_rslora, and `kind` of other than linear layers), and where there is one `config`, `metadata`, `peft_config`,
+//! `prefix`, `header`, `variants` (what is not plain LoRA on linear layers), `weights_sha256`. The same
 //! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +18,8 @@ use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
-    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, fingerprint, source,
+    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors, fingerprint,
+    peft, source,
 };
 use crate::error::{Error, Result};
 
@@ -36,11 +38,23 @@ struct ModuleEntry {
     rank: usize,
     alpha: f64,
     use_rslora: bool,
+    /// Absent for linear layers.
+    #[serde(default, skip_serializing_if = "ModuleKind::is_linear")]
+    kind: ModuleKind,
 }
 
 /// Writes an adapter to one file, whole or not at all.
 pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
-    let layout = lay_out(parts, Some(UNKNOWN.to_owned()), &path.display().to_string())?;
+    save_named(path, parts, &[])
+}
+
+/// [`save_single`] of what was read, variants included: reading it back gives the same ones.
+pub fn save_single_as_read(path: &Path, loaded: &Loaded) -> Result<()> {
+    save_named(path, &loaded.parts, &loaded.variants)
+}
+
+fn save_named(path: &Path, parts: &AdapterParts, variants: &[Variant]) -> Result<()> {
+    let layout = lay_out(parts, variants, Some(UNKNOWN.to_owned()), &path.display().to_string())?;
     let named = |digests: &mut Digests| {
         fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra, digests)
     };
@@ -49,14 +63,21 @@ pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
 
 /// The single file as bytes.
 pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
-    let layout = lay_out(parts, None, "bytes")?;
+    let layout = lay_out(parts, &[], None, "bytes")?;
     let mut out = Vec::with_capacity(layout.len());
     layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
     Ok(out)
 }
 
-/// Reads what [`to_bytes`] or [`save_single`] wrote.
+/// Reads what [`to_bytes`] or [`save_single`] wrote, for use: variants are refused.
 pub fn from_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
+    let loaded = read_bytes(bytes, strict)?;
+    loaded.check_runs("bytes", &[])?;
+    Ok(loaded)
+}
+
+/// [`from_bytes`], variants included.
+pub fn read_bytes(bytes: &[u8], strict: bool) -> Result<Loaded> {
     let loaded = any_from_bytes(bytes, &LoadOptions { strict, ..LoadOptions::default() })?;
     loaded.check_plain("bytes")?;
     Ok(loaded)
@@ -73,7 +94,12 @@ pub(super) fn any_from_bytes(bytes: &[u8], opts: &LoadOptions) -> Result<Loaded>
     from_container(container, file, opts)
 }
 
-fn lay_out<'a>(parts: &'a AdapterParts, sha256: Option<String>, file: &str) -> Result<Layout<'a>> {
+fn lay_out<'a>(
+    parts: &'a AdapterParts,
+    variants: &[Variant],
+    sha256: Option<String>,
+    file: &str,
+) -> Result<Layout<'a>> {
     parts.check()?;
     let mut tensors = Vec::with_capacity(2 * parts.modules.len() + parts.extra.len());
     let mut entries = Vec::with_capacity(parts.modules.len());
@@ -85,11 +111,12 @@ fn lay_out<'a>(parts: &'a AdapterParts, sha256: Option<String>, file: &str) -> R
             rank: m.rank,
             alpha: m.alpha,
             use_rslora: m.use_rslora,
+            kind: m.kind,
         });
     }
     let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
     let modules = serde_json::to_string(&entries).map_err(to_json)?;
-    lay_out_parts(parts, FORMAT_VERSION, tensors, modules, sha256, file)
+    lay_out_parts(parts, variants, FORMAT_VERSION, tensors, modules, sha256, file)
 }
 
 /// Lays out a file of version 2: its modules' tensors, and their header entry.
@@ -99,11 +126,12 @@ pub(super) fn lay_out_with<'a>(
     modules: String,
     file: &str,
 ) -> Result<Layout<'a>> {
-    lay_out_parts(rest, QUANTIZED_VERSION, tensors, modules, None, file)
+    lay_out_parts(rest, &[], QUANTIZED_VERSION, tensors, modules, None, file)
 }
 
 fn lay_out_parts<'a>(
     parts: &'a AdapterParts,
+    variants: &[Variant],
     version: u32,
     mut tensors: Vec<(String, &'a Tensor)>,
     modules: String,
@@ -111,12 +139,18 @@ fn lay_out_parts<'a>(
     file: &str,
 ) -> Result<Layout<'a>> {
     tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
+    let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
     let mut metadata = BTreeMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
         ("format_version".to_owned(), version.to_string()),
         ("modules".to_owned(), modules),
     ]);
+    let variants = match variants {
+        [] => None,
+        all => Some(serde_json::to_string(all).map_err(to_json)?),
+    };
     let optional = [
+        ("variants", variants),
         ("config", parts.config_json.clone()),
         ("metadata", parts.metadata_json.clone()),
         ("peft_config", parts.peft_config.clone()),
@@ -154,6 +188,10 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
             serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0
         }
         None => BTreeMap::new(),
+    };
+    let mut variants: Vec<Variant> = match header.remove("variants") {
+        Some(text) => serde_json::from_str(&text).map_err(|e| wrong(format!("header: variants: {e}")))?,
+        None => Vec::new(),
     };
     let mut parts = AdapterParts {
         modules: Vec::new(),
@@ -197,7 +235,18 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     parts.check_json(file)?;
     parts.check_names().map_err(|e| wrong(e.to_string()))?;
     parts.detach_extra();
-    Ok(Loaded { format: "safetensors", parts, quantized, unused, weights_sha256, ..Loaded::default() })
+    // What the content shows counts, whatever the header says.
+    let shown = peft::variants::of(&parts, file)?;
+    variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
+    Ok(Loaded {
+        format: "safetensors",
+        parts,
+        variants,
+        quantized,
+        unused,
+        weights_sha256,
+        ..Loaded::default()
+    })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<u32> {
@@ -220,14 +269,14 @@ fn check_version(version: Option<String>, file: &str) -> Result<u32> {
 }
 
 fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str) -> Result<ModuleParts> {
-    let ModuleEntry { path, rank, alpha, use_rslora } = entry;
+    let ModuleEntry { path, rank, alpha, use_rslora, kind } = entry;
     let mut take = |which: &str| {
         let name = format!("{path}.{which}");
         let missing = || Error::format(file, format!("module {}: no tensor {}", show(&path), show(&name)));
         by_name.remove(&name).ok_or_else(missing)
     };
     let (a, b) = (take("lora_a")?, take("lora_b")?);
-    let found = check_factors(&a, &b, [&a.name, &b.name], file)?;
+    let found = check_factors(kind, &a, &b, [&a.name, &b.name], file)?;
     if found != rank {
         let reason = format!(
             "tensor {}: {found} rows, but the header gives module {} rank {rank}",
@@ -236,5 +285,5 @@ fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str)
         );
         return Err(Error::format(file, reason));
     }
-    Ok(ModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora, a, b })
+    Ok(ModuleParts { path, kind, alpha, rank, use_rslora, a, b })
 }

@@ -9,11 +9,15 @@ use super::container::{self, Container};
 use super::json::MAX_TEXT;
 use super::limits::Limits;
 use super::tensor::Bytes;
+use super::{npz, zip};
 use crate::error::{Error, Result};
 use crate::mapping::{self, Mapping};
 
 const PICKLE: &str = "a pickle: loading one runs whatever code it carries, so it is never opened here; if you trust \
                       it, read it with torch.load(path, weights_only=True) and save it with safetensors.torch.save_file";
+
+/// Bytes that are looked at before the rest is read: enough for the name of a zip's first member.
+const HEAD: usize = 4096;
 
 /// A file or directory that was opened and is not yet understood.
 pub(crate) struct Source {
@@ -90,8 +94,8 @@ pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
         return Err(Error::format(name, "neither a regular file nor a directory"));
     }
     let mut file = File::open(path).map_err(at)?;
-    let mut head = Vec::with_capacity(64);
-    (&mut file).take(64).read_to_end(&mut head).map_err(at)?;
+    let mut head = Vec::with_capacity(HEAD);
+    (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(at)?;
     refuse_pickled(&head, &name.to_string())?;
     if mmap {
         return Ok(Bytes::from_mapping(Mapping::open(&file).map_err(at)?));
@@ -168,6 +172,7 @@ pub(super) fn sniff(head: &[u8], file: &str) -> Result<()> {
         (&b"GGUF"[..], "a GGUF file, expected safetensors"),
         (b"\x89HDF", "an HDF5 file, expected safetensors"),
         (b"\x93NUMPY", "a NumPy file, expected safetensors"),
+        (zip::MAGIC, "a NumPy archive (.npz), expected safetensors"),
         (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
         (b"{", "JSON, not safetensors; of a PEFT adapter pass the directory"),
     ];
@@ -177,9 +182,9 @@ pub(super) fn sniff(head: &[u8], file: &str) -> Result<()> {
     }
 }
 
-/// Refuses a pickle, bare or in the zip archive that torch makes of it.
+/// Refuses a pickle, bare or in the zip archive that torch makes of it (NumPy's has arrays in it).
 pub(super) fn refuse_pickled(head: &[u8], file: &str) -> Result<()> {
-    let pickle = head.starts_with(b"PK\x03\x04")
+    let pickle = (head.starts_with(zip::MAGIC) && !npz::is_npz(head))
         || (head.first() == Some(&0x80) && matches!(head.get(1), Some(0..=5)));
     if pickle && !container::looks_like(head) {
         return Err(Error::unsupported(file, PICKLE));

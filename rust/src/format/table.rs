@@ -2,7 +2,7 @@
 
 use super::json::show;
 use super::source::{Content, Source};
-use super::{LoadOptions, Loaded, gguf, peft, single};
+use super::{LoadOptions, Loaded, diffusers, flat, gguf, kohya, mlx, npz, peft, single};
 use crate::error::{Error, Result};
 
 /// One format.
@@ -19,13 +19,20 @@ pub struct Row {
 }
 
 /// All formats. A new one is one file and one row here.
-pub static FORMATS: [Row; 3] = [
+pub static FORMATS: [Row; 8] = [
     Row {
         name: "safetensors",
         known_by: "safetensors with `format` = `microlora` in its header",
         knows: single::knows,
         is_key: None,
         read: single::read,
+    },
+    Row {
+        name: "mlx",
+        known_by: "adapter_config.json with `fine_tune_type` or `lora_parameters`, and adapters.safetensors",
+        knows: mlx::knows,
+        is_key: None,
+        read: mlx::read,
     },
     Row {
         name: "peft",
@@ -40,6 +47,35 @@ pub static FORMATS: [Row; 3] = [
         knows: gguf::knows,
         is_key: None,
         read: gguf::read,
+    },
+    Row {
+        name: "kohya",
+        known_by: "safetensors with `.lora_down.weight`, `.lora_up.weight` (LoHa `.hada_*`, LoKr `.lokr_*`)",
+        knows: kohya::knows,
+        is_key: Some(kohya::is_key),
+        read: kohya::read,
+    },
+    Row {
+        name: "diffusers",
+        known_by: "safetensors with `.lora_A.weight`, `.lora.down.weight` or `.lora_linear_layer.down.weight` \
+                   without PEFT's prefix",
+        knows: diffusers::knows,
+        is_key: Some(diffusers::is_key),
+        read: diffusers::read,
+    },
+    Row {
+        name: "flat",
+        known_by: "safetensors with `lora_a` and `lora_b`, bare or below a module's path",
+        knows: flat::knows,
+        is_key: Some(flat::is_key),
+        read: flat::read,
+    },
+    Row {
+        name: "npz",
+        known_by: "a zip archive of .npy members `<module>.lora_a`, `<module>.lora_b`",
+        knows: npz::knows,
+        is_key: None,
+        read: npz::read,
     },
 ];
 

@@ -70,6 +70,21 @@ unsafe impl Vector for Ymm {
         Ymm(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
     }
     #[inline(always)]
+    unsafe fn load_plane(p: *const u8, i: usize) -> Self {
+        // SAFETY: 32 readable bytes, by contract. The byte goes to the top of its lane, sign and all.
+        unsafe {
+            let b = _mm256_loadu_si256(p.cast());
+            let top = _mm256_set1_epi32(0xff00_0000u32 as i32);
+            let v = match i {
+                0 => _mm256_slli_epi32::<24>(b),
+                1 => _mm256_and_si256(_mm256_slli_epi32::<16>(b), top),
+                2 => _mm256_and_si256(_mm256_slli_epi32::<8>(b), top),
+                _ => _mm256_and_si256(b, top),
+            };
+            Ymm(_mm256_cvtepi32_ps(v))
+        }
+    }
+    #[inline(always)]
     unsafe fn widen(b: Y8, i: usize) -> Self {
         // SAFETY: by contract; registers only.
         unsafe {

@@ -74,6 +74,18 @@ unsafe impl Vector for Zmm {
         Zmm(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
     }
     #[inline(always)]
+    unsafe fn load_plane(p: *const u8, i: usize) -> Self {
+        // SAFETY: 32 readable bytes, by contract. A shuffle inside of lanes: cheaper than widening across them.
+        unsafe {
+            let b = _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast()));
+            let of = |k: i64| k << 24 | 0x80_8080 | (k + 4) << 56 | 0x80_8080 << 32;
+            let (low, high) = (of(2 * i as i64), of(2 * i as i64 + 1));
+            let (low2, high2) = (low + 0x0800_0000_0800_0000, high + 0x0800_0000_0800_0000);
+            let to_top = _mm512_set_epi64(high2, high, high2, high, low2, low, low2, low);
+            Zmm(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(b, to_top)))
+        }
+    }
+    #[inline(always)]
     unsafe fn widen(b: Y8, i: usize) -> Self {
         // SAFETY: by contract; registers only.
         unsafe {

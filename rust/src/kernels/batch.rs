@@ -9,7 +9,7 @@ use super::{GROUP, TILE, single};
 /// Tiles of X that stay in L1 while the rows of W pass by (6 rows of 48 tiles are 18 KiB).
 const CHUNK: usize = 48;
 /// Rows of W whose partial sums wait in memory for one common reduction.
-const WAITING: usize = 2 * GROUP;
+pub(super) const WAITING: usize = 2 * GROUP;
 
 /// Partial sums of `M` rows of X against up to [`WAITING`] rows of W.
 pub(super) type Partial<V, const M: usize> = [[MaybeUninit<V>; WAITING]; M];

@@ -47,9 +47,11 @@ macro_rules! quant_table {
                 unsafe { quant_single::combine::<$v, $b>(w, shape, c, y, add) }
             }
             $(#[$attr])*
-            unsafe fn take_apart(base: *const u8, height: usize, columns: [usize; 2], to: *mut f32) {
+            unsafe fn take_apart(
+                base: *const u8, height: usize, columns: [usize; 2], to: *mut f32, stride: usize,
+            ) {
                 // SAFETY: same contract; the ISA is enabled here.
-                unsafe { quant_batch::take_apart::<$v, $b>(base, height, columns, to) }
+                unsafe { quant_batch::take_apart::<$v, $b>(base, height, columns, to, stride) }
             }
 
             pub(super) const OVER: OverBlocks = OverBlocks { dots, combine, take_apart };

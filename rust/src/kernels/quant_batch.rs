@@ -1,22 +1,23 @@
-//! Bodies over blocks for several rows of x: a stretch of a group is taken apart once, into a buffer that stays
-//! in L1, for many rows.
+//! Bodies over blocks for several rows of x: a stretch of some rows is taken apart once, into a buffer that stays
+//! in L1, for many rows of x.
 
 use std::mem::MaybeUninit;
 
-use super::batch::{Partial, Stretch, dots_block};
+use super::TILE;
+use super::batch::{Partial, Stretch, WAITING, dots_block};
 use super::quant::ROWS;
 use super::quant_blocks::{Block, SPAN, Scales};
 use super::quant_single::{Run, put};
 use super::vector::Vector;
-use super::{GROUP, TILE};
 
-/// Columns that a batch takes apart at once: 8 KiB of f32 per group.
-const STRETCH: usize = 512;
+/// Rows and columns that a batch takes apart at once: 16 KiB of f32. Columns are whole blocks of every type.
+const SLAB: usize = WAITING;
+const STRETCH: usize = 256;
 /// Rows of x that share what was taken apart; with a stretch of columns they fit in L2.
 const BATCH: usize = 24;
 
-/// Takes the columns `[from, from + n)` of a group of `height` rows apart: tiles of 16 columns, each with the rows
-/// of the group one after another.
+/// Takes the columns `[from, from + n)` of a group of `height` rows apart: tiles of 16 columns, each with `stride`
+/// rows one after another, of which these are the first.
 ///
 /// # Safety
 /// `base` is a group, the columns are whole blocks of it, `to` has room for them; the ISA of `V` is present.
@@ -26,20 +27,21 @@ pub(super) unsafe fn take_apart<V: Vector, B: Block>(
     height: usize,
     [from, n]: [usize; 2],
     to: *mut f32,
+    stride: usize,
 ) {
     let (vectors, halves) = (SPAN / V::W, if B::HALVES { 2 } else { 1 });
     // SAFETY: the caller gives a group, columns of it that are whole blocks, and room for them.
     unsafe {
         for r in 0..height {
-            let run = Run::new::<B>(base, height, r, n, false);
-            for block in 0..run.blocks {
-                let (heads, codes) = run.at::<V>(from / B::ELEMENTS + block);
-                let [head] = B::heads::<V, 1>(heads, &[1.0]);
+            let run = Run::new::<B>(base, height, r, from + n);
+            for block in from / B::ELEMENTS..run.blocks {
+                let codes = run.codes(block);
+                let [head] = run.one_head::<V, B>(block);
                 for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
                     for s in 0..B::TOGETHER {
                         let span = unit * B::TOGETHER + s;
                         let codes = B::span::<V>(codes, unit, s);
-                        let at = block * B::ELEMENTS + span * SPAN;
+                        let at = block * B::ELEMENTS + span * SPAN - from;
                         for i in 0..vectors {
                             let column = at + i * V::W;
                             let scale = V::splat(head.scale(span, i * halves / vectors));
@@ -48,7 +50,7 @@ pub(super) unsafe fn take_apart<V: Vector, B: Block>(
                             if B::Head::OFFSETS {
                                 v = v.add(V::splat(head.offset(span)));
                             }
-                            v.store(to.add((column / TILE * height + r) * TILE + column % TILE));
+                            v.store(to.add((column / TILE * stride + r) * TILE + column % TILE));
                         }
                     }
                 }
@@ -67,19 +69,21 @@ unsafe fn dots_apart<V: Vector, const M: usize>(
     s: f32,
     add: bool,
 ) {
-    // SAFETY: the caller gives a stretch of `height` rows taken apart, M rows of x, `height` columns of M rows of u.
+    // SAFETY: the caller gives a stretch of `height` rows taken apart, M rows of x, `height` columns of M rows of u;
+    // every sum is written before it is read.
     unsafe {
-        let mut sums: Partial<V, M> = [[MaybeUninit::uninit(); 2 * GROUP]; M];
-        let stride = height * TILE;
-        if height == ROWS {
-            dots_block::<V, f32, M, ROWS, false>(tiles, stride, xs, &mut sums, 0, true);
-        } else {
-            for r in 0..height {
-                dots_block::<V, f32, M, 1, false>(tiles.add(r * TILE), stride, xs, &mut sums, r, true);
-            }
+        let mut sums: Partial<V, M> = [[MaybeUninit::uninit(); SLAB]; M];
+        let (stride, mut r) = (height * TILE, 0);
+        while r + 4 <= height {
+            dots_block::<V, f32, M, 4, false>(tiles.add(r * TILE), stride, xs, &mut sums, r, true);
+            r += 4;
+        }
+        while r < height {
+            dots_block::<V, f32, M, 1, false>(tiles.add(r * TILE), stride, xs, &mut sums, r, true);
+            r += 1;
         }
         for (m, sums) in sums.iter().enumerate() {
-            let mut out = [0.0; ROWS];
+            let mut out = [0.0; SLAB];
             V::sums(sums.as_ptr().cast(), height, out.as_mut_ptr());
             put(&out[..height], u.add(m * ldu), s, add);
         }
@@ -123,6 +127,21 @@ unsafe fn combine_apart<V: Vector, const M: usize>(
                 acc[i].store(y.add(m * ldy + i * V::W));
             }
         }
+    }
+}
+
+/// `y_m (+)= sum_r u[m][r] row r` for a stretch and `M` rows.
+#[inline(always)]
+unsafe fn combine_stretch<V: Vector, const M: usize>(
+    tiles: *const f32,
+    [height, width]: [usize; 2],
+    u: Rows<*const f32>,
+    (y, ldy): Rows<*mut f32>,
+    add: bool,
+) {
+    for t in (0..width / TILE).step_by(2) {
+        // SAFETY: two tiles of the stretch.
+        unsafe { combine_apart::<V, M>(tiles.add(t * height * TILE), height, u, (y.add(t * TILE), ldy), add) }
     }
 }
 
@@ -186,17 +205,9 @@ pub(super) unsafe fn combine<V: Vector>(
     (y, ldy): Rows<*mut f32>,
     add: bool,
 ) {
-    for t in (0..width / TILE).step_by(2) {
-        // SAFETY: rows m of n; two tiles of the stretch, whose width is whole spans.
-        unsafe {
-            in_blocks!(n, m => combine_apart::<V>(
-                tiles.add(t * height * TILE),
-                height,
-                (u.add(m * ldu), ldu),
-                (y.add(m * ldy + t * TILE), ldy),
-                add
-            ));
-        }
+    // SAFETY: rows m of n; two tiles of the stretch at a time, whose width is whole spans.
+    unsafe {
+        in_blocks!(n, m => combine_stretch::<V>(tiles, [height, width], (u.add(m * ldu), ldu), (y.add(m * ldy), ldy), add));
     }
 }
 
@@ -218,16 +229,18 @@ pub(super) struct Job<'a> {
     pub apart: &'a Apart,
 }
 
-/// The base of a group, its rows, the first column and the number of columns, and where to.
-pub(super) type TakeApart = unsafe fn(*const u8, usize, [usize; 2], *mut f32);
+/// The base of a group, its rows, the first column and the number of columns, where to, and the rows of a tile.
+pub(super) type TakeApart = unsafe fn(*const u8, usize, [usize; 2], *mut f32, usize);
 
 impl Job<'_> {
-    /// Calls `f` with each group: its base, its first row and its height.
-    #[inline(always)]
-    unsafe fn groups(&self, mut f: impl FnMut(*const u8, usize, usize)) {
-        for first in (0..self.rows).step_by(ROWS) {
-            // SAFETY: a group's first row lies in the matrix.
-            f(unsafe { self.w.add(first * self.per_row) }, first, (self.rows - first).min(ROWS));
+    /// Takes `width` columns of `height` rows from `first` on apart, which is the first row of a group.
+    unsafe fn take(&self, [first, height]: [usize; 2], columns: [usize; 2], to: &mut [f32; SLAB * STRETCH]) {
+        for r in (0..height).step_by(ROWS) {
+            // SAFETY: a group's first row lies in the matrix; a slab is as large as the buffer.
+            unsafe {
+                let (base, to) = (self.w.add((first + r) * self.per_row), to.as_mut_ptr().add(r * TILE));
+                (self.take_apart)(base, (height - r).min(ROWS), columns, to, height);
+            }
         }
     }
 
@@ -236,21 +249,22 @@ impl Job<'_> {
     /// # Safety
     /// `w` is a packed matrix, `x` and `u` have `n` rows; the ISA of the bodies is present.
     pub unsafe fn dots_batch(self, x: *const f32, n: usize, u: *mut f32, s: f32, add: bool) {
-        let mut apart = [0.0f32; ROWS * STRETCH];
+        let mut apart = [0.0f32; SLAB * STRETCH];
         let (rows, cols) = (self.rows, self.cols);
         for from in (0..n).step_by(BATCH) {
             let n = (n - from).min(BATCH);
-            // SAFETY: rows from .. from + n of x and u; stretches of whole blocks inside of a group.
-            unsafe {
-                self.groups(|base, first, height| {
-                    for column in (0..cols).step_by(STRETCH) {
-                        let width = (cols - column).min(STRETCH);
-                        (self.take_apart)(base, height, [column, width], apart.as_mut_ptr());
+            for first in (0..rows).step_by(SLAB) {
+                let height = (rows - first).min(SLAB);
+                for column in (0..cols).step_by(STRETCH) {
+                    let width = (cols - column).min(STRETCH);
+                    // SAFETY: rows from .. from + n of x and u; a stretch of whole blocks.
+                    unsafe {
+                        self.take([first, height], [column, width], &mut apart);
                         let (x, u) = (x.add(from * cols + column), u.add(from * rows + first));
                         let shape = [height, width, n];
                         (self.apart.dots)(apart.as_ptr(), shape, (x, cols), (u, rows), s, add || column > 0);
                     }
-                });
+                }
             }
         }
     }
@@ -260,20 +274,21 @@ impl Job<'_> {
     /// # Safety
     /// As [`Job::dots_batch`].
     pub unsafe fn combine_batch(self, u: *const f32, n: usize, y: *mut f32, add: bool) {
-        let mut apart = [0.0f32; ROWS * STRETCH];
+        let mut apart = [0.0f32; SLAB * STRETCH];
         let (rows, cols) = (self.rows, self.cols);
         for from in (0..n).step_by(BATCH) {
             let n = (n - from).min(BATCH);
             for column in (0..cols).step_by(STRETCH) {
                 let width = (cols - column).min(STRETCH);
-                // SAFETY: rows from .. from + n of u and y; a stretch of whole blocks inside of each group.
-                unsafe {
-                    self.groups(|base, first, height| {
-                        (self.take_apart)(base, height, [column, width], apart.as_mut_ptr());
+                for first in (0..rows).step_by(SLAB) {
+                    let height = (rows - first).min(SLAB);
+                    // SAFETY: rows from .. from + n of u and y; a stretch of whole blocks.
+                    unsafe {
+                        self.take([first, height], [column, width], &mut apart);
                         let (u, y) = (u.add(from * rows + first), y.add(from * cols + column));
                         let shape = [height, width, n];
                         (self.apart.combine)(apart.as_ptr(), shape, (u, rows), (y, cols), add || first > 0);
-                    });
+                    }
                 }
             }
         }

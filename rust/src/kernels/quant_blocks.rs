@@ -18,13 +18,15 @@ pub struct Anatomy {
     pub head: usize,
     /// Bytes of the codes.
     pub codes: usize,
+    /// Whether the 32 codes lie in planes: number `8 k + l` at byte `4 l + k`, so that they widen within lanes.
+    pub planes: bool,
 }
 
 impl Anatomy {
     /// How a block of this type is taken apart.
     pub const fn of(kind: BlockType) -> Self {
         const fn anatomy<B: Block>() -> Anatomy {
-            Anatomy { head_at: B::HEAD_AT, head: B::HEAD, codes: B::CODES }
+            Anatomy { head_at: B::HEAD_AT, head: B::HEAD, codes: B::CODES, planes: B::PLANES }
         }
         match kind {
             BlockType::Q8_0 => anatomy::<Q8_0>(),
@@ -83,6 +85,8 @@ pub(super) unsafe trait Block {
     const CODES: usize;
     /// Spans whose codes lie in the same bytes: the loop over them is unrolled.
     const TOGETHER: usize;
+    /// See [`Anatomy::planes`].
+    const PLANES: bool = false;
     /// Whether each half of a span has a scale of its own.
     const HALVES: bool = false;
     type Head: Scales;
@@ -97,15 +101,19 @@ pub(super) unsafe trait Block {
     unsafe fn vector<V: Vector>(codes: Self::Codes<V>, i: usize) -> V;
 }
 
-/// Heads of a type that has a scale only, at `p` one after another; four at most.
+/// Heads of a type that has a scale only, in units of `unit`.
 #[inline(always)]
-unsafe fn scale_heads<V: Vector, const R: usize>(p: *const u8, coef: &[f32; R]) -> [Head<1, 0>; R] {
+unsafe fn scale_heads<V: Vector, const R: usize>(
+    p: *const u8,
+    unit: f32,
+    coef: &[f32; R],
+) -> [Head<1, 0>; R] {
     const { assert!(R <= 8) };
     // SAFETY: forwarded from the caller.
     let d = unsafe { V::halves(p) };
     let mut heads = [Head::ZERO; R];
     for r in 0..R {
-        heads[r].scale[0] = d[r] * coef[r];
+        heads[r].scale[0] = d[r] * unit * coef[r];
     }
     heads
 }
@@ -119,13 +127,14 @@ unsafe impl Block for Q8_0 {
     const HEAD: usize = 2;
     const CODES: usize = 32;
     const TOGETHER: usize = 1;
+    const PLANES: bool = true;
     type Head = Head<1, 0>;
     type Codes<V: Vector> = *const u8;
 
     #[inline(always)]
     unsafe fn heads<V: Vector, const R: usize>(p: *const u8, coef: &[f32; R]) -> [Self::Head; R] {
         // SAFETY: forwarded from the caller.
-        unsafe { scale_heads::<V, R>(p, coef) }
+        unsafe { scale_heads::<V, R>(p, 1.0 / 16_777_216.0, coef) }
     }
     #[inline(always)]
     unsafe fn span<V: Vector>(codes: *const u8, _: usize, _: usize) -> *const u8 {
@@ -133,8 +142,8 @@ unsafe impl Block for Q8_0 {
     }
     #[inline(always)]
     unsafe fn vector<V: Vector>(codes: *const u8, i: usize) -> V {
-        // SAFETY: 32 codes of one byte.
-        unsafe { V::load_i8(codes.add(i * V::W)) }
+        // SAFETY: 32 codes of one byte; the heads undo the factor.
+        unsafe { V::load_plane(codes, i) }
     }
 }
 
@@ -153,7 +162,7 @@ unsafe impl Block for Q4_0 {
     #[inline(always)]
     unsafe fn heads<V: Vector, const R: usize>(p: *const u8, coef: &[f32; R]) -> [Self::Head; R] {
         // SAFETY: forwarded from the caller.
-        unsafe { scale_heads::<V, R>(p, coef) }
+        unsafe { scale_heads::<V, R>(p, 1.0, coef) }
     }
     #[inline(always)]
     unsafe fn span<V: Vector>(codes: *const u8, _: usize, _: usize) -> V::Bytes {

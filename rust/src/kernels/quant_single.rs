@@ -1,12 +1,17 @@
 //! Bodies over blocks for one row of x: codes become f32 in registers.
 
+use std::mem::MaybeUninit;
+
 use super::quant::ROWS;
 use super::quant_blocks::{Block, SPAN, Scales};
 use super::vector::Vector;
 
-/// Bytes between the prefetch and the load, and from which size on there are prefetches at all.
-const AHEAD: usize = 2048;
-const PREFETCH_FROM: usize = 24 << 10;
+/// Columns whose heads are read at once: scales then come from memory by broadcast, and not from a register by a
+/// shuffle, of which widening the codes needs enough.
+const HEADS: usize = 256;
+
+/// Heads of some columns of blocks.
+type Heads<B, const R: usize> = [MaybeUninit<[<B as Block>::Head; R]>; 8];
 
 /// Where the rows of one pass lie: `R` of a group of `height`.
 #[derive(Clone, Copy)]
@@ -17,40 +22,46 @@ pub(super) struct Run {
     step: usize,
     /// Columns of blocks.
     pub blocks: usize,
-    prefetch: bool,
 }
 
 impl Run {
     /// Rows from `r` on of the group of `height` at `base`.
     #[inline(always)]
-    pub unsafe fn new<B: Block>(
-        base: *const u8,
-        height: usize,
-        r: usize,
-        cols: usize,
-        prefetch: bool,
-    ) -> Self {
+    pub unsafe fn new<B: Block>(base: *const u8, height: usize, r: usize, cols: usize) -> Self {
         // SAFETY: the caller gives a whole group; r < height.
         let (heads, codes) = unsafe { (base.add(r * B::HEAD), base.add(height * B::HEAD + r * B::CODES)) };
         let step = height * (B::HEAD + B::CODES);
-        Run { heads, codes, step, blocks: cols / B::ELEMENTS, prefetch }
+        Run { heads, codes, step, blocks: cols / B::ELEMENTS }
     }
 
-    /// Heads and codes of one column of blocks.
+    /// Heads of up to [`HEADS`] columns from one block on, each times its coefficient; gives how many blocks.
     #[inline(always)]
-    pub unsafe fn at<V: Vector>(self, block: usize) -> (*const u8, *const u8) {
-        let at = block * self.step;
-        // SAFETY: block < blocks; a prefetch never faults and its address wraps.
-        unsafe {
-            if self.prefetch {
-                let mut line = 0;
-                while line < self.step {
-                    V::prefetch(self.heads.wrapping_add(at + AHEAD + line));
-                    line += 64;
-                }
-            }
-            (self.heads.add(at), self.codes.add(at))
+    unsafe fn heads<V: Vector, B: Block, const R: usize>(
+        self,
+        from: usize,
+        coef: &[f32; R],
+        to: &mut Heads<B, R>,
+    ) -> usize {
+        let n = (self.blocks - from).min(HEADS / B::ELEMENTS);
+        for (j, to) in to.iter_mut().enumerate().take(n) {
+            // SAFETY: from + j < blocks.
+            unsafe { to.write(B::heads::<V, R>(self.heads.add((from + j) * self.step), coef)) };
         }
+        n
+    }
+
+    /// The head of one block of a single row.
+    #[inline(always)]
+    pub unsafe fn one_head<V: Vector, B: Block>(self, block: usize) -> [B::Head; 1] {
+        // SAFETY: the caller gives block < blocks.
+        unsafe { B::heads::<V, 1>(self.heads.add(block * self.step), &[1.0]) }
+    }
+
+    /// Codes of one column of blocks.
+    #[inline(always)]
+    pub unsafe fn codes(self, block: usize) -> *const u8 {
+        // SAFETY: the caller gives block < blocks.
+        unsafe { self.codes.add(block * self.step) }
     }
 }
 
@@ -58,17 +69,16 @@ impl Run {
 macro_rules! passes {
     ($B:ident, $w:expr, $rows:expr, $cols:expr, ($run:ident, $row:ident) => $four:expr, $one:expr) => {{
         let per_row = $cols / $B::ELEMENTS * ($B::HEAD + $B::CODES);
-        let prefetch = $rows * per_row >= PREFETCH_FROM;
         let mut first = 0;
         while first < $rows {
             let height = ($rows - first).min(ROWS);
             let base = $w.add(first * per_row);
             if height == ROWS {
-                let ($run, $row) = (Run::new::<$B>(base, height, 0, $cols, prefetch), first);
+                let ($run, $row) = (Run::new::<$B>(base, height, 0, $cols), first);
                 $four;
             } else {
                 for r in 0..height {
-                    let ($run, $row) = (Run::new::<$B>(base, height, r, $cols, false), first + r);
+                    let ($run, $row) = (Run::new::<$B>(base, height, r, $cols), first + r);
                     $one;
                 }
             }
@@ -77,46 +87,66 @@ macro_rules! passes {
     }};
 }
 
-/// `<row r, x>` of `R` rows.
+/// `acc[r] += row r . x` of one column of blocks.
 #[inline(always)]
-unsafe fn dots_run<V: Vector, B: Block, const R: usize>(run: Run, x: *const f32) -> [f32; R] {
+unsafe fn dots_block<V: Vector, B: Block, const R: usize>(
+    codes: *const u8,
+    heads: &[B::Head; R],
+    x: *const f32,
+    acc: &mut [V; R],
+) {
     let (vectors, halves) = (SPAN / V::W, if B::HALVES { 2 } else { 1 });
-    // SAFETY: the caller gives a run of R rows and as many x as it has columns.
+    // SAFETY: the caller gives the codes of R blocks and as many x as one has elements.
     unsafe {
-        let mut acc = [V::splat(0.0); R];
-        for block in 0..run.blocks {
-            let (heads, codes) = run.at::<V>(block);
-            let heads = B::heads::<V, R>(heads, &[1.0; R]);
-            for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
-                for s in 0..B::TOGETHER {
-                    let span = unit * B::TOGETHER + s;
-                    let x = x.add(block * B::ELEMENTS + span * SPAN);
-                    let mut xv = [V::splat(0.0); 4];
-                    for i in 0..vectors {
-                        xv[i] = V::load(x.add(i * V::W));
+        for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
+            for s in 0..B::TOGETHER {
+                let span = unit * B::TOGETHER + s;
+                let x = x.add(span * SPAN);
+                let mut xv = [V::splat(0.0); 4];
+                for i in 0..vectors {
+                    xv[i] = V::load(x.add(i * V::W));
+                }
+                let mut total = xv[0];
+                if B::Head::OFFSETS {
+                    for i in 1..vectors {
+                        total = total.add(xv[i]);
                     }
-                    let mut total = xv[0];
+                }
+                for r in 0..R {
+                    let span_codes = B::span::<V>(codes.add(r * B::CODES), unit, s);
+                    for half in 0..halves {
+                        let (from, n) = (half * vectors / halves, vectors / halves);
+                        let mut part = B::vector::<V>(span_codes, from).mul(xv[from]);
+                        for i in from + 1..from + n {
+                            part = B::vector::<V>(span_codes, i).fma(xv[i], part);
+                        }
+                        acc[r] = part.fma(V::splat(heads[r].scale(span, half)), acc[r]);
+                    }
                     if B::Head::OFFSETS {
-                        for i in 1..vectors {
-                            total = total.add(xv[i]);
-                        }
-                    }
-                    for r in 0..R {
-                        let span_codes = B::span::<V>(codes.add(r * B::CODES), unit, s);
-                        for half in 0..halves {
-                            let (from, n) = (half * vectors / halves, vectors / halves);
-                            let mut part = B::vector::<V>(span_codes, from).mul(xv[from]);
-                            for i in from + 1..from + n {
-                                part = B::vector::<V>(span_codes, i).fma(xv[i], part);
-                            }
-                            acc[r] = part.fma(V::splat(heads[r].scale(span, half)), acc[r]);
-                        }
-                        if B::Head::OFFSETS {
-                            acc[r] = total.fma(V::splat(heads[r].offset(span)), acc[r]);
-                        }
+                        acc[r] = total.fma(V::splat(heads[r].offset(span)), acc[r]);
                     }
                 }
             }
+        }
+    }
+}
+
+/// `<row r, x>` of `R` rows.
+#[inline(always)]
+unsafe fn dots_run<V: Vector, B: Block, const R: usize>(run: Run, x: *const f32) -> [f32; R] {
+    // SAFETY: the caller gives a run of R rows and as many x as it has columns.
+    unsafe {
+        let mut acc = [V::splat(0.0); R];
+        let mut some: Heads<B, R> = [const { MaybeUninit::uninit() }; 8];
+        let mut from = 0;
+        while from < run.blocks {
+            let n = run.heads::<V, B, R>(from, &[1.0; R], &mut some);
+            for (j, heads) in some.iter().enumerate().take(n) {
+                let (block, heads) = (from + j, heads.assume_init_ref());
+                let codes = run.codes(block);
+                dots_block::<V, B, R>(codes, heads, x.add(block * B::ELEMENTS), &mut acc);
+            }
+            from += n;
         }
         let mut out = [0.0; R];
         V::sums(acc.as_ptr(), R, out.as_mut_ptr());
@@ -157,6 +187,45 @@ pub(super) unsafe fn dots<V: Vector, B: Block>(
     }
 }
 
+/// `y (+)= sum_r coef[r] row r` of one column of blocks, whose heads hold the coefficients.
+#[inline(always)]
+unsafe fn combine_block<V: Vector, B: Block, const R: usize>(
+    codes: *const u8,
+    heads: &[B::Head; R],
+    y: *mut f32,
+    add: bool,
+) {
+    let (vectors, halves) = (SPAN / V::W, if B::HALVES { 2 } else { 1 });
+    // SAFETY: the caller gives the codes of R blocks and as many y as one has elements.
+    unsafe {
+        for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
+            for s in 0..B::TOGETHER {
+                let span = unit * B::TOGETHER + s;
+                let y = y.add(span * SPAN);
+                let mut offset = 0.0;
+                for head in heads {
+                    offset += head.offset(span);
+                }
+                let mut acc = [V::splat(offset); 4];
+                for i in 0..if add { vectors } else { 0 } {
+                    let before = V::load(y.add(i * V::W));
+                    acc[i] = if B::Head::OFFSETS { before.add(acc[i]) } else { before };
+                }
+                for r in 0..R {
+                    let span_codes = B::span::<V>(codes.add(r * B::CODES), unit, s);
+                    for i in 0..vectors {
+                        let scale = V::splat(heads[r].scale(span, i * halves / vectors));
+                        acc[i] = B::vector::<V>(span_codes, i).fma(scale, acc[i]);
+                    }
+                }
+                for i in 0..vectors {
+                    acc[i].store(y.add(i * V::W));
+                }
+            }
+        }
+    }
+}
+
 /// `y (+)= sum_r coef[r] row r` over `R` rows.
 #[inline(always)]
 unsafe fn combine_run<V: Vector, B: Block, const R: usize>(
@@ -165,38 +234,19 @@ unsafe fn combine_run<V: Vector, B: Block, const R: usize>(
     y: *mut f32,
     add: bool,
 ) {
-    let (vectors, halves) = (SPAN / V::W, if B::HALVES { 2 } else { 1 });
     // SAFETY: the caller gives a run of R rows, R elements of coef and as many y as the run has columns.
     unsafe {
         let coef: [f32; R] = coef.cast::<[f32; R]>().read_unaligned();
-        for block in 0..run.blocks {
-            let (heads, codes) = run.at::<V>(block);
-            let heads = B::heads::<V, R>(heads, &coef);
-            for unit in 0..B::ELEMENTS / (SPAN * B::TOGETHER) {
-                for s in 0..B::TOGETHER {
-                    let span = unit * B::TOGETHER + s;
-                    let y = y.add(block * B::ELEMENTS + span * SPAN);
-                    let mut offset = 0.0;
-                    for head in &heads {
-                        offset += head.offset(span);
-                    }
-                    let mut acc = [V::splat(offset); 4];
-                    for i in 0..if add { vectors } else { 0 } {
-                        let before = V::load(y.add(i * V::W));
-                        acc[i] = if B::Head::OFFSETS { before.add(acc[i]) } else { before };
-                    }
-                    for r in 0..R {
-                        let span_codes = B::span::<V>(codes.add(r * B::CODES), unit, s);
-                        for i in 0..vectors {
-                            let scale = V::splat(heads[r].scale(span, i * halves / vectors));
-                            acc[i] = B::vector::<V>(span_codes, i).fma(scale, acc[i]);
-                        }
-                    }
-                    for i in 0..vectors {
-                        acc[i].store(y.add(i * V::W));
-                    }
-                }
+        let mut some: Heads<B, R> = [const { MaybeUninit::uninit() }; 8];
+        let mut from = 0;
+        while from < run.blocks {
+            let n = run.heads::<V, B, R>(from, &coef, &mut some);
+            for (j, heads) in some.iter().enumerate().take(n) {
+                let (block, heads) = (from + j, heads.assume_init_ref());
+                let codes = run.codes(block);
+                combine_block::<V, B, R>(codes, heads, y.add(block * B::ELEMENTS), add);
             }
+            from += n;
         }
     }
 }

@@ -39,6 +39,12 @@ unsafe impl Vector for F32x8 {
         F32x8(unsafe { p.cast::<[i8; 8]>().read_unaligned() }.map(f32::from))
     }
     #[inline(always)]
+    unsafe fn load_plane(p: *const u8, i: usize) -> Self {
+        // SAFETY: 32 readable bytes, by contract.
+        let b = unsafe { p.cast::<[i8; 32]>().read_unaligned() };
+        F32x8(std::array::from_fn(|l| f32::from(b[4 * l + i]) * 16_777_216.0))
+    }
+    #[inline(always)]
     unsafe fn widen(b: U8x32, i: usize) -> Self {
         F32x8(std::array::from_fn(|l| f32::from(b.0[8 * i + l] as i8)))
     }

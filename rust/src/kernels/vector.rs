@@ -24,6 +24,8 @@ pub(crate) unsafe trait Vector: Copy {
     unsafe fn load_bf16(p: *const u16) -> Self;
     /// `W` signed bytes.
     unsafe fn load_i8(p: *const u8) -> Self;
+    /// The `i`-th `W` of 32 signed bytes that lie in planes: byte `4 l + k` is number `8 k + l`. Times 2^24.
+    unsafe fn load_plane(p: *const u8, i: usize) -> Self;
     /// The `i`-th `W` of 32 signed bytes.
     unsafe fn widen(b: Self::Bytes, i: usize) -> Self;
     /// Eight f16 at `p`.

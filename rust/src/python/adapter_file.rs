@@ -8,8 +8,10 @@ use pyo3::types::PyBytes;
 use super::adapter::PyAdapter;
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
-use crate::format::{self, AdapterParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Orientation};
-use crate::format::{Tensor, TensorDtype};
+use crate::format::{
+    self, AdapterParts, Limits, LoadOptions, Loaded, ModuleKind, ModuleParts, Orientation, PeftOptions,
+    Tensor, TensorDtype,
+};
 
 /// A file's content, immutable.
 #[pyclass(name = "AdapterFile", module = "microlora._core", frozen, subclass)]
@@ -98,13 +100,14 @@ impl PyAdapterFile {
 
     /// Content from Python: modules, tensors beside them (name, dtype, shape, bytes), and JSON texts.
     #[staticmethod]
-    #[pyo3(signature = (modules, extra, config_json=None, metadata_json=None, peft_config=None))]
+    #[pyo3(signature = (modules, extra, config_json=None, metadata_json=None, peft_config=None, prefix=None))]
     fn build(
         modules: Vec<RawModule>,
         extra: Vec<(String, String, Vec<usize>, Vec<u8>)>,
         config_json: Option<String>,
         metadata_json: Option<String>,
         peft_config: Option<String>,
+        prefix: Option<String>,
     ) -> PyResult<Self> {
         let modules = modules.into_iter().map(|(path, kind, alpha, use_rslora, a, b)| {
             let kind = kind_of(&kind)?;
@@ -122,10 +125,12 @@ impl PyAdapterFile {
             config_json,
             metadata_json,
             peft_config,
+            prefix,
             ..AdapterParts::default()
         };
         parts.check()?;
-        Ok(PyAdapterFile { inner: Loaded { parts, ..Loaded::default() }, file: "memory".into() })
+        let variants = format::peft_variants(&parts)?;
+        Ok(PyAdapterFile { inner: Loaded { parts, variants, ..Loaded::default() }, file: "memory".into() })
     }
 
     /// An adapter as a file would hold it.
@@ -202,6 +207,12 @@ impl PyAdapterFile {
         self.inner.parts.peft_config.clone()
     }
 
+    /// PEFT's prefix of keys, where it was repeated.
+    #[getter]
+    fn prefix(&self) -> Option<String> {
+        self.inner.parts.prefix.clone()
+    }
+
     /// Settings of ours, as JSON.
     #[getter]
     fn config_json(&self) -> Option<String> {
@@ -233,18 +244,57 @@ impl PyAdapterFile {
 
     /// The adapter that runs: refused while a variant is left that `allow` does not drop by name.
     fn runnable(&self, allow: Vec<String>) -> PyResult<PyAdapter> {
-        self.inner.check_runs(&self.file, &allow)?;
-        let mut parts = self.inner.parts.clone();
-        if !self.inner.variants.is_empty() {
-            let dropped = |m: &ModuleParts| {
-                m.kind == ModuleKind::Linear
-                    || !allow.iter().any(|a| *a == format!("drop:{}", m.kind.as_str()))
-            };
-            parts.modules.retain(dropped);
-            // The configuration and the tensors speak of what is no longer there.
-            parts.peft_config = None;
-            parts.extra.clear();
-        }
-        Ok(PyAdapter::from(Adapter::from_parts(&parts)?))
+        let loaded = self.inner.clone().runnable(&self.file, &allow)?;
+        Ok(PyAdapter::from(Adapter::from_parts(&loaded.parts)?))
+    }
+
+    /// Writes all of it to one file of ours, through a temporary sibling and a rename. Variants of the
+    /// kinds in `lost` are no longer said to be there.
+    fn save_single(&self, py: Python<'_>, path: PathBuf, lost: Vec<String>) -> PyResult<()> {
+        let mut loaded = self.inner.clone();
+        loaded.variants.retain(|v| !lost.contains(&v.kind));
+        Ok(py.detach(|| format::save_single_as_read(&path, &loaded))?)
+    }
+
+    /// `(kind, at)` of what a PEFT directory cannot hold of it.
+    fn lost_in_peft(&self) -> PyResult<Vec<(String, String)>> {
+        Ok(self.inner.lost_in_peft()?.into_iter().map(|v| (v.kind.clone(), v.at.clone())).collect())
+    }
+
+    /// Writes a PEFT directory, without what [`lost_in_peft`](Self::lost_in_peft) lists.
+    fn save_peft(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        let parts = self.inner.peft_parts()?;
+        Ok(py.detach(|| format::save_peft(&path, &parts, &PeftOptions::default()))?)
+    }
+
+    /// `(kind, at)` of what a format that is one key style cannot hold of it.
+    fn lost_in(&self, format: &str, allow: Vec<String>) -> PyResult<Vec<(String, String)>> {
+        Ok(format::losses(&self.inner, format, &allow)?)
+    }
+
+    /// Writes a format that is one key style, without what `allow` drops by name: notes.
+    fn save_style(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        format: &str,
+        allow: Vec<String>,
+    ) -> PyResult<Vec<String>> {
+        Ok(py.detach(|| format::save_style(&path, &self.inner, format, &allow))?)
+    }
+
+    /// The same content under the names that the base's modules have.
+    fn resolved(&self, names: Vec<String>) -> PyResult<Self> {
+        let mut inner = self.inner.clone();
+        format::resolve_names(&mut inner, &names, &self.file)?;
+        Ok(PyAdapterFile { inner, file: self.file.clone() })
+    }
+
+    /// The same content with packed experts as modules of their own.
+    #[pyo3(signature = (experts=None))]
+    fn unpacked(&self, experts: Option<usize>) -> PyResult<Self> {
+        let parts = format::peft::unpack_experts(&self.inner.parts, experts)?;
+        let variants = format::peft_variants(&parts)?;
+        Ok(PyAdapterFile { inner: Loaded { parts, variants, ..self.inner.clone() }, file: self.file.clone() })
     }
 }

@@ -28,9 +28,11 @@ pub(super) fn adapter_file_formats() -> Vec<(&'static str, &'static str)> {
     format::FORMATS.iter().map(|row| (row.name, row.known_by)).collect()
 }
 
-/// Reads any known format: the adapter, the names of unused tensors, and notes.
+/// Reads any known format: the adapter without the variants that `allow` drops, the names of unused
+/// tensors, and notes.
 #[pyfunction]
-#[pyo3(signature = (path, mmap, strict, limits=None, alpha=None, orientation=None))]
+#[pyo3(signature = (path, mmap, strict, limits=None, alpha=None, orientation=None, allow=None))]
+#[allow(clippy::too_many_arguments)]
 pub(super) fn load(
     py: Python<'_>,
     path: PathBuf,
@@ -39,10 +41,11 @@ pub(super) fn load(
     limits: Option<LimitsTuple>,
     alpha: Option<f64>,
     orientation: Option<&str>,
+    allow: Option<Vec<String>>,
 ) -> PyResult<Loaded> {
     let orientation = orientation_of(orientation)?;
     let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
-    wrap(py.detach(|| format::load(&path, &opts))?)
+    wrap(py.detach(|| format::load_without(&path, &opts, &allow.unwrap_or_default()))?)
 }
 
 /// The same from the bytes of a single file.

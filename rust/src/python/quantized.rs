@@ -246,7 +246,8 @@ pub(super) enum AnyAdapter {
 
 /// Reads any known format, quantised adapters included: the adapter, the names of unused tensors, and notes.
 #[pyfunction]
-#[pyo3(signature = (path, mmap, strict, limits=None, alpha=None, orientation=None))]
+#[pyo3(signature = (path, mmap, strict, limits=None, alpha=None, orientation=None, allow=None))]
+#[allow(clippy::too_many_arguments)]
 pub(super) fn load_any(
     py: Python<'_>,
     path: PathBuf,
@@ -255,27 +256,39 @@ pub(super) fn load_any(
     limits: Option<LimitsTuple>,
     alpha: Option<f64>,
     orientation: Option<&str>,
+    allow: Option<Vec<String>>,
 ) -> PyResult<(AnyAdapter, Vec<String>, Vec<String>)> {
     let orientation = orientation_of(orientation)?;
     let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
     let (value, loaded) = py.detach(|| {
         let loaded = format::read(&path, &opts)?;
-        Ok::<_, Error>((any_of(&loaded, &path.display().to_string())?, loaded))
+        any_of(loaded, &path.display().to_string(), &allow.unwrap_or_default())
     })?;
     Ok((value, loaded.unused, loaded.notes))
 }
 
-/// What a file's content runs as.
-fn any_of(loaded: &format::Loaded, file: &str) -> crate::Result<AnyAdapter> {
-    loaded.check_runs(file, &[])?;
-    Ok(match &loaded.quantized {
-        Some(_) => AnyAdapter::Quantized(from_loaded(loaded)?),
+/// What a file's content runs as, and the rest of it.
+fn any_of(
+    loaded: format::Loaded,
+    file: &str,
+    allow: &[String],
+) -> crate::Result<(AnyAdapter, format::Loaded)> {
+    let loaded = loaded.runnable(file, allow)?;
+    let value = match &loaded.quantized {
+        Some(_) => AnyAdapter::Quantized(from_loaded(&loaded)?),
         None => AnyAdapter::Plain(PyAdapter::from(Adapter::from_parts(&loaded.parts)?)),
-    })
+    };
+    Ok((value, loaded))
 }
 
 /// The adapter of a GGUF file that was read, its blocks as they are.
 #[pyfunction]
-pub(super) fn gguf_adapter(py: Python<'_>, file: &PyAdapterFile) -> PyResult<AnyAdapter> {
-    Ok(py.detach(|| any_of(&file.inner, &file.file))?)
+#[pyo3(signature = (file, allow=None))]
+pub(super) fn gguf_adapter(
+    py: Python<'_>,
+    file: &PyAdapterFile,
+    allow: Option<Vec<String>>,
+) -> PyResult<AnyAdapter> {
+    let of = || any_of(file.inner.clone(), &file.file, &allow.unwrap_or_default());
+    Ok(py.detach(of)?.0)
 }

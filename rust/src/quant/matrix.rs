@@ -13,8 +13,8 @@ struct Line([u64; 8]);
 
 /// `rows` rows of `cols` numbers, quantised along their rows.
 ///
-/// Blocks lie in the order of the [`kernels`](crate::kernels): each is taken apart into its head and its codes,
-/// bit for bit, so that the bytes of the file come back exactly.
+/// Blocks lie in the order of the [`kernels`](crate::kernels): each is taken apart into its head and its codes, and
+/// the codes of some types are put in another order; the bytes of the file come back exactly.
 #[derive(Clone, PartialEq)]
 pub struct QuantMatrix {
     kind: BlockType,
@@ -57,8 +57,13 @@ impl QuantMatrix {
         Error::check_memory(arg, count.checked_mul(64))?;
         let mut matrix = QuantMatrix { kind, rows, cols, lines: vec![Line([0; 8]); count] };
         let to: &mut [u8] = bytemuck::cast_slice_mut(&mut matrix.lines);
-        each_piece(kind, rows, cols, |file, packed, n| {
-            to[packed..packed + n].copy_from_slice(&bytes[file..file + n]);
+        each_piece(kind, rows, cols, |file, packed, n, planes| {
+            let (from, to) = (&bytes[file..file + n], &mut to[packed..packed + n]);
+            if planes {
+                (0..32).for_each(|e| to[plane(e)] = from[e]);
+            } else {
+                to.copy_from_slice(from);
+            }
         });
         Ok(matrix)
     }
@@ -75,8 +80,13 @@ impl QuantMatrix {
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = vec![0; self.stored()];
         let from = self.packed_bytes();
-        each_piece(self.kind, self.rows, self.cols, |file, packed, n| {
-            out[file..file + n].copy_from_slice(&from[packed..packed + n]);
+        each_piece(self.kind, self.rows, self.cols, |file, packed, n, planes| {
+            let (from, to) = (&from[packed..packed + n], &mut out[file..file + n]);
+            if planes {
+                (0..32).for_each(|e| to[e] = from[plane(e)]);
+            } else {
+                to.copy_from_slice(from);
+            }
         });
         out
     }
@@ -151,9 +161,15 @@ impl QuantMatrix {
     }
 }
 
-/// Visits heads and codes of all blocks as `(position in the file, position in memory, bytes)`.
-fn each_piece(kind: BlockType, rows: usize, cols: usize, mut f: impl FnMut(usize, usize, usize)) {
-    let (Anatomy { head_at, head, codes }, size) = (Anatomy::of(kind), kind.block_bytes());
+/// Where the code of element `e` lies among 32 codes in planes.
+#[inline(always)]
+const fn plane(e: usize) -> usize {
+    4 * (e % 8) + e / 8
+}
+
+/// Visits heads and codes of all blocks as `(position in the file, position in memory, bytes, in planes)`.
+fn each_piece(kind: BlockType, rows: usize, cols: usize, mut f: impl FnMut(usize, usize, usize, bool)) {
+    let (Anatomy { head_at, head, codes, planes }, size) = (Anatomy::of(kind), kind.block_bytes());
     let codes_at = if head_at == 0 { head } else { 0 };
     let blocks = cols / kind.elements();
     for first in (0..rows).step_by(QUANT_ROWS) {
@@ -162,8 +178,8 @@ fn each_piece(kind: BlockType, rows: usize, cols: usize, mut f: impl FnMut(usize
             let base = (first * blocks + block * height) * size;
             for r in 0..height {
                 let file = ((first + r) * blocks + block) * size;
-                f(file + head_at, base + r * head, head);
-                f(file + codes_at, base + height * head + r * codes, codes);
+                f(file + head_at, base + r * head, head, false);
+                f(file + codes_at, base + height * head + r * codes, codes, planes);
             }
         }
     }

@@ -229,36 +229,11 @@ impl Tensors<'_> {
             kind = ModuleKind::Experts;
         }
         let names = [names[0].as_str(), names[1].as_str()];
-        let rank = match kind {
-            ModuleKind::Experts => self.experts(&a, &b, names)?,
-            _ => check_factors(&a, &b, names, self.file).map_err(|e| self.hint(e, &a, &b))?,
-        };
+        let rank = check_factors(kind, &a, &b, names, self.file).map_err(|e| self.hint(e, &a, &b))?;
         self.opts.limits.check_rank(rank, &show(&path), self.file)?;
         // Without an alpha llama.cpp scales by one.
         let alpha = if alpha == 0.0 { rank as f64 } else { alpha };
         Ok((ModuleParts { path, kind, alpha, rank, use_rslora: false, a, b }, [blocks_a, blocks_b]))
-    }
-
-    /// Checks factors of all experts as those of one.
-    fn experts(&self, a: &Tensor, b: &Tensor, names: [&str; 2]) -> Result<usize> {
-        let (&[count, rank, _], &[experts, _, columns]) = (&a.shape[..], &b.shape[..]) else { return Ok(0) };
-        if count != experts || rank != columns {
-            let reason = format!(
-                "tensors {} {:?} and {} {:?}: expected (experts, rank, in) and (experts, out, rank)",
-                show(names[0]),
-                a.shape,
-                show(names[1]),
-                b.shape
-            );
-            return Err(Error::format(self.file, reason));
-        }
-        for (name, t) in names.into_iter().zip([a, b]) {
-            if !t.is_finite() {
-                let reason = format!("tensor {}: contains NaN or infinity", show(name));
-                return Err(Error::format(self.file, reason));
-            }
-        }
-        Ok(rank)
     }
 
     /// Says so where a factor lies the other way round.

@@ -1,14 +1,18 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 pub mod config;
+mod experts;
 mod names;
 mod read;
+pub(super) mod variants;
 mod write;
 
+pub use experts::unpack_experts;
 pub(crate) use names::is_only_for_training;
 pub use read::from_memory;
 pub(super) use read::{is_key, knows, read};
 pub(crate) use write::placed;
+pub(super) use write::set_scaling;
 pub use write::{PeftOptions, save_peft};
 
 /// The configuration's file name.

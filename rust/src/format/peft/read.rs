@@ -10,7 +10,8 @@ use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
 use super::config::{self, PeftConfig};
-use super::names::{Key, classify};
+use super::names::{Factor, Key, classify, split_prefix, stored_name};
+use super::variants::{self, Use};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
@@ -116,8 +117,12 @@ struct Slot {
     tensor: Tensor,
 }
 
+/// A and B, as far as they are there.
 #[derive(Default)]
 struct Pair([Option<Slot>; 2]);
+
+/// Path, and whether it is an embedding's.
+type Place = (String, bool);
 
 fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadOptions) -> Result<Loaded> {
     let strict = opts.strict;
@@ -131,24 +136,28 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     }
     source::sniff(&bytes[..bytes.len().min(64)], file)?;
     let Container { metadata, tensors } = container::parse_within(bytes, file, &opts.limits)?;
-    let Sorted { pairs, extra, mut unused } = sort_out(tensors, &config, file)?;
+    config.check_names_work(tensors.len(), config_file)?;
+    let Sorted { pairs, raw, extra, mut unused } = sort_out(tensors, &config, file)?;
     if strict && !unused.is_empty() {
         let reason =
             format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
         return Err(Error::format(file, reason));
     }
-    if pairs.is_empty() {
+    if pairs.is_empty() && raw.is_empty() {
         return Err(Error::format(file, "no lora_A and lora_B tensors"));
     }
-    let paths: Vec<&str> = pairs.keys().map(String::as_str).collect();
+    let paths: Vec<&str> = pairs.keys().chain(raw.keys()).map(|(path, _)| path.as_str()).collect();
     config.check_work(&paths, config_file)?;
     let mut notes = config.notes.clone();
     notes.extend(config.unmatched_notes(&paths));
 
-    let prefix = common_prefix(&pairs);
+    let prefix = common_prefix(if pairs.is_empty() { &raw } else { &pairs });
+    for ((path, _), pair) in raw {
+        check_raw(&path, pair, &config, file)?;
+    }
     let mut modules = Vec::with_capacity(pairs.len());
-    for (path, pair) in pairs {
-        let module = module(path, pair, &config, file)?;
+    for ((path, embedding), pair) in pairs {
+        let module = module(path, embedding, pair, &config, file)?;
         opts.limits.check_rank(module.rank, &module.path, file)?;
         modules.push(module);
     }
@@ -168,105 +177,166 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     parts.check_json(file)?;
     parts.detach_extra();
-    Ok(Loaded { format: "peft", parts, unused, notes, weights_sha256, ..Loaded::default() })
+    let variants = variants::with(&parts, Some(&config));
+    Ok(Loaded { format: "peft", parts, variants, unused, notes, weights_sha256, ..Loaded::default() })
 }
 
-/// A file's tensors: factors by module, the others, and which of those nothing uses.
+/// A file's tensors: factors by module, those kept as they lie, the others, and which nothing uses.
 #[derive(Default)]
 struct Sorted {
-    pairs: BTreeMap<String, Pair>,
+    pairs: BTreeMap<Place, Pair>,
+    /// Pairs of several layers in one; their tensors are in `extra` as well.
+    raw: BTreeMap<Place, Pair>,
     extra: Vec<Tensor>,
     unused: Vec<String>,
 }
 
 fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sorted> {
     let mut out = Sorted::default();
+    let mut parts: BTreeMap<String, String> = BTreeMap::new();
     for mut tensor in tensors {
         let key = tensor.name.clone();
-        match classify(&key) {
-            Key::Variant(what) => {
-                let reason =
-                    format!("tensor {}: {what} is not plain LoRA; load and convert it with PEFT", show(&key));
-                return Err(Error::unsupported(file, reason));
-            }
-            Key::Other if config.bias && key.ends_with(".bias") => {
-                let reason = format!(
-                    "tensor {}: a trained bias of the base model; merge the adapter with PEFT",
-                    show(&key)
-                );
-                return Err(Error::unsupported(file, reason));
-            }
-            Key::Training => out.extra.push(tensor),
-            Key::Other => {
-                out.unused.push(key);
-                out.extra.push(tensor);
-            }
-            Key::Factor { prefix, path, factor } => {
-                let which = factor as usize;
-                tensor.name = format!("{path}.{}", ["lora_a", "lora_b"][which]);
-                let slot = &mut out.pairs.entry(path.clone()).or_default().0[which];
-                if let Some(first) = slot {
-                    let reason = format!(
-                        "tensors {} and {} are both {} of module {}",
-                        show(&first.key),
-                        show(&key),
-                        ["lora_A", "lora_B"][which],
-                        show(&path)
-                    );
-                    return Err(Error::format(file, reason));
+        let Key::Factor { prefix, path, factor, embedding } = classify(&key) else {
+            match variants::use_of(&key, Some(config)) {
+                Use::Training => {}
+                Use::Unused => out.unused.push(key),
+                Use::Part(_) => {
+                    if !tensor.is_finite() {
+                        let reason = format!("tensor {}: contains NaN or infinity", show(&key));
+                        return Err(Error::format(file, reason));
+                    }
+                    let stored = stored_name(&key);
+                    let part = split_prefix(&stored).1.to_owned();
+                    tensor.name = stored;
+                    if let Some(first) = parts.insert(part.clone(), key.clone()) {
+                        let reason =
+                            format!("tensors {} and {} are both {}", show(&first), show(&key), show(&part));
+                        return Err(Error::format(file, reason));
+                    }
                 }
-                *slot = Some(Slot { prefix: prefix.to_owned(), key, tensor });
             }
+            out.extra.push(tensor);
+            continue;
+        };
+        let which = factor as usize;
+        let place = (path.clone(), embedding);
+        let pairs = match config.raw_kind(&path) {
+            Some(_) if !embedding => {
+                out.extra.push(tensor.clone());
+                &mut out.raw
+            }
+            _ => &mut out.pairs,
+        };
+        tensor.name = format!("{path}.{}", ["lora_a", "lora_b"][which]);
+        let slot = &mut pairs.entry(place).or_default().0[which];
+        if let Some(first) = slot {
+            let reason = format!(
+                "tensors {} and {} are both {} of module {}",
+                show(&first.key),
+                show(&key),
+                word(factor, embedding),
+                show(&path)
+            );
+            return Err(Error::format(file, reason));
         }
+        *slot = Some(Slot { prefix: prefix.to_owned(), key, tensor });
     }
     Ok(out)
 }
 
+/// What a factor is called in keys.
+fn word(factor: Factor, embedding: bool) -> &'static str {
+    match (factor, embedding) {
+        (Factor::A, false) => "lora_A",
+        (Factor::B, false) => "lora_B",
+        (Factor::A, true) => "lora_embedding_A",
+        (Factor::B, true) => "lora_embedding_B",
+    }
+}
+
 /// The prefix to write keys back with, when it is not the usual one: only a repeated one is kept, since
 /// PEFT would load nothing from keys without any.
-fn common_prefix(pairs: &BTreeMap<String, Pair>) -> Option<String> {
+fn common_prefix(pairs: &BTreeMap<Place, Pair>) -> Option<String> {
     let mut all = pairs.values().flat_map(|p| p.0.iter().flatten()).map(|s| s.prefix.as_str());
     let first = all.next().filter(|p| p.len() > PREFIX.len())?;
     all.all(|p| p == first).then(|| first.to_owned())
 }
 
-fn module(path: String, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
-    let wrong = |reason: String| Error::format(file, reason);
-    let (a, b) = match pair.0 {
-        [Some(a), Some(b)] => (a, b),
-        [a, b] => {
-            let (have, missing) = if a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
-            let key = a.or(b).map(|s| s.key).unwrap_or_default();
-            return Err(wrong(format!(
-                "module {}: {have} ({}) without its {missing}",
-                show(&path),
-                show(&key)
-            )));
+impl Pair {
+    /// Both factors; an error names the one that is alone.
+    fn both(self, path: &str, embedding: bool, file: &str) -> Result<(Slot, Slot)> {
+        match self.0 {
+            [Some(a), Some(b)] => Ok((a, b)),
+            [a, b] => {
+                let names = [Factor::A, Factor::B].map(|f| word(f, embedding));
+                let [have, missing] = if a.is_some() { names } else { [names[1], names[0]] };
+                let key = a.or(b).map(|s| s.key).unwrap_or_default();
+                let reason = format!("module {}: {have} ({}) without its {missing}", show(path), show(&key));
+                Err(Error::format(file, reason))
+            }
         }
-    };
+    }
+}
+
+/// Checks a pair that stays as it lies: packed experts, or stacked blocks.
+fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<()> {
+    let (a, b) = pair.both(path, false, file)?;
     for slot in [&a, &b] {
-        let dims = slot.tensor.shape.len();
-        if (3..=5).contains(&dims) {
+        if slot.tensor.shape.len() != 2 || slot.tensor.shape.contains(&0) {
             let reason = format!(
-                "tensor {}: {dims} dimensions {:?}, a LoRA on a convolution; only linear layers are run here",
+                "tensor {}: shape {:?}, expected two dimensions without a zero",
                 show(&slot.key),
                 slot.tensor.shape
             );
-            return Err(Error::unsupported(file, reason));
+            return Err(Error::format(file, reason));
+        }
+        if !slot.tensor.is_finite() {
+            return Err(Error::format(file, format!("tensor {}: contains NaN or infinity", show(&slot.key))));
         }
     }
-    let rank = check_factors(&a.tensor, &b.tensor, [&a.key, &b.key], file)?;
+    if config.raw_kind(path) != Some("target_parameters") {
+        return Ok(());
+    }
+    let (rows, columns) = (a.tensor.shape[0], b.tensor.shape[1]);
+    let scalings = config.parameter_scalings(path);
+    if rows == columns && scalings.iter().any(|(rank, _)| rows.is_multiple_of(*rank)) {
+        return Ok(());
+    }
+    let ranks: Vec<String> = scalings.iter().map(|(rank, _)| rank.to_string()).collect();
+    let reason = format!(
+        "tensors {} {:?} and {} {:?}: expected (experts * rank, in) and (out, rank * experts) with rank {}",
+        show(&a.key),
+        a.tensor.shape,
+        show(&b.key),
+        b.tensor.shape,
+        ranks.join(" or ")
+    );
+    Err(Error::format(file, reason))
+}
+
+fn module(path: String, embedding: bool, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
+    let (a, b) = pair.both(&path, embedding, file)?;
+    let convolution = !embedding && [&a, &b].iter().any(|s| (3..=5).contains(&s.tensor.shape.len()));
+    let kind = match (embedding, convolution) {
+        (true, _) => ModuleKind::Embedding,
+        (_, true) => ModuleKind::Conv,
+        _ => ModuleKind::Linear,
+    };
+    let rank = check_factors(kind, &a.tensor, &b.tensor, [&a.key, &b.key], file)?;
     let (want, source) = config.rank_for(&path);
     if rank != want {
-        return Err(wrong(format!(
-            "tensor {}: {rank} rows, but {source} of the configuration gives module {} rank {want}",
-            show(&a.key),
-            show(&path)
-        )));
+        return Err(Error::format(
+            file,
+            format!(
+                "tensor {}: {rank} rows, but {source} of the configuration gives module {} rank {want}",
+                show(&a.key),
+                show(&path)
+            ),
+        ));
     }
     let alpha = config.alpha_for(&path);
     let (a, b) = (a.tensor, b.tensor);
-    Ok(ModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora: config.use_rslora, a, b })
+    Ok(ModuleParts { path, kind, alpha, rank, use_rslora: config.use_rslora, a, b })
 }
 
 #[cfg(test)]
@@ -285,7 +355,7 @@ mod tests {
     fn only_a_common_repeated_prefix_is_kept() {
         let twice = format!("{PREFIX}{PREFIX}");
         let of = |pairs: Vec<Pair>| {
-            common_prefix(&pairs.into_iter().enumerate().map(|(i, p)| (i.to_string(), p)).collect())
+            common_prefix(&pairs.into_iter().enumerate().map(|(i, p)| ((i.to_string(), false), p)).collect())
         };
         assert_eq!(of(vec![pair([PREFIX, PREFIX])]), None);
         assert_eq!(of(vec![pair(["", ""])]), None);

@@ -10,10 +10,12 @@ use serde_json::{Map, Value, json};
 
 use super::super::atomic::Staged;
 use super::super::fingerprint::UNKNOWN;
-use super::super::json::{parse_object, show, show_list, to_sorted_pretty};
+use super::super::json::{parse_object, show, show_list, to_sorted_pretty, truthy};
 use super::super::pattern::anchored;
-use super::super::{AdapterParts, Digests, ModuleParts, container, fingerprint};
-use super::names::{Key, classify, pattern_path};
+use super::super::{AdapterParts, Digests, ModuleKind, ModuleParts, container, fingerprint};
+use super::experts::pack;
+use super::names::{Key, classify, keys, pattern_path};
+use super::variants::{self, Use};
 use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE, config};
 use crate::error::{Error, Result};
 
@@ -35,26 +37,45 @@ pub struct PeftOptions<'a> {
 /// never weights with the alphas of others.
 pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result<()> {
     parts.check()?;
-    if parts.modules.is_empty() {
+    let had = match &parts.peft_config {
+        Some(text) => Some(config::parse(text, CONFIG_FILE)?),
+        None => None,
+    };
+    let is_raw = |name: &str| {
+        matches!(classify(name), Key::Factor { .. })
+            && !matches!(variants::use_of(name, had.as_ref()), Use::Unused)
+    };
+    if parts.modules.is_empty() && !parts.extra.iter().any(|t| is_raw(&t.name)) {
         return Err(Error::config("adapter", "no modules", "at least one for a PEFT directory"));
     }
     let modules = place(parts, opts.layer_paths)?;
     let config = config_text(parts, &modules, opts)?;
     let prefix = parts.prefix.as_deref().unwrap_or(PREFIX);
+    let packed = modules.iter().filter(|(_, m)| m.kind == ModuleKind::Experts);
+    let packed = packed.map(|(path, m)| Ok((path.as_str(), pack(m)?))).collect::<Result<BTreeMap<_, _>>>()?;
     let mut tensors = Vec::with_capacity(2 * modules.len() + parts.extra.len());
     for (path, m) in &modules {
-        let key = format!("{prefix}{path}.lora_A.weight");
-        if !matches!(classify(&key), Key::Factor { path: read, .. } if read == *path) {
+        let embedding = m.kind == ModuleKind::Embedding;
+        let [key_a, key_b] = keys(prefix, path, embedding);
+        let read_back = match classify(&key_a) {
+            Key::Factor { path: read, embedding: e, .. } => {
+                let raw = !embedding && had.as_ref().and_then(|c| c.raw_kind(path)).is_some();
+                read == *path && e == embedding && raw == (m.kind == ModuleKind::Experts)
+            }
+            _ => false,
+        };
+        if !read_back || (m.kind == ModuleKind::Linear && path.ends_with(".base_layer")) {
             return Err(Error::config(
                 "module path",
                 show(path),
-                "a path that can be read back from PEFT's keys",
+                "a path that can be read back from PEFT's keys and settings",
             ));
         }
-        tensors.push((key, &m.a));
-        tensors.push((format!("{prefix}{path}.lora_B.weight"), &m.b));
+        let (a, b) = packed.get(path.as_str()).map_or((&m.a, &m.b), |(a, b)| (a, b));
+        tensors.push((key_a, a));
+        tensors.push((key_b, b));
     }
-    let taken = |name: &str| !matches!(classify(name), Key::Other | Key::Training);
+    let taken = |name: &str| matches!(classify(name), Key::Factor { .. }) && !is_raw(name);
     if let Some(t) = parts.extra.iter().find(|t| taken(&t.name)) {
         return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
     }
@@ -166,10 +187,22 @@ fn config_text(
     if let Some(base) = opts.base_model {
         object.insert("base_model_name_or_path".into(), base.into());
     }
+    let (alone, _): (Vec<_>, Vec<_>) =
+        modules.iter().cloned().partition(|(_, m)| m.kind != ModuleKind::Experts);
+    let renamed = opts.layer_paths.is_some();
+    let modules = &alone[..];
+    if modules.is_empty() {
+        return Ok(to_sorted_pretty(&object)); // experts alone: their settings came with them
+    }
     if !describes(&object, modules)? {
+        // Patterns of packed experts have no module here that would keep them.
+        if object.get("target_parameters").is_some_and(truthy) {
+            let want = "those of the configuration, where experts are packed beside them";
+            return Err(Error::config("modules", "other ranks or alphas", want));
+        }
         set_scaling(&mut object, modules)?;
     }
-    if !targets(&object, modules, opts.layer_paths.is_some()) {
+    if !targets(&object, modules, renamed)? {
         let paths: BTreeSet<&str> = modules.iter().map(|(p, _)| pattern_path(p)).collect();
         object.insert("target_modules".into(), json!(paths));
         for key in ["exclude_modules", "layers_to_transform", "layers_pattern"] {
@@ -230,7 +263,7 @@ fn describes(object: &Map<String, Value>, modules: &[(String, &ModuleParts)]) ->
 
 /// Sets `r`, `lora_alpha`, `use_rslora` and patterns: the commonest values, and one anchored key for
 /// each module that differs, so that no two keys match one module and their order means nothing.
-fn set_scaling(object: &mut Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<()> {
+pub(crate) fn set_scaling(object: &mut Map<String, Value>, modules: &[(String, &ModuleParts)]) -> Result<()> {
     let use_rslora = modules[0].1.use_rslora;
     if modules.iter().any(|(_, m)| m.use_rslora != use_rslora) {
         let want = "one value for all modules in a PEFT directory; save as a single file";
@@ -286,21 +319,11 @@ fn number(x: f64) -> Value {
 
 /// True when `target_modules` names every module. A pattern that only Python can run is trusted as long
 /// as the modules keep their names.
-fn targets(object: &Map<String, Value>, modules: &[(String, &ModuleParts)], renamed: bool) -> bool {
-    let all = |hit: &dyn Fn(&str) -> bool| modules.iter().all(|(p, _)| hit(pattern_path(p)));
-    match object.get("target_modules") {
-        Some(Value::Array(list)) => {
-            let names: BTreeSet<&str> = list.iter().filter_map(Value::as_str).collect();
-            // A path is named by itself or by what follows one of its dots.
-            let named =
-                |p: &str| names.contains(p) || p.match_indices('.').any(|(i, _)| names.contains(&p[i + 1..]));
-            all(&named)
-        }
-        Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => true,
-        Some(Value::String(s)) => match regex::Regex::new(&format!(r"\A(?:{s})\z")) {
-            Ok(r) => all(&|p| r.is_match(p)),
-            Err(_) => !renamed,
-        },
-        _ => false,
+fn targets(object: &Map<String, Value>, modules: &[(String, &ModuleParts)], renamed: bool) -> Result<bool> {
+    // PEFT ties a head to its embedding without naming it.
+    if !renamed && object.get("ensure_weight_tying").is_some_and(truthy) {
+        return Ok(true);
     }
+    let config = config::parse(&to_sorted_pretty(object), CONFIG_FILE)?;
+    Ok(config.targets_all(modules.iter().map(|(p, _)| pattern_path(p))).unwrap_or(!renamed))
 }

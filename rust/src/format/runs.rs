@@ -1,0 +1,87 @@
+//! What of a file is run: nothing is left out that the caller did not give up by name.
+
+use super::json::show;
+use super::peft::variants::plain_config;
+use super::{AdapterParts, Loaded, ModuleKind, Variant};
+use crate::error::{Error, Result};
+
+/// Kinds without which nothing is left that could run: their factors are no pair of one linear layer.
+const NOTHING_ELSE: [&str; 4] = ["qalora", "bdlora", "kasa", "arrow"];
+
+fn is_allowed(kind: &str, allow: &[String]) -> bool {
+    allow.iter().any(|a| a.strip_prefix("drop:") == Some(kind))
+}
+
+impl Loaded {
+    /// Refuses variants, except those that the caller drops by name (`drop:<kind>`).
+    ///
+    /// # Errors
+    /// The first variant that is not allowed, with all the names to allow.
+    pub fn check_runs(&self, file: &str, allow: &[String]) -> Result<()> {
+        let said = |v: &Variant, way: &str| {
+            let reason =
+                format!("{} ({}): {}; AdapterFile.read keeps it as it is{way}", show(&v.at), v.kind, v.why);
+            Err(Error::unsupported(file, reason))
+        };
+        if let Some(v) = self.variants.iter().find(|v| NOTHING_ELSE.contains(&v.kind.as_str())) {
+            return said(v, ", and nothing is left to run without it");
+        }
+        let mut left = self.variants.iter().filter(|v| !is_allowed(&v.kind, allow)).peekable();
+        let Some(first) = left.peek().copied() else { return Ok(()) };
+        let mut kinds: Vec<&str> = Vec::new();
+        for v in left {
+            if !kinds.contains(&v.kind.as_str()) {
+                kinds.push(&v.kind);
+            }
+        }
+        let names: Vec<String> = kinds.iter().map(|k| format!("\"drop:{k}\"")).collect();
+        said(first, &format!(", allow=[{}] leaves it out", names.join(", ")))
+    }
+
+    /// What runs: the linear modules, without the variants that the caller drops by name.
+    ///
+    /// # Errors
+    /// A variant that is not allowed, or nothing left.
+    pub fn runnable(mut self, file: &str, allow: &[String]) -> Result<Self> {
+        self.check_runs(file, allow)?;
+        if self.variants.is_empty() {
+            return Ok(self);
+        }
+        self.parts.modules.retain(|m| m.kind == ModuleKind::Linear);
+        if self.parts.modules.is_empty() && self.quantized.is_none() {
+            let reason = format!("no linear module is left without {}", show(&self.variants[0].kind));
+            return Err(Error::unsupported(file, reason));
+        }
+        // The other tensors and the settings speak of what is no longer there.
+        self.parts.extra.clear();
+        self.parts.peft_config = self.parts.peft_config.as_deref().and_then(plain_config);
+        self.notes.extend(self.variants.drain(..).map(|v| format!("left out: {} ({})", v.at, v.kind)));
+        self.unused.clear();
+        Ok(self)
+    }
+
+    /// What PEFT's layout has no place for, as kind and where: variants that a PEFT file of the same
+    /// parts would not show, and experts without the names of their parameters.
+    ///
+    /// # Errors
+    /// A PEFT configuration among the parts that is broken.
+    pub fn lost_in_peft(&self) -> Result<Vec<&Variant>> {
+        let held = super::peft_variants(&self.parts)?;
+        let lost = |v: &&Variant| v.kind == "experts" || !held.iter().any(|h| h.kind == v.kind);
+        Ok(self.variants.iter().filter(lost).collect())
+    }
+
+    /// The parts for a PEFT directory, without what is lost there.
+    ///
+    /// # Errors
+    /// Those of [`lost_in_peft`](Self::lost_in_peft).
+    pub fn peft_parts(&self) -> Result<AdapterParts> {
+        let mut parts = self.parts.clone();
+        let lost = self.lost_in_peft()?;
+        if !lost.is_empty() {
+            parts.extra.clear();
+            parts.modules.retain(|m| !lost.iter().any(|v| v.kind == m.kind.as_str()));
+        }
+        Ok(parts)
+    }
+}

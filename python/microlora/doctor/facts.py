@@ -164,6 +164,10 @@ class Facts:
             self.file = AdapterFile.read(self.path, limits=self.limits)
         except MicroLoraError as e:
             self.refusal = e
+        self.lenient = self.file
+        if self.file is None:
+            with contextlib.suppress(MicroLoraError):
+                self.lenient = AdapterFile.read(self.path, strict=False, limits=self.limits)
         if self.file is not None and self.file.format == "gguf" and self.base and self.base.config:
             # The base's own names, where the package that knows them is there.
             with contextlib.suppress(MicroLoraError):

@@ -129,15 +129,17 @@ def drop_orphans(facts: Facts, draft: Draft) -> None:
 
 
 def _unused(facts: Facts) -> list[str]:
+    if facts.kind == "peft" and facts.lenient is not None:
+        names = {t.name for t in facts.tensors}
+        return [name for name in facts.lenient.unused if name in names]
     if facts.kind == "peft":
-        bias = facts.text("bias") in ("all", "lora_only")
+        # No reader takes it: what may be a saved layer of the base is not called useless.
         foreign = {t.name for t in facts.foreign}
-        saved = facts.config is not None and bool(facts.config.get("modules_to_save"))
         return [
             t.name
             for t in facts.tensors
-            if not (t.key.path or t.key.variant or t.name in foreign or saved)
-            and not (bias and t.name.endswith(".bias"))
+            if not (t.key.path or t.key.variant or t.name in foreign)
+            and not (t.key.prefix and t.name.endswith((".weight", ".bias")))
         ]
     if facts.kind == "single":
         return [t.name for t in facts.tensors if not t.key.path and not t.name.startswith("extra.")]

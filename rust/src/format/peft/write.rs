@@ -84,15 +84,24 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     header.insert("format".into(), "pt".into());
     let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
     header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
-    header.insert(HEADER_SHA256.into(), UNKNOWN.into());
+    // Packed experts are read back as they lie: no reader would find this fingerprint.
+    let named = packed.is_empty();
+    if named {
+        header.insert(HEADER_SHA256.into(), UNKNOWN.into());
+    } else {
+        header.remove(HEADER_SHA256);
+    }
     let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
 
     let made = !dir.exists();
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let named = |digests: &mut Digests| {
+    let sha256 = |digests: &mut Digests| {
         fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests)
     };
-    let done = replace_pair(dir, &config, |path| layout.stage_named(path, HEADER_SHA256, named));
+    let done = replace_pair(dir, &config, |path| match named {
+        true => layout.stage_named(path, HEADER_SHA256, sha256),
+        false => Staged::new(path, |out| layout.write_to(out)),
+    });
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }

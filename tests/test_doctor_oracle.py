@@ -6,6 +6,7 @@ import json
 import pytest
 
 import microlora as ml
+import test_peft_variants_oracle as variants
 from doctor_support import PREFIX, read_tensors_of, renamed, write_tensors
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
@@ -140,3 +141,16 @@ def test_an_upcast_adapter_is_halved_and_computes_the_same(net, saved, tmp_path)
     wide = change(folder, tmp_path / "wide", tensors)
     assert "upcast" in ml.inspect(wide, fix=tmp_path / "narrow", also="upcast").codes
     assert torch.equal(output(net, tmp_path / "narrow", x), output(net, wide, x))
+
+
+@pytest.mark.parametrize("kind", variants.KINDS)
+def test_every_kind_that_peft_writes_is_looked_at_and_keeps_its_fingerprint(kind, tmp_path):
+    variants.saved(kind, tmp_path / "theirs")
+    report = ml.inspect(tmp_path / "theirs")
+    assert report.ok, str(report)
+    file = ml.AdapterFile.read(tmp_path / "theirs")
+    assert ("variant" in report.codes) == bool(file.variants)
+    file.save(tmp_path / "ours", format="peft")
+    result = ml.verify(tmp_path / "ours")
+    assert result.fingerprint == file.fingerprint()
+    assert ml.inspect(tmp_path / "ours").codes == report.codes

@@ -2,6 +2,7 @@
 
 mod attacks;
 mod disk;
+#[allow(dead_code)] // some are for the fuzz targets
 mod entry;
 mod gguf;
 mod gguf_support;

@@ -13,12 +13,9 @@ use std::thread;
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
-<<<<<<< HEAD
-use super::budget::{Budget, longest_token, tensor_cost};
-=======
 use super::atomic::Staged;
+use super::budget::{Budget, longest_token, tensor_cost};
 use super::fingerprint::{Digests, UNKNOWN};
->>>>>>> doctor
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -31,14 +28,11 @@ pub const MAX_TENSORS: usize = 1 << 20;
 /// Most dimensions of one tensor.
 pub const MAX_DIMS: usize = 16;
 const LEN: usize = 8;
-<<<<<<< HEAD
 const METADATA: &str = "__metadata__";
 /// Headers up to this length need no look at their longest token.
 const SHORT: usize = 1 << 20;
-=======
 /// Bytes from which hashing takes longer than a thread takes to start, many times over.
 const LARGE: usize = 8 << 20;
->>>>>>> doctor
 
 /// What a file holds.
 #[derive(Debug, Default)]

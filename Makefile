@@ -243,13 +243,14 @@ science-sona: $(BUILT) $(VENV)/.extra-plot ## Serve personas' clicks with the th
 	@$(SONA_PY) -m sona.picture docs/data/sona.jsonl docs/sona.svg
 	@$(PY) docs/build.py
 
-docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
+docs: $(BUILT) $(ORACLE)/.interop $(VENV)/.extra-cli ## Measure again and write the figures into README.md and docs/performance.md
 	@mkdir -p docs/data build
 	@$(RUN_ORACLE) benches/table.py --json docs/data/bench.json
 	@$(RUN_ORACLE) benches/sidecar_sizes.py --out docs/data/sidecar.jsonl
 	@COLUMNS=110 NO_COLOR=1 $(PY) -m microlora demo --save-dir build/adapters > build/demo.txt && mv build/demo.txt docs/data/demo.txt
 	@$(PY) examples/merge_adapters.py > docs/data/merge.txt
 	@$(PY) examples/doctor.py > docs/data/doctor.txt
+	@$(RUN_ORACLE) docs/interop_versions.py docs/data/interop.json
 	@$(PY) docs/build.py
 
 clean: ## Remove everything that was built or installed here

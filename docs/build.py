@@ -394,6 +394,11 @@ def pages() -> dict[Path, str]:
         sona = inject(sona, "bandit", bandit_block(json.loads((DATA / "bandit.json").read_text("utf-8"))))
     if (DATA / "sona_soak.json").exists():
         sona = inject(sona, "soak", json.loads((DATA / "sona_soak.json").read_text("utf-8"))["text"])
+    formats = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    if (DATA / "interop.json").exists():
+        programs = json.loads((DATA / "interop.json").read_text(encoding="utf-8"))
+        named = ", ".join(f"{name} {version}" for name, version in programs.items())
+        formats = inject(formats, "formats-versions", f"Proven in: {named}.")
     quantized = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
     if (DATA / "quant.json").exists():
         found = json.loads((DATA / "quant.json").read_text(encoding="utf-8"))
@@ -414,6 +419,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "merging.md": merged,
         ROOT / "docs" / "quantization.md": quantized,
         ROOT / "docs" / "sona.md": sona,
+        ROOT / "docs" / "formats.md": formats,
         ROOT / "docs" / "training.md": training,
         ROOT / "docs" / "performance.md": performance(data, soaked),
     }

@@ -7,7 +7,10 @@ use microlora::journal::event::{Event, decode};
 use microlora::journal::{DirLock, Header, Journal, Options};
 
 /// Called around each parser with the bytes of its files, where somebody counts what it takes.
-pub static WATCH: OnceLock<fn(usize, &mut dyn FnMut())> = OnceLock::new();
+pub static WATCH: OnceLock<Watch> = OnceLock::new();
+
+/// Runs a parser on so many bytes, under the watch of the fuzz runner.
+pub type Watch = fn(usize, &mut dyn FnMut());
 
 fn watched<T>(len: usize, mut read: impl FnMut() -> T) -> T {
     let mut out = None;

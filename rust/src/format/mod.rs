@@ -20,7 +20,7 @@ pub(crate) mod pattern;
 pub mod peft;
 mod quantized;
 mod runs;
-pub(crate) mod scan;
+pub mod scan;
 pub(crate) mod shards;
 mod single;
 mod source;

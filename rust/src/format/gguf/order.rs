@@ -62,7 +62,7 @@ pub enum Towards {
 /// # Errors
 /// Rows that are no whole number of heads with an even number of rows each.
 pub fn reorder(data: &[u8], row: usize, heads: usize, towards: Towards, arg: &str) -> Result<Vec<u8>> {
-    let rows = if row == 0 { 0 } else { data.len() / row };
+    let rows = data.len().checked_div(row).unwrap_or(0);
     let per_head = rows.checked_div(heads).unwrap_or(0);
     if rows * row != data.len() || per_head * heads != rows || !per_head.is_multiple_of(2) || per_head == 0 {
         let want = format!("rows for {heads} heads of an even size (base_config)");

@@ -249,6 +249,7 @@ docs: $(BUILT) $(ORACLE)/.ready $(VENV)/.extra-cli ## Measure again and write th
 	@$(RUN_ORACLE) benches/sidecar_sizes.py --out docs/data/sidecar.jsonl
 	@COLUMNS=110 NO_COLOR=1 $(PY) -m microlora demo --save-dir build/adapters > build/demo.txt && mv build/demo.txt docs/data/demo.txt
 	@$(PY) examples/merge_adapters.py > docs/data/merge.txt
+	@$(PY) examples/doctor.py > docs/data/doctor.txt
 	@$(PY) docs/build.py
 
 clean: ## Remove everything that was built or installed here

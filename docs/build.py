@@ -283,6 +283,15 @@ def peft_methods_block() -> str:
     return table(["type", "works on", "formula", "settings", "rank", "laws"], rows)
 
 
+def checks_block() -> str:
+    """What the doctor looks for, one row each."""
+    from microlora.doctor import CHECKS
+
+    ways = {"yes": "yes", "asked": "when asked", "no": ""}
+    rows = [[f"`{c.code}`", c.severity, c.what, c.todo, ways[c.way]] for c in CHECKS]
+    return table(["code", "severity", "what it sees", "what to do", "`fix=`"], rows)
+
+
 def _settings(defaults: Mapping[str, Any]) -> str:
     taken = sorted(set(defaults) - {"lam", "rank"})
     return ", ".join(f"{key} {_shown(defaults[key])}" for key in taken)
@@ -394,8 +403,12 @@ def pages() -> dict[Path, str]:
     readme = inject(readme, "bench", bench_block(data))
     readme = inject(readme, "demo", demo_block((DATA / "demo.txt").read_text(encoding="utf-8")))
     readme = inject(readme, "merge", demo_block((DATA / "merge.txt").read_text(encoding="utf-8")))
+    readme = inject(readme, "doctor", demo_block((DATA / "doctor.txt").read_text(encoding="utf-8")))
+    doctor = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    doctor = inject(doctor, "checks", checks_block())
     return {
         ROOT / "README.md": readme,
+        ROOT / "docs" / "doctor.md": doctor,
         ROOT / "docs" / "fusing.md": fusing,
         ROOT / "docs" / "learning.md": learning,
         ROOT / "docs" / "merging.md": merged,

@@ -262,7 +262,7 @@ fn every_isa_gives_what_the_scalar_twin_gives() {
 }
 
 #[test]
-fn long_matrices_are_read_with_prefetches() {
+fn long_matrices_match_float64() {
     for k in Kernels::available() {
         for kind in BlockType::ALL {
             let (rows, cols) = (16, 8192);

@@ -68,6 +68,7 @@ metadata = st.builds(
     metrics=st.lists(metrics, max_size=3).map(tuple),
     created=st.just("") | st.datetimes().map(lambda when: when.isoformat() + "Z"),
     parents=tuples_of_texts,
+    recipe=st.sampled_from(["", '{"merge": {"method": "ties"}}']),
 )
 
 

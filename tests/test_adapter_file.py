@@ -369,11 +369,14 @@ def test_plain_adapters_are_the_difference_to_the_start(tmp_path, config, dtype)
         assert ml.convert_to_plain(ml.AdapterFile.read(trained), form).adapter() == got
 
 
-def test_initial_factors_that_do_not_fit_the_dtype_make_float32(tmp_path):
-    trained = pissa(tmp_path / "in", "f16")
-    start = {name: (np.full((2, 6), 1 / 3, np.float32), np.zeros((5, 2), np.float32)) for name in ("q", "v")}
-    info = ml.convert_to_plain(trained, start).adapter().info("q")
-    assert (info.dtype_a, info.dtype_b) == ("f32", "f16")
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_initial_factors_that_do_not_fit_the_dtype_make_float32(tmp_path, dtype):
+    trained = pissa(tmp_path / "in", dtype)
+    start = {n: (np.full((2, 6), 1 / 3, np.float32), np.zeros((5, 2), np.float32)) for n in ("q", "v")}
+    value = ml.convert_to_plain(trained, start).adapter()
+    info = value.info("q")
+    assert (info.dtype_a, info.dtype_b) == ("f32", dtype)
+    np.testing.assert_array_equal(value.factors("q")[0][2:], start["q"][0])
 
 
 def test_what_cannot_be_made_plain_is_refused_and_nothing_is_written(tmp_path):

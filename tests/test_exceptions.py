@@ -26,6 +26,8 @@ BUILTIN = {
     "FeedbackError": ValueError,
     "FormatError": ValueError,
     "UnsupportedVariantError": ValueError,
+    "UnrepairableError": ValueError,
+    "VerificationError": ValueError,
     "DestinationExistsError": FileExistsError,
     "DeviceError": RuntimeError,
     "SwapError": RuntimeError,

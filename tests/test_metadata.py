@@ -100,7 +100,7 @@ def test_every_bad_value_of_a_metric_is_refused_by_name(field, value):
 @pytest.mark.parametrize(
     ("document", "error", "reason"),
     [
-        ('{"schema_version": 2}', FormatError, "metadata: schema_version 2 is newer than 1"),
+        ('{"schema_version": 3}', FormatError, "metadata: schema_version 3 is newer than 2"),
         (
             '{"training_sise": 2}',
             ConfigError,

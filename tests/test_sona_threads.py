@@ -253,7 +253,7 @@ def test_a_fork_finds_no_lock_held(monkeypatch):
     with sona:
         crowd.run()
         assert sona.running
-    assert len(results) > 5
+    assert len(results) > 1
     assert not any(results), results
     feed(sona, targets(20))
     assert sona.maybe_background(force=True) is not None

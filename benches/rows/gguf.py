@@ -56,7 +56,7 @@ def convert(
     ns = shortest(here, budget)
     slow = shortest(lambda: script(source, theirs, config, dtype), budget)
     error = distance(ours, theirs)
-    report.add(dtype, duration(ns), f"gguf script {duration(slow)}", slow / ns, error=error)
+    report.add(dtype, duration(ns), f"gguf script, not synced {duration(slow)}", slow / ns, error=error)
 
 
 def script(source: Path, target: Path, config: dict[str, Any], dtype: str) -> None:

@@ -27,12 +27,15 @@ from microlora.target import TargetModule
 
 if TYPE_CHECKING:
     from microlora import data as data
+    from microlora import doctor as doctor
     from microlora import encoders as encoders
     from microlora import merging as merging
     from microlora import sona as sona
     from microlora import training as training
+    from microlora import trust as trust
     from microlora.chain import LoraChain
     from microlora.data import AdapterDataset, SyntheticDataGenerator, TrainingSample
+    from microlora.doctor import inspect
     from microlora.ewc import EwcPlusPlus
     from microlora.formats import AdapterFile, Conversion, Limits, convert, convert_to_plain
     from microlora.fusing import FusedTensor, FuseReport, fuse, unfuse
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
         TrainingPipeline,
         TrainingResult,
     )
+    from microlora.trust import Verification, fingerprint, sign, verify
 
 __all__ = [
     "Adapter",
@@ -124,6 +128,7 @@ __all__ = [
     "TrainingPipeline",
     "TrainingResult",
     "TrainingSample",
+    "Verification",
     "__version__",
     "collect_gram",
     "compose_parallel",
@@ -133,10 +138,13 @@ __all__ = [
     "create_lora",
     "data",
     "diff",
+    "doctor",
     "encoders",
     "exceptions",
     "extract",
+    "fingerprint",
     "fuse",
+    "inspect",
     "load",
     "merge",
     "merging",
@@ -147,15 +155,19 @@ __all__ = [
     "resize",
     "save",
     "set_num_threads",
+    "sign",
     "sona",
     "training",
+    "trust",
     "unfuse",
+    "verify",
 ]
 
 
 _ROOMS = {
     "chain": ("LoraChain",),
     "data": ("data", "AdapterDataset", "SyntheticDataGenerator", "TrainingSample"),
+    "doctor": ("doctor", "inspect"),
     "encoders": ("encoders",),
     "ewc": ("EwcPlusPlus",),
     "formats": ("AdapterFile", "Conversion", "Limits", "convert", "convert_to_plain"),
@@ -196,6 +208,7 @@ _ROOMS = {
         "TrainingPipeline",
         "TrainingResult",
     ),
+    "trust": ("trust", "Verification", "fingerprint", "sign", "verify"),
 }
 
 

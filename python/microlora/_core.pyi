@@ -36,6 +36,7 @@ __all__ = [
     "QuantizedAdapter",
     "ReplayMemory",
     "Reward",
+    "Scan",
     "Snapshot",
     "Sona",
     "StepResult",
@@ -64,6 +65,8 @@ __all__ = [
     "list_tensors",
     "load",
     "load_any",
+    "match_patterns",
+    "match_whole",
     "merge_adapters",
     "merge_mask",
     "merge_methods",
@@ -78,10 +81,12 @@ __all__ = [
     "save_gguf",
     "save_peft",
     "save_single",
+    "scan_file",
     "set_num_threads",
     "sona_config",
     "unfuse_model",
     "write_file",
+    "write_safetensors",
 ]
 
 __version__: str
@@ -589,6 +594,13 @@ class AdapterFile:
     @property
     def header(self) -> dict[str, str]:
         """Other entries of a safetensors header."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes, dtypes, scaling and data: 64 hex digits."""
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The fingerprint that the file says its weights have."""
 
     def lost_in(self, format: str, allow: Sequence[str]) -> list[tuple[str, str]]:
         """`(kind, at)` of what a format that is one key style cannot hold of it, and of what is dropped.
@@ -1778,6 +1790,83 @@ class ReplayMemory:
             FormatError: Other bytes, or a newer version.
             ConfigError: Other settings. Nothing changes then.
         """
+
+@final
+class Scan:
+    """A file's tensors as they lie in it, looked at and not understood."""
+
+    @staticmethod
+    def of(file: AdapterFile) -> Scan:
+        """The content of a file that a reader understood, under PEFT's names without a prefix."""
+
+    @property
+    def damage(self) -> str | None:
+        """Why the container cannot be read, in its reader's words."""
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The header's entries."""
+
+    def rows(
+        self,
+    ) -> list[tuple[str, str, list[int], tuple[float, float, int, int, int, bool, bool] | None]]:
+        """`(name, dtype, shape, numbers)` of each tensor.
+
+        Numbers are (norm, max_abs, NaN, infinite, zero, fits f16, fits bf16), the first two of those
+        that are finite; None for a dtype whose numbers are not looked at.
+        """
+
+    def data(self, tensor: int) -> bytes:
+        """Bytes of one tensor.
+
+        Raises:
+            ConfigError: There is no such tensor.
+        """
+
+    def delta_norm(self, a: int, b: int, experts: bool) -> float | None:
+        """`|B A|_F` without scaling, or None where these are no factors of one layer.
+
+        Raises:
+            ConfigError: There is no such tensor.
+        """
+
+def scan_file(path: str | PathLike[str], limits: tuple[int, int, int, int] | None = None) -> Scan:
+    """Looks into a safetensors file; a broken one has ``damage``.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+
+def match_patterns(
+    keys: Sequence[str], paths: Sequence[str]
+) -> tuple[list[int | None], list[int], list[tuple[int, str]]]:
+    """For each path the number of the first key of a PEFT pattern table that matches it.
+
+    Then numbers of keys that match none, and those of refused ones with the reason.
+
+    Raises:
+        FormatError: The table would take too long.
+    """
+
+def match_whole(pattern: str, paths: Sequence[str]) -> list[bool]:
+    """Whether a regular expression matches each path as a whole.
+
+    Raises:
+        ConfigError: An expression that only Python runs, or none.
+    """
+
+def write_safetensors(
+    path: str | PathLike[str],
+    tensors: Sequence[tuple[str, str, Sequence[int], bytes]],
+    header: Mapping[str, str],
+) -> None:
+    """Writes tensors (name, dtype, shape, bytes) and header entries, whole or not at all.
+
+    Raises:
+        ConfigError: A name twice, or an unknown dtype.
+        ShapeError: Bytes that do not fit a shape.
+        OSError: The file cannot be written.
+    """
 
 def evaluate(
     target: MicroLora | Chain,

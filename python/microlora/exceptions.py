@@ -78,6 +78,14 @@ class UnsupportedVariantError(FormatError):
     """A sound file of a kind that must not be applied as plain LoRA (DoRA, PiSSA init, pickle ...)."""
 
 
+class UnrepairableError(FormatError):
+    """A file whose errors no repair removes; nothing was written, and the message names what is left."""
+
+
+class VerificationError(MicroLoraError, ValueError):
+    """A file is not the one that was meant, by a hash, a manifest or a signature; the message names it."""
+
+
 class DestinationExistsError(MicroLoraError, FileExistsError):
     """Something lies where a file was to be written, and ``overwrite`` was not given; it was not touched."""
 

@@ -13,17 +13,19 @@ from microlora._checks import (
     check_document,
     check_keys,
     integer,
+    read_json,
     real,
     text,
     texts,
     wrong,
 )
 from microlora._document import Document
-from microlora.exceptions import ConfigError
+from microlora.exceptions import ConfigError, FormatError
 
 __all__ = ["AdapterMetadata", "Metric", "utc_now"]
 
-SCHEMA_VERSION = 1
+#: Version 2 has ``recipe``; what has none is written as version 1, so that older readers go on reading it.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class AdapterMetadata(Document):
         metrics: Measured numbers, each with the hash of its data.
         created: Time of making, ISO 8601 in UTC, ``2026-01-31T12:00:00Z``; empty if unknown.
         parents: Names or fingerprints of the adapters it was made from, distinct.
+        recipe: How it was made of them, a JSON object such as ``{"merge": {"method": "ties", ...}}``; empty
+            if unknown.
 
     Raises:
         ConfigError: names the field, the value that came and what was wanted.
@@ -96,6 +100,7 @@ class AdapterMetadata(Document):
     metrics: tuple[Metric, ...] = ()
     created: str = ""
     parents: tuple[str, ...] = ()
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -106,11 +111,14 @@ class AdapterMetadata(Document):
         put(self, "training_size", integer("training_size", self.training_size, 0, 2**63 - 1))
         put(self, "metrics", _metrics(self.metrics))
         put(self, "created", _utc(self.created))
+        put(self, "recipe", _recipe(self.recipe))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that JSON can hold, with its ``schema_version``."""
-        out: dict[str, Any] = {SCHEMA_KEY: SCHEMA_VERSION}
+        out: dict[str, Any] = {SCHEMA_KEY: SCHEMA_VERSION if self.recipe else 1}
         for item in dataclasses.fields(self):
+            if item.name == "recipe" and not self.recipe:
+                continue
             value = getattr(self, item.name)
             out[item.name] = list(value) if isinstance(value, tuple) else value
         out["metrics"] = [dataclasses.asdict(metric) for metric in self.metrics]
@@ -148,6 +156,16 @@ def _metrics(value: object) -> tuple[Metric, ...]:
         if not isinstance(item, Metric):
             raise wrong(f"metrics[{i}]", item, "a Metric")
     return out
+
+
+def _recipe(value: object) -> str:
+    recipe = text("recipe", value)
+    if recipe:
+        try:
+            read_json("recipe", recipe)
+        except FormatError as e:
+            raise wrong("recipe", value, f"the text of a JSON object ({e})") from None
+    return recipe
 
 
 def _utc(value: object) -> str:

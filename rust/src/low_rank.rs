@@ -14,11 +14,11 @@ use crate::parallel;
 const STACK_RANK: usize = 64;
 
 /// A factor as the read path sees it: `rank` rows of `len` numbers.
+#[allow(clippy::len_without_is_empty)]
 pub trait Half: Sync {
     /// Rows.
     fn rank(&self) -> usize;
     /// Columns.
-    #[allow(clippy::len_without_is_empty)]
     fn len(&self) -> usize;
     /// Starts fetching a factor that is needed soon.
     fn prefetch(&self);

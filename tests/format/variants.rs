@@ -413,6 +413,16 @@ fn parameters_are_told_from_modules_by_their_settings() {
 }
 
 #[test]
+fn of_many_places_of_one_kind_some_are_listed() {
+    let biases = (0..3000).map(|i| named(&format!("layers.{i}.bias"), &[1]));
+    let tensors: Vec<Tensor> = pair("q", 2).into_iter().chain(biases).collect();
+    let loaded = read_tensors(json!({"bias": "all"}), &tensors).unwrap();
+    assert_eq!((loaded.parts.extra.len(), loaded.variants.len()), (3000, 1024));
+    let left = loaded.runnable("f", &["drop:bias".to_owned()]).unwrap();
+    assert_eq!((left.variants.len(), left.notes.len()), (0, 1));
+}
+
+#[test]
 fn headers_that_lie_about_variants_are_refused() {
     let write = |variants: &str| {
         let entries = [
@@ -430,6 +440,11 @@ fn headers_that_lie_about_variants_are_refused() {
     let said = write(r#"[{"kind":"loha","at":"q.hada","why":"another product"}]"#).unwrap();
     assert_eq!(said.variants.len(), 1);
     assert!(refusal(said.runnable("f", &[])).contains("drop:loha"));
+    let many: Vec<Value> =
+        (0..100_000).map(|i| json!({"kind": format!("k{i}\n"), "at": "", "why": ""})).collect();
+    let many = write(&Value::from(many).to_string()).unwrap();
+    assert_eq!(many.variants.len(), 100_000);
+    assert!(refusal(many.runnable("f", &[])).len() < 20_000);
     for wrong in ["{}", "[1]", r#"[{"kind":"x"}]"#, r#"[{"kind":"x","at":"","why":"","more":1}]"#] {
         assert_format(write(wrong), &["variants"]);
     }

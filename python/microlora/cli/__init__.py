@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from microlora import __version__
-from microlora.cli import demo
+from microlora.cli import convert, demo, inspect, quantize, trust
 from microlora.exceptions import MicroLoraError
 
 __all__ = ["build_parser", "main"]
@@ -24,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"microlora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    demo.add_parser(commands)
+    for command in (demo, inspect, convert, quantize, trust):
+        command.add_parser(commands)
     return parser
 
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process by default.
 
     Returns:
-        The exit code: 0 on success, 2 on an error, which is told in one sentence, 130 after Ctrl-C.
+        The exit code: 0 on success, 1 when a report holds an error (``inspect``) or something differs
+        (``verify``), 2 on an error of the command, which is told in one sentence, 130 after Ctrl-C.
     """
     try:
         arguments = build_parser().parse_args(argv)

@@ -109,7 +109,7 @@ def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
             options.progress(modules, modules, "writing")
         return notes
 
-    return Writer(name, losses, write, also)
+    return Writer(name, losses, write, also=also)
 
 
 # One row per format that can be written.
@@ -118,7 +118,7 @@ WRITERS: dict[str, Writer] = {
     for row in (
         Writer("safetensors", _nothing, _single),
         Writer("peft", _not_in_peft, _peft),
-        Writer("gguf", gguf.losses, gguf.write, gguf.DTYPES),
+        Writer("gguf", gguf.losses, gguf.write, dtypes=gguf.DTYPES),
         _style("mlx", also=("pad:rank", "round:scale")),
         _style("kohya"),
         _style("diffusers"),

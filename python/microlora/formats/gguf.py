@@ -85,9 +85,8 @@ def _sizes(
 def losses(file: AdapterFile, options: Options) -> dict[str, str]:
     """What GGUF cannot hold of a file."""
     lost = {v.kind: v.at for v in reversed(file.variants) if v.kind not in _HELD}
-    for name, _, _ in file.extra():
-        if not file.variants:
-            lost.setdefault("extra", name)
+    if not lost and file.extra():
+        lost["extra"] = file.extra()[0][0]
     for module in file.modules:
         if module.kind not in _HELD:
             lost.setdefault(module.kind, module.path)

@@ -165,6 +165,7 @@ class AdapterMerger:
             cancel.raise_if_cancelled("merge")
         plan = Plan(self._config, Parents.of(adapters), statistics)
         core, report = _core.merge_adapters(plan.rows, plan.statistics, plan.to_json(), progress, cancel)
-        made = described(core, plan.parents.metadata(), f"merge {self._config.to_json()}")
+        metadata = plan.parents.metadata().replace(recipe=json.dumps({"merge": self._config.to_dict()}))
+        made = described(core, metadata, f"merge {self._config.to_json()}")
         document = {**json.loads(report), "notes": plan.notes()}
         return Merged(made, MergeReport.from_dict(document))

@@ -1,7 +1,7 @@
 //! Files that are whole or not there: a temporary sibling, fsync, rename.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::{Builder, NamedTempFile};
@@ -60,6 +60,14 @@ impl Growing {
     }
 }
 
+fn filled(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Growing> {
+    let growing = Growing::new(path)?;
+    let mut out = BufWriter::with_capacity(1 << 18, growing.file());
+    fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
+    drop(out);
+    Ok(growing)
+}
+
 /// A file that is complete and on disk, under a temporary name beside its place. Dropped: deleted.
 pub(crate) struct Staged {
     temp: NamedTempFile,
@@ -69,10 +77,26 @@ pub(crate) struct Staged {
 impl Staged {
     /// Writes and syncs the temporary sibling of `path`.
     pub fn new(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Self> {
-        let growing = Growing::new(path)?;
-        let mut out = BufWriter::with_capacity(1 << 18, growing.file());
-        fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
-        drop(out);
+        filled(path, fill)?.finish()
+    }
+
+    /// [`Staged::new`], and then a text at some place, asked for when the rest is written; with `late`, when it
+    /// is on disk, because the text takes as long to be made.
+    pub fn patched(
+        path: &Path,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+        at: u64,
+        late: bool,
+        text: impl FnOnce() -> Result<String>,
+    ) -> Result<Self> {
+        let growing = filled(path, fill)?;
+        if late {
+            growing.file().sync_data().map_err(|e| Error::io(path, e))?;
+        }
+        let text = text()?;
+        let mut file = growing.file();
+        let done = file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(text.as_bytes()));
+        done.map_err(|e| Error::io(path, e))?;
         growing.finish()
     }
 

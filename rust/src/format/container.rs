@@ -7,11 +7,15 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
+use std::path::Path;
+use std::thread;
 
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 
+use super::atomic::Staged;
 use super::budget::{Budget, longest_token, tensor_cost};
+use super::fingerprint::{Digests, UNKNOWN};
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -27,6 +31,8 @@ const LEN: usize = 8;
 const METADATA: &str = "__metadata__";
 /// Headers up to this length need no look at their longest token.
 const SHORT: usize = 1 << 20;
+/// Bytes from which hashing takes longer than a thread takes to start, many times over.
+const LARGE: usize = 8 << 20;
 
 /// What a file holds.
 #[derive(Debug, Default)]
@@ -333,6 +339,31 @@ impl Layout<'_> {
     /// Bytes of the whole file.
     pub fn len(&self) -> usize {
         self.header.len() + self.data.iter().map(|d| d.len()).sum::<usize>()
+    }
+
+    /// Writes the file under a temporary name beside `path`, with the fingerprint of its tensors in the place of
+    /// [`UNKNOWN`] behind `key` in the header. A large file is hashed in a thread of its own while it is written.
+    pub fn stage_named(
+        &self,
+        path: &Path,
+        key: &str,
+        fingerprint: impl FnOnce(&mut Digests) -> Result<String> + Send,
+    ) -> Result<Staged> {
+        // Quotes inside of texts are escaped, so that this stands at one place.
+        let mark = format!("\"{key}\":\"{UNKNOWN}\"");
+        let at = self.header.windows(mark.len()).position(|w| w == mark.as_bytes());
+        let at = at.map(|at| (at + mark.len() - 1 - UNKNOWN.len()) as u64);
+        let at = at.ok_or_else(|| Error::format(path.display(), "a header without a place for its hash"))?;
+        let whole = |out: &mut dyn Write| self.write_to(out);
+        if self.len() < LARGE {
+            let text = fingerprint(&mut Digests::default())?;
+            return Staged::patched(path, whole, at, false, || Ok(text));
+        }
+        thread::scope(|scope| {
+            let hashing = scope.spawn(|| fingerprint(&mut Digests::default()));
+            let lost = |_| Error::format(path.display(), "the thread that hashes it stopped");
+            Staged::patched(path, whole, at, true, || hashing.join().map_err(lost)?)
+        })
     }
 
     /// Writes header and data.

@@ -7,6 +7,7 @@ pub(crate) mod atomic;
 mod budget;
 pub(crate) mod container;
 mod diffusers;
+mod fingerprint;
 mod flat;
 pub mod gguf;
 pub(crate) mod json;
@@ -15,10 +16,11 @@ mod limits;
 mod mlx;
 mod npz;
 mod pairs;
-mod pattern;
+pub(crate) mod pattern;
 pub mod peft;
 mod quantized;
 mod runs;
+pub(crate) mod scan;
 pub(crate) mod shards;
 mod single;
 mod source;
@@ -42,6 +44,8 @@ pub use single::{
 pub use styles::{STYLES, Style, losses, save_style};
 pub use table::{FORMATS, Row};
 pub use tensor::{Bytes, Tensor, TensorDtype};
+
+pub(crate) use fingerprint::{Digests, fingerprint};
 
 use serde::{Deserialize, Serialize};
 
@@ -149,7 +153,7 @@ pub enum Orientation {
 }
 
 /// Something in a file that is not plain LoRA on linear layers: kept, and not run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Variant {
     /// Short name, the `<kind>` of `drop:<kind>`.
@@ -198,6 +202,8 @@ pub struct Loaded {
     pub unused: Vec<String>,
     /// What is worth knowing and no error: pattern keys that match nothing, a transposed base layer.
     pub notes: Vec<String>,
+    /// The fingerprint that the file says its weights have; [`Loaded::fingerprint`] is what they have.
+    pub weights_sha256: Option<String>,
 }
 
 /// Reads whatever adapter lies at a path, variants included. The content decides, not the name.
@@ -235,6 +241,15 @@ pub fn peft_variants(parts: &AdapterParts) -> Result<Vec<Variant>> {
 }
 
 impl Loaded {
+    /// SHA-256 of names, shapes, dtypes, scaling and data (64 hex digits), whatever the format.
+    ///
+    /// # Errors
+    /// Never, as long as memory is not a file that shrinks.
+    pub fn fingerprint(&self) -> Result<String> {
+        let modules = self.parts.modules.iter().map(|m| (m.path.as_str(), m));
+        fingerprint(modules, &self.parts.extra, &mut Digests::default())
+    }
+
     /// Refuses a quantised adapter where plain weights are wanted.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! What of a file is run: nothing is left out that the caller did not give up by name.
 
+use std::collections::HashSet;
+
 use super::json::show;
 use super::peft::variants::plain_config;
 use super::{AdapterParts, Loaded, ModuleKind, Variant};
@@ -7,6 +9,15 @@ use crate::error::{Error, Result};
 
 /// Kinds without which nothing is left that could run: their factors are no pair of one linear layer.
 const NOTHING_ELSE: [&str; 4] = ["qalora", "bdlora", "kasa", "arrow"];
+
+/// Most kinds that one refusal names; only a made-up file has more.
+const MAX_NAMED: usize = 64;
+
+/// Words that a file may have brought, fit for a message.
+fn short(text: &str) -> String {
+    const MAX: usize = 400;
+    text.chars().filter(|c| !c.is_control()).take(MAX).collect()
+}
 
 fn is_allowed(kind: &str, allow: &[String]) -> bool {
     allow.iter().any(|a| a.strip_prefix("drop:") == Some(kind))
@@ -19,8 +30,12 @@ impl Loaded {
     /// The first variant that is not allowed, with all the names to allow.
     pub fn check_runs(&self, file: &str, allow: &[String]) -> Result<()> {
         let said = |v: &Variant, way: &str| {
-            let reason =
-                format!("{} ({}): {}; AdapterFile.read keeps it as it is{way}", show(&v.at), v.kind, v.why);
+            let reason = format!(
+                "{} ({}): {}; AdapterFile.read keeps it as it is{way}",
+                show(&v.at),
+                short(&v.kind),
+                short(&v.why)
+            );
             Err(Error::unsupported(file, reason))
         };
         if let Some(v) = self.variants.iter().find(|v| NOTHING_ELSE.contains(&v.kind.as_str())) {
@@ -28,13 +43,9 @@ impl Loaded {
         }
         let mut left = self.variants.iter().filter(|v| !is_allowed(&v.kind, allow)).peekable();
         let Some(first) = left.peek().copied() else { return Ok(()) };
-        let mut kinds: Vec<&str> = Vec::new();
-        for v in left {
-            if !kinds.contains(&v.kind.as_str()) {
-                kinds.push(&v.kind);
-            }
-        }
-        let names: Vec<String> = kinds.iter().map(|k| format!("\"drop:{k}\"")).collect();
+        let mut seen = HashSet::new();
+        let kinds = left.map(|v| v.kind.as_str()).filter(|kind| seen.insert(*kind));
+        let names: Vec<String> = kinds.take(MAX_NAMED).map(|k| show(&format!("drop:{k}"))).collect();
         said(first, &format!(", allow=[{}] leaves it out", names.join(", ")))
     }
 
@@ -55,7 +66,9 @@ impl Loaded {
         // The other tensors and the settings speak of what is no longer there.
         self.parts.extra.clear();
         self.parts.peft_config = self.parts.peft_config.as_deref().and_then(plain_config);
-        self.notes.extend(self.variants.drain(..).map(|v| format!("left out: {} ({})", v.at, v.kind)));
+        let mut seen = HashSet::new();
+        let dropped = self.variants.drain(..).filter(|v| seen.insert(v.kind.clone()));
+        self.notes.extend(dropped.map(|v| format!("left out: {} ({})", show(&v.at), short(&v.kind))));
         self.unused.clear();
         Ok(self)
     }
@@ -67,7 +80,8 @@ impl Loaded {
     /// A PEFT configuration among the parts that is broken.
     pub fn lost_in_peft(&self) -> Result<Vec<&Variant>> {
         let held = super::peft_variants(&self.parts)?;
-        let lost = |v: &&Variant| v.kind == "experts" || !held.iter().any(|h| h.kind == v.kind);
+        let held: HashSet<&str> = held.iter().map(|v| v.kind.as_str()).collect();
+        let lost = |v: &&Variant| v.kind == "experts" || !held.contains(v.kind.as_str());
         Ok(self.variants.iter().filter(lost).collect())
     }
 

@@ -3,21 +3,23 @@
 //! Tensors `<module>.lora_a` (rank, in) and `<module>.lora_b` (out, rank), others under `extra.`. Header
 //! entries: `format` = "microlora", `format_version`, `modules` (a JSON list of path, rank, alpha and
 //! use_rslora, and `kind` of other than linear layers), and where there is one `config`, `metadata`, `peft_config`,
-//! `prefix`, `header`, `variants` (what is not plain LoRA on linear layers). The same
+//! `prefix`, `header`, `variants` (what is not plain LoRA on linear layers), `weights_sha256`. The same
 //! adapter always gives the same bytes, and they stand for it in equality, hashing and pickling.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
+use super::fingerprint::UNKNOWN;
 use super::json::{StringMap, parse_list, show, show_list};
 use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
-    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, atomic, check_factors, peft, source,
+    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors, fingerprint,
+    peft, source,
 };
 use crate::error::{Error, Result};
 
@@ -28,6 +30,8 @@ pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
 /// Most variants that a header may list.
 const MAX_VARIANTS: usize = 1 << 14;
+/// Of a file, not of bytes in memory: these stand for the adapter in comparisons.
+const WEIGHTS_SHA256: &str = "weights_sha256";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,19 +47,25 @@ struct ModuleEntry {
 
 /// Writes an adapter to one file, whole or not at all.
 pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
-    let layout = lay_out(parts, &[], &path.display().to_string())?;
-    atomic::write(path, |out| layout.write_to(out))
+    save_named(path, parts, &[])
 }
 
 /// [`save_single`] of what was read, variants included: reading it back gives the same ones.
 pub fn save_single_as_read(path: &Path, loaded: &Loaded) -> Result<()> {
-    let layout = lay_out(&loaded.parts, &loaded.variants, &path.display().to_string())?;
-    atomic::write(path, |out| layout.write_to(out))
+    save_named(path, &loaded.parts, &loaded.variants)
+}
+
+fn save_named(path: &Path, parts: &AdapterParts, variants: &[Variant]) -> Result<()> {
+    let layout = lay_out(parts, variants, Some(UNKNOWN.to_owned()), &path.display().to_string())?;
+    let named = |digests: &mut Digests| {
+        fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra, digests)
+    };
+    layout.stage_named(path, WEIGHTS_SHA256, named)?.commit()
 }
 
 /// The single file as bytes.
 pub fn to_bytes(parts: &AdapterParts) -> Result<Vec<u8>> {
-    let layout = lay_out(parts, &[], "bytes")?;
+    let layout = lay_out(parts, &[], None, "bytes")?;
     let mut out = Vec::with_capacity(layout.len());
     layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
     Ok(out)
@@ -86,7 +96,12 @@ pub(super) fn any_from_bytes(bytes: &[u8], opts: &LoadOptions) -> Result<Loaded>
     from_container(container, file, opts)
 }
 
-fn lay_out<'a>(parts: &'a AdapterParts, variants: &[Variant], file: &str) -> Result<Layout<'a>> {
+fn lay_out<'a>(
+    parts: &'a AdapterParts,
+    variants: &[Variant],
+    sha256: Option<String>,
+    file: &str,
+) -> Result<Layout<'a>> {
     parts.check()?;
     let mut tensors = Vec::with_capacity(2 * parts.modules.len() + parts.extra.len());
     let mut entries = Vec::with_capacity(parts.modules.len());
@@ -103,7 +118,7 @@ fn lay_out<'a>(parts: &'a AdapterParts, variants: &[Variant], file: &str) -> Res
     }
     let to_json = |e: serde_json::Error| Error::format(file, format!("header: {e}"));
     let modules = serde_json::to_string(&entries).map_err(to_json)?;
-    lay_out_parts(parts, variants, FORMAT_VERSION, tensors, modules, file)
+    lay_out_parts(parts, variants, FORMAT_VERSION, tensors, modules, sha256, file)
 }
 
 /// Lays out a file of version 2: its modules' tensors, and their header entry.
@@ -113,7 +128,7 @@ pub(super) fn lay_out_with<'a>(
     modules: String,
     file: &str,
 ) -> Result<Layout<'a>> {
-    lay_out_parts(rest, &[], QUANTIZED_VERSION, tensors, modules, file)
+    lay_out_parts(rest, &[], QUANTIZED_VERSION, tensors, modules, None, file)
 }
 
 fn lay_out_parts<'a>(
@@ -122,6 +137,7 @@ fn lay_out_parts<'a>(
     version: u32,
     mut tensors: Vec<(String, &'a Tensor)>,
     modules: String,
+    sha256: Option<String>,
     file: &str,
 ) -> Result<Layout<'a>> {
     tensors.extend(parts.extra.iter().map(|t| (format!("{EXTRA}{}", t.name), t)));
@@ -141,6 +157,7 @@ fn lay_out_parts<'a>(
         ("metadata", parts.metadata_json.clone()),
         ("peft_config", parts.peft_config.clone()),
         ("prefix", parts.prefix.clone()),
+        (WEIGHTS_SHA256, sha256),
         ("header", (!parts.header.is_empty()).then(|| serde_json::json!(parts.header).to_string())),
     ];
     metadata.extend(optional.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))));
@@ -167,6 +184,7 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     header.remove("format");
     let version = check_version(header.remove("format_version"), file)?;
     let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
+    let weights_sha256 = header.remove(WEIGHTS_SHA256);
     let other = match header.remove("header") {
         Some(text) => {
             serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0
@@ -222,8 +240,18 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     parts.detach_extra();
     // What the content shows counts, whatever the header says.
     let shown = peft::variants::of(&parts, file)?;
-    variants.extend(shown.into_iter().filter(|v| !variants.contains(v)).collect::<Vec<_>>());
-    Ok(Loaded { format: "safetensors", parts, variants, quantized, unused, ..Loaded::default() })
+    let said: HashSet<&Variant> = variants.iter().collect();
+    let more: Vec<Variant> = shown.into_iter().filter(|v| !said.contains(v)).collect();
+    variants.extend(more);
+    Ok(Loaded {
+        format: "safetensors",
+        parts,
+        variants,
+        quantized,
+        unused,
+        weights_sha256,
+        ..Loaded::default()
+    })
 }
 
 fn check_version(version: Option<String>, file: &str) -> Result<u32> {

@@ -89,7 +89,7 @@ unsafe impl Vector for Ymm {
         // SAFETY: by contract; registers only.
         unsafe {
             let half = if i < 2 { _mm256_castsi256_si128(b.0) } else { _mm256_extracti128_si256::<1>(b.0) };
-            let part = if i % 2 == 0 { half } else { _mm_unpackhi_epi64(half, half) };
+            let part = if i.is_multiple_of(2) { half } else { _mm_unpackhi_epi64(half, half) };
             Ymm(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)))
         }
     }

@@ -155,7 +155,7 @@ macro_rules! in_blocks {
             match left {
                 1 => $f::<$v, 1>($($a),*),
                 2 => $f::<$v, 2>($($a),*),
-                3 | 4 | 5 => $f::<$v, 3>($($a),*),
+                3..=5 => $f::<$v, 3>($($a),*),
                 _ => $f::<$v, 6>($($a),*),
             }
             $m += if left == 4 || left == 5 { 3 } else { left };
@@ -211,10 +211,13 @@ pub(super) unsafe fn combine<V: Vector>(
     }
 }
 
+type DotsApart = unsafe fn(*const f32, [usize; 3], Rows<*const f32>, Rows<*mut f32>, f32, bool);
+type CombineApart = unsafe fn(*const f32, [usize; 3], Rows<*const f32>, Rows<*mut f32>, bool);
+
 /// What one ISA does with a stretch that was taken apart.
 pub(super) struct Apart {
-    pub dots: unsafe fn(*const f32, [usize; 3], Rows<*const f32>, Rows<*mut f32>, f32, bool),
-    pub combine: unsafe fn(*const f32, [usize; 3], Rows<*const f32>, Rows<*mut f32>, bool),
+    pub dots: DotsApart,
+    pub combine: CombineApart,
 }
 
 /// A packed matrix with the bodies of one ISA for its type.

@@ -55,7 +55,7 @@ fn describe(t: &Tensor) -> (String, Vec<usize>) {
     (t.dtype.to_string(), t.shape.clone())
 }
 
-fn dtype_of(name: &str) -> Result<TensorDtype> {
+pub(super) fn dtype_of(name: &str) -> Result<TensorDtype> {
     serde_json::from_value(serde_json::Value::String(name.to_owned()))
         .map_err(|_| Error::config("dtype", format!("{name:?}"), "a dtype of safetensors such as F32"))
 }
@@ -229,6 +229,17 @@ impl PyAdapterFile {
     #[getter]
     fn header(&self) -> std::collections::BTreeMap<String, String> {
         self.inner.parts.header.clone()
+    }
+
+    /// SHA-256 of names, shapes, dtypes, scaling and data: 64 hex digits.
+    fn fingerprint(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(py.detach(|| self.inner.fingerprint())?)
+    }
+
+    /// The fingerprint that the file says its weights have.
+    #[getter]
+    fn weights_sha256(&self) -> Option<String> {
+        self.inner.weights_sha256.clone()
     }
 
     /// The adapter that runs: refused while a variant is left that `allow` does not drop by name.

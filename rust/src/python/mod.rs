@@ -29,6 +29,7 @@ mod micro_lora;
 mod quant;
 mod quantized;
 mod replay_memory;
+mod scan;
 mod sona;
 mod step;
 mod swap;
@@ -80,6 +81,8 @@ mod _core {
     use super::quantized::{PyQuantizedAdapter, gguf_adapter, load_any};
     #[pymodule_export]
     use super::replay_memory::PyReplayMemory;
+    #[pymodule_export]
+    use super::scan::{PyScan, match_patterns, match_whole, scan_file, write_safetensors};
     #[pymodule_export]
     use super::sona::{PySona, sona_config};
     #[pymodule_export]

@@ -12,7 +12,7 @@ use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, c
 use super::config::{self, PeftConfig};
 use super::names::{Factor, Key, classify, split_prefix, stored_name};
 use super::variants::{self, Use};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -164,6 +164,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     unused.extend(config.unknown.iter().map(|k| format!("{CONFIG_FILE}: {k}")));
     let mut header = metadata;
     header.remove("format");
+    let weights_sha256 = header.remove(HEADER_SHA256);
     let mut parts = AdapterParts {
         modules,
         config_json: header.remove(HEADER_CONFIG),
@@ -177,7 +178,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_json(file)?;
     parts.detach_extra();
     let variants = variants::with(&parts, Some(&config));
-    Ok(Loaded { format: "peft", parts, variants, unused, notes, ..Loaded::default() })
+    Ok(Loaded { format: "peft", parts, variants, unused, notes, weights_sha256, ..Loaded::default() })
 }
 
 /// A file's tensors: factors by module, those kept as they lie, the others, and which nothing uses.

@@ -1,5 +1,7 @@
 //! What a PEFT file can hold besides plain LoRA on linear layers: kept, named, and not run.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value};
 
 use super::super::json::{parse_object, show_value, to_sorted_pretty, truthy};
@@ -43,6 +45,9 @@ const KINDS: [(&str, &str); 17] = [
     ("monteclora", "MonteCLoRA samples around its factors (left out, the means run as plain LoRA)"),
     ("layer_replication", "names refer to a stack of replicated layers, not to the base model's own"),
 ];
+
+/// Most places of one kind that are listed: a large file has one for each of its layers.
+const MAX_LISTED: usize = 1024;
 
 /// Settings that, switched on, make one of those kinds.
 const SETTINGS: [(&str, &str); 12] = [
@@ -165,6 +170,14 @@ pub(crate) fn of(parts: &AdapterParts, file: &str) -> Result<Vec<Variant>> {
 
 pub(super) fn with(parts: &AdapterParts, config: Option<&PeftConfig>) -> Vec<Variant> {
     let mut out = config.map_or_else(Vec::new, |c| c.variants.clone());
+    let mut listed: HashMap<&'static str, usize> = HashMap::new();
+    let mut add = |out: &mut Vec<Variant>, kind: &'static str, at: &str| {
+        let count = listed.entry(kind).or_default();
+        *count += 1;
+        if *count <= MAX_LISTED {
+            out.push(variant(kind, at.to_owned()));
+        }
+    };
     let parameters = out.iter().any(|v| v.kind == "target_parameters");
     for m in &parts.modules {
         let kind = match m.kind {
@@ -172,11 +185,11 @@ pub(super) fn with(parts: &AdapterParts, config: Option<&PeftConfig>) -> Vec<Var
             ModuleKind::Experts if parameters => "target_parameters",
             kind => kind.as_str(),
         };
-        out.push(variant(kind, m.path.clone()));
+        add(&mut out, kind, &m.path);
     }
     for t in &parts.extra {
         if let Use::Part(kind) = use_of(&t.name, config) {
-            out.push(variant(kind, t.name.clone()));
+            add(&mut out, kind, &t.name);
         }
     }
     out

@@ -1,21 +1,22 @@
 //! Writing a PEFT adapter that PEFT itself loads, and that changes nothing of what was read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
 use std::hash::Hash;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::{fs, io};
 
 use serde_json::{Map, Value, json};
 
 use super::super::atomic::Staged;
+use super::super::fingerprint::UNKNOWN;
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty, truthy};
 use super::super::pattern::anchored;
-use super::super::{AdapterParts, ModuleKind, ModuleParts, container};
+use super::super::{AdapterParts, Digests, ModuleKind, ModuleParts, container, fingerprint};
 use super::experts::pack;
 use super::names::{Key, classify, keys, pattern_path};
 use super::variants::{self, Use};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE, config};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE, config};
 use crate::error::{Error, Result};
 
 /// How to write a PEFT directory.
@@ -83,24 +84,33 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     header.insert("format".into(), "pt".into());
     let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
     header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
+    // Packed experts are read back as they lie: no reader would find this fingerprint.
+    let named = packed.is_empty();
+    if named {
+        header.insert(HEADER_SHA256.into(), UNKNOWN.into());
+    } else {
+        header.remove(HEADER_SHA256);
+    }
     let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
 
     let made = !dir.exists();
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let done = replace_pair(dir, &config, |out| layout.write_to(out));
+    let sha256 = |digests: &mut Digests| {
+        fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests)
+    };
+    let done = replace_pair(dir, &config, |path| match named {
+        true => layout.stage_named(path, HEADER_SHA256, sha256),
+        false => Staged::new(path, |out| layout.write_to(out)),
+    });
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }
     done
 }
 
-fn replace_pair(
-    dir: &Path,
-    config: &str,
-    weights: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
-) -> Result<()> {
+fn replace_pair(dir: &Path, config: &str, weights: impl FnOnce(&Path) -> Result<Staged>) -> Result<()> {
     let place = dir.join(CONFIG_FILE);
-    let weights = Staged::new(&dir.join(WEIGHTS_FILE), weights)?;
+    let weights = weights(&dir.join(WEIGHTS_FILE))?;
     let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
     let aside = dir.join(format!(".{CONFIG_FILE}.previous"));
     let at = |e| Error::io(&place, e);

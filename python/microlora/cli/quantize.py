@@ -1,0 +1,72 @@
+"""``microlora quantize``: an adapter in few bits, and what it lost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from microlora.cli.convert import progress
+from microlora.exceptions import ConfigError, DestinationExistsError
+
+__all__ = ["add_parser", "calibration_of", "run"]
+
+_TEXT = """Writes an adapter with its factors in blocks of few bits, which run as they are, and prints what
+was lost by it. Give --type, or --target-error for the smallest types that meet it. Exit code: 0 when it was
+written, 2 when it was not."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `microlora.cli.build_parser`."""
+    parser = commands.add_parser("quantize", help="store an adapter in few bits", description=_TEXT)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a file or directory of any format")
+    add("target", type=Path, metavar="DST", help="single file to write")
+    add("--type", metavar="T", help="q8_0, q6_k, q5_k, q4_k, q4_1, q4_0, q4_k_m, f16, bf16")
+    add("--target-error", type=float, metavar="E", help="take the smallest types within this relative error")
+    add(
+        "--calibration",
+        type=Path,
+        metavar="X.npz",
+        help="inputs: one array for all modules (n, in), or one per module by its name",
+    )
+    add("--overwrite", action="store_true", help="replace what lies at DST")
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+def calibration_of(path: Path) -> Any:
+    """Inputs from a ``.npz``: its only array, or all by their names.
+
+    Raises:
+        ConfigError: Not an archive of arrays.
+        OSError: It cannot be read.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, AttributeError, TypeError) as e:
+        raise ConfigError(f"calibration: got {str(path)!r} ({e}), expected an .npz of float arrays") from None
+    if not arrays:
+        raise ConfigError(f"calibration: got {str(path)!r}, which is empty, expected at least one array")
+    only = list(arrays) == ["arr_0"] or list(arrays) == ["x"]
+    return next(iter(arrays.values())) if only else arrays
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantise; the exit code."""
+    if (args.type is None) == (args.target_error is None):
+        args.fail("give one of --type and --target-error")
+    if args.target.exists() and not args.overwrite:
+        raise DestinationExistsError(f"{args.target}: exists; pass --overwrite to replace it")
+    import microlora as ml
+
+    calibration = None if args.calibration is None else calibration_of(args.calibration)
+    with progress() as tell:
+        made = ml.quantize(
+            args.source, args.type, calibration=calibration, target_error=args.target_error, progress=tell
+        )
+        ml.save(made.adapter, args.target, "safetensors")
+    print(made.report)
+    return 0

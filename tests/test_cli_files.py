@@ -1,0 +1,221 @@
+"""inspect, convert, quantize, verify and sign on the command line: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import microlora as ml
+from doctor_support import sound_config, sound_tensors, write_peft
+from microlora import cli
+from microlora.cli.quantize import calibration_of
+from microlora.exceptions import ConfigError
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; gives (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def sound(tmp_path):
+    return write_peft(tmp_path / "sound")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    tensors = {k.replace("base_model.model.", ""): v for k, v in sound_tensors().items()}
+    return write_peft(tmp_path / "broken", tensors, sound_config(alpha_pattern={"o_proj": 3}))
+
+
+def test_inspect_prints_the_report_and_tells_by_its_exit_code(run, sound, broken, tmp_path):
+    code, out, err = run("inspect", sound)
+    assert (code, err) == (0, "")
+    assert out == str(ml.inspect(sound)) + "\n"
+    code, out, _ = run("inspect", broken)
+    assert code == 1
+    assert "prefix_missing" in out
+    write_peft(tmp_path / "warned", config=sound_config(alpha_pattern={"o_proj": 3}))
+    assert run("inspect", tmp_path / "warned")[0] == 0
+    assert run("inspect", tmp_path / "warned", "--strict")[0] == 1
+    assert run("inspect", sound, "--strict")[0] == 0
+    code, _, err = run("inspect", tmp_path / "no")
+    assert code == 2
+    assert err.startswith("microlora: ")
+
+
+def test_inspect_as_json(run, broken):
+    code, out, _ = run("inspect", broken, "--json")
+    assert code == 1
+    assert json.loads(out) == json.loads(ml.inspect(broken).to_json())
+
+
+def test_inspect_repairs_a_copy(run, broken, tmp_path):
+    code, out, _ = run("inspect", broken, "--fix", tmp_path / "fixed")
+    assert code == 1  # of the file that was looked at
+    assert f"repaired copy: {tmp_path / 'fixed'}" in out
+    assert run("inspect", tmp_path / "fixed", "--strict")[0] == 0
+    code, _, err = run("inspect", broken, "--fix", tmp_path / "fixed")
+    assert code == 2
+    assert "exists" in err
+    code, _, err = run("inspect", broken, "--also", "upcast")
+    assert code == 2
+    assert "--fix" in err
+    tensors = sound_tensors()
+    next(iter(tensors.values()))[0] = np.nan
+    write_peft(tmp_path / "nan", tensors)
+    code, _, err = run("inspect", tmp_path / "nan", "--fix", tmp_path / "off")
+    assert code == 2
+    assert "also=['nonfinite']" in err
+    assert run("inspect", tmp_path / "nan", "--fix", tmp_path / "off", "--also", "nonfinite")[0] == 1
+    assert run("inspect", tmp_path / "off")[0] == 0
+
+
+def test_inspect_against_a_base(run, sound, tmp_path):
+    config = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run("inspect", sound, "--base", tmp_path / "config.json")
+    assert code == 1
+    assert "the base has 2 layers" in out
+    code, _, err = run("inspect", sound, "--base", sound)
+    assert code == 2
+    assert "base" in err
+
+
+def test_inspect_draws(run, sound, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    code, out, _ = run("inspect", sound, "--plot", tmp_path / "map.png")
+    assert code == 0
+    assert f"Drawn in {tmp_path / 'map.png'}" in out
+    assert (tmp_path / "map.png").stat().st_size > 1000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("inspect", sound, "--plot", tmp_path / "other.png")
+    assert code == 2
+    assert "microlora[plot]" in err
+
+
+def test_a_terminal_gets_colours_and_the_same_text(broken, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["inspect", str(broken)]) == 1
+    out = capsys.readouterr().out
+    assert "prefix_missing" in out
+    assert "\x1b[" in out
+
+
+def test_convert_writes_and_says_so(run, sound, tmp_path):
+    code, out, err = run("convert", sound, tmp_path / "one.safetensors", "--format", "safetensors")
+    assert (code, err) == (0, "")
+    assert "safetensors, 10 modules, from peft" in out
+    assert ml.fingerprint(tmp_path / "one.safetensors") == ml.fingerprint(sound)
+    code, _, err = run("convert", sound, tmp_path / "one.safetensors", "--format", "safetensors")
+    assert code == 2
+    assert "exists" in err
+    again = ("convert", tmp_path / "one.safetensors", tmp_path / "one.safetensors", "--format", "safetensors")
+    assert run(*again, "--overwrite")[0] == 0
+    code, _, err = run("convert", sound, tmp_path / "x", "--format", "docx")
+    assert code == 2
+    assert "format: got 'docx'" in err
+    code, _, err = run("convert", sound, tmp_path / "x", "--format", "peft", "--allow", "dora")
+    assert code == 2
+    assert "allow" in err
+    assert not (tmp_path / "x").exists()
+    assert run("convert", sound, tmp_path / "x")[0] == 2  # no format
+
+
+def test_quantize_writes_what_runs(run, sound, tmp_path):
+    pytest.importorskip("microlora.quantizing")
+    x = np.random.default_rng(0).standard_normal((32, 64)).astype("f4")
+    factors = {"q": (x[:4], x[:, :4].copy()), "v": (x[4:8], x[:, 4:8].copy())}
+    ml.save(ml.Adapter.from_factors(factors, alpha=8.0), tmp_path / "a.safetensors")
+    np.savez(tmp_path / "x.npz", x)
+    source = tmp_path / "a.safetensors"
+    code, out, err = run(
+        "quantize", source, tmp_path / "q.safetensors", "--type", "q8_0", "--calibration", tmp_path / "x.npz"
+    )
+    assert (code, err) == (0, "")
+    assert "q8_0" in out
+    made = ml.load(tmp_path / "q.safetensors")
+    assert made.modules() == ["q", "v"]
+    report = ml.inspect(tmp_path / "q.safetensors")
+    assert report.ok
+    assert [m.rank for m in report.modules] == [4, 4]
+    code, _, err = run("quantize", source, tmp_path / "q.safetensors", "--type", "q8_0")
+    assert code == 2
+    assert "exists" in err
+    assert run("quantize", source, tmp_path / "e.safetensors", "--target-error", 0.05)[0] == 0
+    for wrong in ((), ("--type", "q8_0", "--target-error", 0.1)):
+        assert run("quantize", source, tmp_path / "z", *wrong)[0] == 2
+    assert run("quantize", source, tmp_path / "z", "--type", "q3")[0] == 2
+    assert not (tmp_path / "z").exists()
+
+
+def test_calibration_is_one_array_or_one_for_each_module(tmp_path):
+    np.savez(tmp_path / "one.npz", np.ones((2, 3)))
+    assert calibration_of(tmp_path / "one.npz").shape == (2, 3)
+    np.savez(tmp_path / "two.npz", q=np.ones((2, 3)), v=np.ones((2, 4)))
+    assert set(calibration_of(tmp_path / "two.npz")) == {"q", "v"}
+    (tmp_path / "bad.npz").write_bytes(b"\x80\x04K\x01.")
+    np.save(tmp_path / "plain.npy", np.ones(3))
+    for bad in ("bad.npz", "plain.npy"):
+        with pytest.raises(ConfigError, match="calibration"):
+            calibration_of(tmp_path / bad)
+
+
+def test_verify_and_sign(run, tmp_path):
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization as s
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    plain = s.NoEncryption()
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, plain))
+    public = key.public_key().public_bytes_raw().hex()
+    path = tmp_path / "a.safetensors"
+    ml.create_lora("coder", 64).save(path)
+    code, out, _ = run("verify", path)
+    assert (code, "weights in order" in out) == (0, True)
+    code, out, _ = run("sign", path, "--key", tmp_path / "key.pem")
+    assert (code, out.strip()) == (0, str(path) + ".sig")
+    assert run("sign", path, "--key", tmp_path / "key.pem")[0] == 2
+    assert run("sign", path, "--key", tmp_path / "key.pem", "--overwrite")[0] == 0
+    assert run("verify", path, "--public-key", public)[0] == 0
+    code, out, _ = run("sign", path, "--manifest")
+    (tmp_path / "m.json").write_text(out)
+    sha = json.loads(out)["a.safetensors"]
+    assert run("verify", path, "--manifest", tmp_path / "m.json", "--sha256", sha)[0] == 0
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for options in ((), ("--public-key", public), ("--sha256", sha), ("--manifest", tmp_path / "m.json")):
+        code, out, err = run("verify", path, *options)
+        assert (code, out) == (1, "")
+        assert "a.safetensors" in err
+    assert run("verify", tmp_path / "no")[0] == 2
+    assert run("verify", path, "--sha256", "x")[0] == 2
+    assert run("sign", path)[0] == 2
+    assert run("sign", path, "--manifest", "--key", "k")[0] == 2
+
+
+def test_the_new_commands_are_in_the_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in ("demo", "inspect", "convert", "quantize", "verify", "sign"):
+        assert name in out
+        code, text, _ = run(name, "--help")
+        assert code == 0
+        assert "usage" in text

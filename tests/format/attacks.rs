@@ -616,7 +616,8 @@ const GGUF_ATTACKS: &[Attack] = &[
 fn check(attack: &Attack) {
     let dir = tempfile::tempdir().unwrap();
     let path = (attack.place)(dir.path());
-    let before = contents(dir.path()).len();
+    let entries = || fs::read_dir(dir.path()).unwrap().count();
+    let before = entries();
     for (mmap, strict) in [(false, true), (false, false), (true, true)] {
         let Attack { name, kind, words, .. } = attack;
         let err = match read(&path, &LoadOptions { mmap, strict, ..STRICT }) {
@@ -638,7 +639,7 @@ fn check(attack: &Attack) {
         let file = path.file_name().unwrap().to_string_lossy();
         assert!(said.contains(&*file), "{name}: {said:?} does not name {file}");
     }
-    assert_eq!(contents(dir.path()).len(), before, "{}: files were made", attack.name);
+    assert_eq!(entries(), before, "{}: files were made", attack.name);
 }
 
 #[test]

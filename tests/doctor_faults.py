@@ -139,9 +139,24 @@ def rank_two_somewhere():
     return tensors
 
 
+def _flat_silent(d):
+    rng = np.random.default_rng(0)
+    write_tensors(d, {"q.lora_a": rng.random((4, 16), "f4"), "q.lora_b": rng.random((8, 4), "f4")})
+
+
+def _flat_square(d):
+    write_tensors(d, {"lora_a": np.eye(4, dtype="f4"), "lora_b": np.eye(4, dtype="f4")})
+
+
+def _npz_silent(d):
+    with d.open("wb") as file:
+        np.savez(file, **{"q.lora_a": np.ones((4, 16), "f4"), "q.lora_b": np.ones((8, 4), "f4")})
+
+
 # code -> files that have the fault
 BROKEN = {
     "damaged": [_truncated, _overlap],
+    "unsaid": [_flat_silent, _flat_square, _npz_silent],
     "pickle": [_pickle, _pickle_named],
     "no_weights": [_no_weights],
     "pickle_beside": [_beside],

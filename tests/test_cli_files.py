@@ -12,6 +12,7 @@ import microlora as ml
 from doctor_support import sound_config, sound_tensors, write_peft
 from microlora import cli
 from microlora.cli.quantize import calibration_of
+from microlora.cli.words import in_flags
 from microlora.exceptions import ConfigError
 
 
@@ -79,7 +80,7 @@ def test_inspect_repairs_a_copy(run, broken, tmp_path):
     write_peft(tmp_path / "nan", tensors)
     code, _, err = run("inspect", tmp_path / "nan", "--fix", tmp_path / "off")
     assert code == 2
-    assert "also=['nonfinite']" in err
+    assert "(--also nonfinite repairs 'nonfinite')" in err
     assert run("inspect", tmp_path / "nan", "--fix", tmp_path / "off", "--also", "nonfinite")[0] == 1
     assert run("inspect", tmp_path / "off")[0] == 0
 
@@ -219,3 +220,46 @@ def test_the_new_commands_are_in_the_help(run):
         code, text, _ = run(name, "--help")
         assert code == 0
         assert "usage" in text
+
+
+def test_messages_name_flags_and_not_arguments_of_python(run, sound, tmp_path):
+    _, _, err = run("convert", sound, tmp_path / "a.gguf", "--format", "gguf")
+    assert err.startswith("microlora: --base-config: got None")
+    _, _, err = run("convert", sound, tmp_path / "a.npz", "--format", "npy")
+    assert err.startswith("microlora: --format: got 'npy'")
+    _, _, err = run("convert", sound, sound, "--format", "peft")
+    assert "pass --overwrite to replace it" in err
+    dora = write_peft(tmp_path / "dora", config=sound_config(use_dora=True))
+    _, _, err = run("convert", dora, tmp_path / "a.npz", "--format", "npz")
+    assert "--allow drop:dora leaves it out" in err
+    np.savez(tmp_path / "flat.npz", lora_a=np.eye(4, dtype="f4"), lora_b=np.eye(4, dtype="f4"))
+    _, _, err = run("convert", tmp_path / "flat.npz", tmp_path / "flat", "--format", "peft")
+    assert "pass --orientation rank_first" in err or "pass --alpha" in err
+    _, _, err = run("verify", sound)
+    assert "no --sha256, --manifest or --public-key" in err
+
+
+def test_words_of_the_command_line():
+    options = {"run": 1, "path": 1, "allow": 1, "overwrite": 1, "base_config": 1}
+    assert in_flags('allow=["drop:a", "drop:b"] leaves', options) == "--allow drop:a --allow drop:b leaves"
+    assert in_flags("pass base_config= for it", options) == "pass --base-config for it"
+    assert in_flags("path: got 1; alpha= too", options) == "path: got 1; alpha= too"
+    assert in_flags("x_overwrite=True", options) == "x_overwrite=True"
+
+
+def test_quantize_reads_what_convert_reads(run, tmp_path):
+    np.savez(tmp_path / "a.npz", **{"q.lora_a": np.ones((4, 32), "f4"), "q.lora_b": np.ones((32, 4), "f4")})
+    to = tmp_path / "q.safetensors"
+    code, _, err = run("quantize", tmp_path / "a.npz", to, "--type", "q8_0")
+    assert code == 2
+    assert "pass --alpha" in err
+    assert run("quantize", tmp_path / "a.npz", to, "--type", "q8_0", "--alpha", "8")[0] == 0
+    code, _, err = run("verify", to)
+    assert code == 1
+    assert "a quantised file carries no fingerprint" in err
+
+
+def test_a_manifest_goes_to_standard_output_alone(run, sound, tmp_path):
+    code, out, err = run("sign", sound, "--manifest", "--out", tmp_path / "m.json")
+    assert (code, out) == (2, "")
+    assert "--out and --overwrite go with --key" in err

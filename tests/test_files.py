@@ -319,3 +319,13 @@ def test_saving_over_an_older_file_replaces_it_whole(tmp_path):
         same_weights(two.adapter(), ml.load(tmp_path / name))
         files = [p for p in tmp_path.rglob("*") if p.is_file()]
         assert not [p for p in files if "tmp" in p.name or p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".npz", ".bin", ".pt"])
+def test_a_name_of_another_format_is_no_name_of_a_directory(tmp_path, suffix):
+    adapter = ml.Adapter.from_factors({"q": (np.ones((2, 4)), np.ones((4, 2)))}, alpha=2.0)
+    with pytest.raises(ConfigError, match=rf"path: got .*a\{suffix}', expected a name that ends in"):
+        ml.save(adapter, tmp_path / f"a{suffix}")
+    with pytest.raises(ConfigError, match="convert writes other formats"):
+        ml.save(adapter, tmp_path / f"a{suffix}", "gguf")
+    assert not list(tmp_path.iterdir())

@@ -97,3 +97,10 @@ def test_a_million_tensors_are_refused_by_what_they_would_take(tmp_path):
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(FormatError, match="bytes of memory"):
         ml.load(path)
+
+
+@pytest.mark.parametrize("read", [ml.load, ml.AdapterFile.read, ml.inspect])
+def test_limits_of_another_type_are_refused_by_name(tmp_path, read):
+    ml.save(ml.Adapter.from_factors({"q": (np.ones((2, 4)), np.ones((4, 2)))}, alpha=2.0), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"limits: got .*expected a microlora.Limits"):
+        read(tmp_path / "a", limits={"rank": 4})

@@ -442,3 +442,13 @@ def test_every_style_is_listed():
     assert {"mlx", "kohya", "diffusers", "flat", "npz"} <= {
         name for name, _ in ml._core.adapter_file_formats()
     }
+
+
+def test_a_conversion_tells_what_the_reader_took_for_granted(tmp_path):
+    down, up = np.ones((2, 4), "f4"), np.ones((4, 2), "f4")
+    name = "lora_unet_mid_block_to_q"
+    write = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    done = ml.convert(safetensors(tmp_path / "a", write), tmp_path / "b.npz", format="npz")
+    assert any("have no alpha" in note for note in done.notes)
+    with pytest.raises(ml.exceptions.ConfigError, match=r"did you mean 'npz'"):
+        ml.convert(tmp_path / "a", tmp_path / "c", format="NPZ")

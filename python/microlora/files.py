@@ -30,6 +30,16 @@ PathLike = str | os.PathLike[str]
 _log = logging.getLogger(__name__)
 
 
+# Names that ask for another format than :func:`save` writes, and what writes that.
+_NOT_OURS = {
+    ".gguf": "microlora.convert(..., format='gguf') writes GGUF",
+    ".npz": "microlora.convert(..., format='npz') writes .npz",
+    ".bin": "pickles are not written",
+    ".pt": "pickles are not written",
+    ".pth": "pickles are not written",
+}
+
+
 def save(
     adapter: Adapter | QuantizedAdapter | MicroLoRA,
     path: PathLike,
@@ -48,7 +58,7 @@ def save(
             (``{"q_proj": "model.layers.0.self_attn.q_proj"}``). Without it names are written as they are.
 
     Raises:
-        ConfigError: An unknown format, or ``layer_paths`` that do not fit.
+        ConfigError: An unknown format, a name of another one (``.gguf``), or ``layer_paths`` that do not fit.
         OSError: The system refused; an older file at ``path`` is left whole.
     """
     if isinstance(adapter, _core.MicroLora):
@@ -60,6 +70,12 @@ def save(
         raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter or a MicroLoRA")
     value = adapter
     if format is None:
+        suffix = os.path.splitext(os.fspath(path))[1].lower()
+        if suffix in _NOT_OURS:
+            raise ConfigError(
+                f"path: got {os.fspath(path)!r}, expected a name that ends in .safetensors, or that of a "
+                f"directory for PEFT ({_NOT_OURS[suffix]})"
+            )
         format = "safetensors" if os.fspath(path).endswith(".safetensors") else "peft"
     if format == "safetensors":
         if layer_paths is not None:
@@ -72,7 +88,10 @@ def save(
         base = Adapter(value).metadata.base_model or None
         _core.save_peft(value, os.fspath(path), paths, base)
     else:
-        raise ConfigError(f"format: got {format!r}, expected 'safetensors' or 'peft'")
+        raise ConfigError(
+            f"format: got {format!r}, expected 'safetensors' or 'peft' "
+            "(microlora.convert writes other formats)"
+        )
 
 
 def _save_quantized(
@@ -128,7 +147,11 @@ def load(
         UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
         OSError: The file cannot be read.
     """
-    bounds = None if limits is None else limits.as_tuple()
+    bounds = None
+    if limits is not None:
+        from microlora.formats.limits import Limits
+
+        bounds = Limits.of(limits).as_tuple()
     left_out = check_allow(allow)
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from microlora import __version__
 from microlora.cli import convert, demo, inspect, quantize, trust
+from microlora.cli.words import in_flags
 from microlora.exceptions import MicroLoraError
 
 __all__ = ["build_parser", "main"]
@@ -39,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 on success, 1 when a report holds an error (``inspect``) or something differs
         (``verify``), 2 on an error of the command, which is told in one sentence, 130 after Ctrl-C.
     """
+    options: Mapping[str, object] = {}
     try:
         arguments = build_parser().parse_args(argv)
+        options = vars(arguments)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -51,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except (MicroLoraError, OSError) as err:
-        print(f"microlora: {err}", file=sys.stderr)
+        print(f"microlora: {in_flags(str(err), options)}", file=sys.stderr)
         return EXIT_ERROR
     return code

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microlora.progress import Progress
 
-__all__ = ["add_parser", "progress", "run"]
+__all__ = ["add_parser", "add_reading", "progress", "run"]
 
 _TEXT = """Writes an adapter in another format. What the format cannot hold is an error that names it,
 unless it is given up by name (--allow drop:dora). Exit code: 0 when it was written, 2 when it was not."""
@@ -27,13 +27,18 @@ def add_parser(commands: Any) -> None:
     add(
         "--format", required=True, metavar="F", help="peft, safetensors, gguf, mlx, kohya, diffusers, npz ..."
     )
+    add_reading(add)
+    add("--dtype", metavar="T", help="element type, for formats that have a choice (gguf: f16, q8_0 ...)")
+    add("--overwrite", action="store_true", help="replace what lies at DST")
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+def add_reading(add: Callable[..., Any]) -> None:
+    """Add what a source may need to be read."""
     add("--base-config", type=Path, metavar="C", help="config.json of the base, where its heads are needed")
     add("--allow", action="append", default=[], metavar="drop:KIND", help="give this up; may be repeated")
     add("--alpha", type=float, metavar="A", help="scaling numerator, for sources that carry none")
     add("--orientation", metavar="O", help="rank_first or rank_last, for flat files that do not say")
-    add("--dtype", metavar="T", help="element type, for formats that have a choice (gguf: f16, q8_0 ...)")
-    add("--overwrite", action="store_true", help="replace what lies at DST")
-    parser.set_defaults(run=run, fail=parser.error)
 
 
 @contextlib.contextmanager

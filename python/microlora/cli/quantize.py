@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from microlora.cli.convert import progress
+from microlora.cli.convert import add_reading, progress
 from microlora.exceptions import ConfigError, DestinationExistsError
 
 __all__ = ["add_parser", "calibration_of", "run"]
@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
         metavar="X.npz",
         help="inputs: one array for all modules (n, in), or one per module by its name",
     )
+    add_reading(add)
     add("--overwrite", action="store_true", help="replace what lies at DST")
     parser.set_defaults(run=run, fail=parser.error)
 
@@ -61,11 +62,19 @@ def run(args: argparse.Namespace) -> int:
     if args.target.exists() and not args.overwrite:
         raise DestinationExistsError(f"{args.target}: exists; pass --overwrite to replace it")
     import microlora as ml
+    from microlora.files import load_plain
 
+    source = load_plain(
+        args.source,
+        base_config=args.base_config,
+        allow=args.allow,
+        alpha=args.alpha,
+        orientation=args.orientation,
+    )
     calibration = None if args.calibration is None else calibration_of(args.calibration)
     with progress() as tell:
         made = ml.quantize(
-            args.source, args.type, calibration=calibration, target_error=args.target_error, progress=tell
+            source, args.type, calibration=calibration, target_error=args.target_error, progress=tell
         )
         ml.save(made.adapter, args.target, "safetensors")
     print(made.report)

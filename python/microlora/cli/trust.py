@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from microlora.cli.words import in_flags
 from microlora.exceptions import VerificationError
 
 __all__ = ["add_parser", "run_sign", "run_verify"]
@@ -60,7 +61,7 @@ def run_verify(args: argparse.Namespace) -> int:
             signature=args.signature,
         )
     except VerificationError as err:
-        print(f"microlora: {err}", file=sys.stderr)
+        print(f"microlora: {in_flags(str(err), vars(args))}", file=sys.stderr)
         return EXIT_DIFFERS
     print(done)
     return 0
@@ -72,6 +73,8 @@ def run_sign(args: argparse.Namespace) -> int:
 
     if args.manifest == (args.key is not None):
         args.fail("give one of --key and --manifest")
+    if args.manifest and (args.out is not None or args.overwrite):
+        args.fail("--out and --overwrite go with --key; --manifest prints: add > FILE.json")
     if args.manifest:
         print(json.dumps(trust.manifest(args.path), indent=2))
     else:

@@ -48,6 +48,8 @@ CHECKS: tuple[Check, ...] = (
     # containers and files
     Check("damaged", _E, "container that cannot be read (truncated, overlapping, of no known format)",
           "fetch it again; nothing of it can be trusted", _F.damaged),
+    Check("unsaid", _E, "flat or .npz file without its alpha, or whose shapes do not say the orientation",
+          "give it to ml.load or ml.convert, which writes a copy that says it", _F.unsaid),
     Check("pickle", _E, "weights that are a pickle",
           "convert it where it is trusted: torch.load(weights_only=True), then safetensors", _F.pickled),
     Check("no_weights", _E, "directory without weights", "pass the directory that holds the weights",

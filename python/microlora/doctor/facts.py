@@ -138,6 +138,8 @@ class Facts:
         self.expanded = "unknown"  # format of a quantised file, which is looked at as plain numbers
         self._open()
         self.damage = self.scan.damage if self.scan is not None else None
+        if self.damage is not None and "NumPy archive" in self.damage and self.refusal is not None:
+            self.damage = str(self.refusal)  # the scan knows safetensors only, the reader knows .npz
         self.header: dict[str, str] = self.scan.header if self.scan is not None else {}
         read = key_of if self.kind != "single" else ours
         rows: list[Any] = self.scan.rows() if self.scan is not None else []
@@ -345,6 +347,12 @@ class Facts:
     def reader_says_variant(self) -> bool:
         """Whether the reader refused it as a sound file of another kind."""
         return isinstance(self.refusal, UnsupportedVariantError)
+
+    @property
+    def unsaid(self) -> str:
+        """What the reader has to be told of a sound file, in its words; empty where it is nothing."""
+        said = str(self.refusal) if self.file is None and self.refusal is not None else ""
+        return said if "; pass alpha=" in said or "; pass orientation=" in said else ""
 
     def text(self, key: str) -> str:
         """A text of the configuration, empty where there is none."""

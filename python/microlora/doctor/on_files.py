@@ -16,10 +16,18 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 def damaged(facts: Facts) -> Said:
     """The container cannot be read."""
+    if facts.unsaid:
+        return
     if facts.damage is not None and not facts.damage.split(": ", 1)[-1].startswith("a pickle"):
         yield facts.damage, ()
     elif facts.scan is None and facts.refusal is not None and facts.folder is None:
         yield str(facts.refusal), ()
+
+
+def unsaid(facts: Facts) -> Said:
+    """Sound, but a reader has to be told something that it does not say."""
+    if facts.unsaid:
+        yield facts.unsaid, ()
 
 
 def pickled(facts: Facts) -> Said:

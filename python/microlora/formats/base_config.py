@@ -30,7 +30,9 @@ def read_base_config(
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise FormatError(f"{path}: base_config is not JSON: {e}") from e
+        raise FormatError(
+            f"{path}: base_config is not JSON ({e}), expected the base's config.json or its directory"
+        ) from e
     if not isinstance(value, dict):
         raise FormatError(f"{path}: base_config is {type(value).__name__}, expected an object")
     return value

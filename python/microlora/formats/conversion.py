@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from microlora._checks import check_allow
+from microlora._checks import check_allow, near
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
 from microlora.formats import gguf
@@ -67,7 +67,7 @@ class Conversion:
         path: Where it lies.
         modules: Number of modules written.
         dropped: What was given up, ``{kind: where}``.
-        notes: What is worth knowing.
+        notes: What is worth knowing, of the reading and of the writing.
     """
 
     source: str
@@ -183,7 +183,8 @@ def convert(
     """
     writer = WRITERS.get(format)
     if writer is None:
-        raise ConfigError(f"format: got {format!r}, expected one of {', '.join(sorted(WRITERS))}")
+        hint = near(str(format).lower(), WRITERS)
+        raise ConfigError(f"format: got {format!r}, expected one of {', '.join(sorted(WRITERS))}{hint}")
     if dtype is not None and dtype not in writer.dtypes:
         want = f"one of {', '.join(writer.dtypes)}" if writer.dtypes else f"None ({format} keeps every type)"
         raise ConfigError(f"dtype: got {dtype!r}, expected {want}")
@@ -197,6 +198,7 @@ def convert(
         file = AdapterFile.wrap(gguf.named(file, config, names))
     if module_names is not None:
         file = file.with_module_names(module_names)
+    said = file.notes  # of the reader: an alpha that was taken for granted, a padded rank
     losses = writer.losses(file, options)
     if format != "gguf":
         losses |= gguf.unplaced(file)
@@ -216,7 +218,7 @@ def convert(
         path=os.fspath(dst),
         modules=len(file.rows()),
         dropped=losses,
-        notes=tuple(notes),
+        notes=(*said, *(note for note in notes if note not in said)),
     )
 
 

@@ -116,7 +116,7 @@ class AdapterFile(_core.AdapterFile):
             UnsupportedVariantError: A pickle, or a kind that cannot even be kept.
             OSError: The file cannot be read.
         """
-        bounds = (limits or Limits()).as_tuple()
+        bounds = Limits.of(limits).as_tuple()
         file = _core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation)
         if base_config is not None or names is not None:
             from microlora.formats.base_config import read_base_config
@@ -135,6 +135,12 @@ class AdapterFile(_core.AdapterFile):
     def wrap(cls, inner: _core.AdapterFile) -> AdapterFile:
         """What the core read, shared."""
         return cls(inner)
+
+    def __repr__(self) -> str:
+        """Format, number of modules, and kinds of variants."""
+        kinds = sorted({v.kind for v in self.variants})
+        variants = f", with {', '.join(kinds)}" if kinds else ""
+        return f"AdapterFile({self.format or 'in memory'}, {len(self.rows())} modules{variants})"
 
     @property
     def modules(self) -> tuple[FileModule, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microlora._checks import integer
+from microlora._checks import integer, wrong
 
 __all__ = ["Limits"]
 
@@ -36,6 +36,19 @@ class Limits:
         for name in ("header_bytes", "tensors", "total_bytes", "rank"):
             most = MOST_HEADER_BYTES if name == "header_bytes" else 2**63 - 1
             object.__setattr__(self, name, integer(f"limits.{name}", getattr(self, name), 1, most))
+
+    @classmethod
+    def of(cls, value: Limits | None) -> Limits:
+        """The value itself, or the defaults for None.
+
+        Raises:
+            ConfigError: Something else.
+        """
+        if value is None:
+            return cls()
+        if not isinstance(value, cls):
+            raise wrong("limits", value, "a microlora.Limits such as Limits(rank=256)")
+        return value
 
     def as_tuple(self) -> tuple[int, int, int, int]:
         """The fields in the order that the core takes."""

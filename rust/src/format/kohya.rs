@@ -142,8 +142,8 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
             continue;
         }
         let stored = slot.alpha.take().map(|(_, alpha)| alpha);
-        without_alpha += usize::from(stored.is_none());
-        let alpha = |rank| stored.unwrap_or(rank as f64);
+        without_alpha += usize::from(stored.or(opts.alpha).is_none());
+        let alpha = |rank| stored.or(opts.alpha).unwrap_or(rank as f64);
         let mut m = pairs::by_dims(&base, slot.both(&base, &file)?, alpha, opts, &file)?;
         let alpha = m.alpha;
         carried.restore(&base, &mut m, |own| own.to_bits() == alpha.to_bits());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::LoadOptions;
 use super::container::{self, Container};
-use super::json::MAX_TEXT;
+use super::json::{MAX_TEXT, show};
 use super::limits::Limits;
 use super::tensor::Bytes;
 use super::{npz, zip};
@@ -78,6 +78,14 @@ impl Source {
                 let Content::Other(bytes) = &self.content else {
                     return Error::format(&self.file, "no adapter");
                 };
+                let start = &bytes[..bytes.len().min(8)];
+                if start.len() == 8 && start.iter().all(|&b| matches!(b, b'\t' | b'\n' | b'\r' | b' '..=b'~'))
+                {
+                    let start = String::from_utf8_lossy(start);
+                    let reason =
+                        format!("a text that begins with {}, no adapter of a known format", show(&start));
+                    return Error::format(&self.file, reason);
+                }
                 let parsed = container::parse(bytes, &self.file).err();
                 parsed.unwrap_or_else(|| Error::format(&self.file, "of no format that is known here"))
             }),

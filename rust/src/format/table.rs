@@ -119,10 +119,22 @@ pub(super) fn row_of(source: &Source) -> Result<&'static Row> {
     }
 }
 
+/// An alpha that is given and that no module takes would be silently without effect.
+fn check_given_alpha(loaded: &Loaded, opts: &LoadOptions, file: &str) -> Result<()> {
+    let Some(given) = opts.alpha else { return Ok(()) };
+    let taken = |alpha: f64| (alpha - given).abs() <= 1e-6 * given.abs();
+    if loaded.parts.modules.iter().any(|m| taken(m.alpha)) {
+        return Ok(());
+    }
+    Err(Error::config("alpha", given, format!("none, as {file} ({}) carries its own", loaded.format)))
+}
+
 /// Reads with the row that knows the source.
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let row = row_of(&source)?;
+    let file = source.file.clone();
     let mut loaded = (row.read)(source, opts)?;
     loaded.format = row.name;
+    check_given_alpha(&loaded, opts, &file)?;
     Ok(loaded)
 }

@@ -128,7 +128,11 @@ def load(
         UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
         OSError: The file cannot be read.
     """
-    bounds = None if limits is None else limits.as_tuple()
+    bounds = None
+    if limits is not None:
+        from microlora.formats.limits import Limits
+
+        bounds = Limits.of(limits).as_tuple()
     left_out = check_allow(allow)
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
@@ -139,7 +143,14 @@ def load(
         from microlora.formats import AdapterFile
 
         file = AdapterFile.read(
-            path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
+            path,
+            mmap=mmap,
+            strict=strict,
+            limits=limits,
+            alpha=alpha,
+            orientation=orientation,
+            base_config=base_config,
+            names=names,
         )
         adapter, unused, notes = _core.gguf_adapter(file, left_out), file.unused, file.notes
     for note in notes:

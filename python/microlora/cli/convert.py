@@ -32,6 +32,8 @@ def add_parser(commands: Any) -> None:
     add("--alpha", type=float, metavar="A", help="scaling numerator, for sources that carry none")
     add("--orientation", metavar="O", help="rank_first or rank_last, for flat files that do not say")
     add("--dtype", metavar="T", help="element type, for formats that have a choice (gguf: f16, q8_0 ...)")
+    add("--names", metavar="N", help="gguf keeps llama.cpp's names and row order of a GGUF file")
+    add("--module-names", type=Path, metavar="M", help="base model whose names undo Kohya's underscores")
     add("--overwrite", action="store_true", help="replace what lies at DST")
     parser.set_defaults(run=run, fail=parser.error)
 
@@ -66,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             alpha=args.alpha,
             orientation=args.orientation,
+            names=args.names,
+            module_names=args.module_names,
             progress=tell,
             **options,
         )

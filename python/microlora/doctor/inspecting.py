@@ -61,7 +61,7 @@ def inspect(
     """
     place = Path(path)
     asked = _asked(also, fix)
-    limits = limits or Limits()
+    limits = Limits.of(limits)
     if fix is not None and Path(fix).exists():
         raise DestinationExistsError(
             f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it"

@@ -116,7 +116,7 @@ class AdapterFile(_core.AdapterFile):
             UnsupportedVariantError: A pickle, or a kind that cannot even be kept.
             OSError: The file cannot be read.
         """
-        bounds = (limits or Limits()).as_tuple()
+        bounds = Limits.of(limits).as_tuple()
         file = _core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation)
         if base_config is not None or names is not None:
             from microlora.formats.base_config import read_base_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from microlora._checks import integer
+from microlora.exceptions import ConfigError
 
 __all__ = ["Limits"]
 
@@ -40,3 +41,14 @@ class Limits:
     def as_tuple(self) -> tuple[int, int, int, int]:
         """The fields in the order that the core takes."""
         return self.header_bytes, self.tensors, self.total_bytes, self.rank
+
+    @classmethod
+    def of(cls, value: Limits | None) -> Limits:
+        """The value, or the defaults for None.
+
+        Raises:
+            ConfigError: Anything else.
+        """
+        if value is not None and not isinstance(value, Limits):
+            raise ConfigError(f"limits: got {type(value).__name__}, expected microlora.Limits or None")
+        return value or cls()

@@ -165,9 +165,10 @@ def convert(
             one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
             rounded into B (without it only where that is exact).
         overwrite: Replace what lies at ``dst``; other files of a directory stay.
-        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as f32), ``"f32"``, ``"f16"``,
-            ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"`` (blocks where a
-            row is a whole number of them, f16 elsewhere). Other formats keep every tensor's type.
+        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as f32),
+            ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``,
+            ``"q4_0"`` (blocks where a row is a whole number of them, f16 elsewhere). Other formats keep
+            every tensor's type.
         names: As for :meth:`AdapterFile.read`.
         alpha: Scaling numerator, for paths of files that carry none.
         orientation: As for :meth:`AdapterFile.read`, for paths.
@@ -181,7 +182,8 @@ def convert(
 
     Raises:
         UnsupportedVariantError: The format cannot hold what the file has; the message has the names to allow.
-        DestinationExistsError: ``dst`` exists and ``overwrite`` is false, or it is a pipe, a socket or a device.
+        DestinationExistsError: ``dst`` exists and ``overwrite`` is false, or it is a pipe, a socket
+            or a device.
         ConfigError: An unknown format or dtype, ``base_config`` is needed and missing, or ``alpha`` or
             ``orientation`` for what is no path.
         DTypeError: ``src`` is a quantised adapter.
@@ -219,7 +221,7 @@ def convert(
         )
     if cancel is not None:
         cancel.raise_if_cancelled("converting")
-    notes = [*file.notes, *_on_names(file, format)] + writer.write(file, target, options)
+    notes = [*file.notes, *_on_names(file, format), *writer.write(file, target, options)]
     return Conversion(
         source=file.format,
         format=format,

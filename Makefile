@@ -171,7 +171,7 @@ coverage: $(BUILT) $(TESTED) ## Lines covered, Rust and Python together; fails u
 # --- Speed -------------------------------------------------------------------------------------------------
 
 .PHONY: bench bench-smoke
-bench: $(BUILT) $(ORACLE)/.ready ## One table of speeds: this project, NumPy, torch, PEFT, and the machine's own limits
+bench: $(BUILT) $(ORACLE)/.interop ## One table of speeds: this project, NumPy, torch, PEFT, llama.cpp, and the machine's own limits
 	@$(RUN_ORACLE) benches/table.py
 	@cargo bench --locked --bench roofline
 

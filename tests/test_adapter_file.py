@@ -13,6 +13,7 @@ import microlora as ml
 from microlora.exceptions import (
     ConfigError,
     DestinationExistsError,
+    DTypeError,
     FormatError,
     NonFiniteError,
     ShapeError,
@@ -220,6 +221,57 @@ def test_a_destination_is_not_overwritten_unasked(tmp_path):
     assert ml.load(tmp_path / "dir").modules() == ["q"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes")
+def test_links_to_nowhere_and_pipes_are_not_replaced(tmp_path):
+    file = ml.AdapterFile.read(folder(tmp_path / "in", factors()))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DestinationExistsError, match="overwrite=True"):
+        file.save(tmp_path / "link", "safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DestinationExistsError, match="neither a regular file nor a directory"):
+        file.save(tmp_path / "pipe", "safetensors", overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_a_source_has_no_use_for_is_refused(tmp_path):
+    file = ml.AdapterFile.read(folder(tmp_path / "in", factors()))
+    for source in (file, file.adapter()):
+        with pytest.raises(ConfigError, match=r"alpha: got 3"):
+            ml.convert(source, tmp_path / "out", format="npz", alpha=3.0)
+        with pytest.raises(ConfigError, match=r"orientation: got"):
+            ml.convert(source, tmp_path / "out", format="npz", orientation="rank_first")
+    wide = ml.Adapter.from_factors({"q": (np.ones((4, 64)), np.ones((64, 4)))}, alpha=4.0)
+    with pytest.raises(DTypeError, match=r"\.dequantize\(\)"):
+        ml.convert(ml.quantize(wide, "q8_0").adapter, tmp_path / "out", format="npz")
+    assert not (tmp_path / "out").exists()
+    for read in (ml.load, ml.AdapterFile.read, ml.inspect):
+        with pytest.raises(ConfigError, match="limits: got int"):
+            read(tmp_path / "in", limits=5)
+
+
+def test_a_conversion_tells_progress_and_what_was_assumed(tmp_path):
+    source, told = folder(tmp_path / "in", factors()), []
+    for format in ("peft", "safetensors"):
+        ml.convert(source, tmp_path / format, format=format, progress=lambda *args: told.append(args))
+    assert told == [(1, 1, "writing")] * 2
+    left = {k: v for k, v in settings(source).items() if k != "lora_alpha"}
+    (source / "adapter_config.json").write_text(json.dumps(left))
+    assert any("lora_alpha: missing" in n for n in ml.convert(source, tmp_path / "x", format="npz").notes)
+
+
+def test_names_of_kohyas_that_no_model_has_are_said(tmp_path):
+    pair = {"lora_down.weight": normal(rng(0), 2, 4), "lora_up.weight": normal(rng(1), 4, 2)}
+    keys = {f"lora_unet_a_to_q.{end}": values for end, values in pair.items()}
+    entries = {key: {"dtype": "F32", "shape": list(values.shape)} for key, values in keys.items()}
+    raw = {key: to_bits(values, "f32") for key, values in keys.items()}
+    (tmp_path / "kohya").write_bytes(write_tensors(entries, raw))
+    said = ml.convert(tmp_path / "kohya", tmp_path / "a", format="peft").notes
+    assert any("module_names=" in note for note in said)
+    for format, names in (("kohya", None), ("peft", ["unet.a.to_q"])):
+        done = ml.convert(tmp_path / "kohya", tmp_path / f"b {format}", format=format, module_names=names)
+        assert not any("module_names=" in note for note in done.notes)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="limits of a process")
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     source = folder(
@@ -343,15 +395,17 @@ def product(value, name):
         {},
         {"use_rslora": True, "lora_alpha": 3},
         {"rank_pattern": {"v": 3}, "alpha_pattern": {"q": 1.5}, "rank_v": 3},
+        {"init_lora_weights": "loftq"},
     ],
 )
 def test_plain_adapters_are_the_difference_to_the_start(tmp_path, config, dtype):
+    kind = f"init:{config.get('init_lora_weights', 'pissa')}"
     trained = pissa(tmp_path / "in", dtype, **config)
     start = pissa(tmp_path / "start", dtype, 7, **{**config, "init_lora_weights": True})
-    with pytest.raises(UnsupportedVariantError, match=r"convert_to_plain.*drop:init:pissa"):
+    with pytest.raises(UnsupportedVariantError, match=f"convert_to_plain.*drop:{kind}"):
         ml.load(trained)
     plain = ml.convert_to_plain(trained, start, tmp_path / "out")
-    one, zero, got = ml.load(trained, allow=["drop:init:pissa"]), ml.load(start), plain.adapter()
+    one, zero, got = ml.load(trained, allow=[f"drop:{kind}"]), ml.load(start), plain.adapter()
     assert ml.load(tmp_path / "out") == got
     for name in ("q", "v"):
         info = got.info(name)

@@ -138,6 +138,16 @@ def test_convert_writes_and_says_so(run, sound, tmp_path):
     assert run("convert", sound, tmp_path / "x")[0] == 2  # no format
 
 
+def test_convert_takes_names_of_the_base(run, sound, tmp_path):
+    code, _, err = run("convert", sound, tmp_path / "x", "--format", "npz", "--names", "gguf")
+    assert code == 2
+    assert "names: got one for a peft file" in err
+    assert run("convert", sound, tmp_path / "k", "--format", "kohya")[0] == 0
+    named = ("convert", tmp_path / "k", tmp_path / "y", "--format", "peft", "--module-names")
+    assert run(*named, tmp_path / "no model")[0] == 2
+    assert not (tmp_path / "y").exists()
+
+
 def test_quantize_writes_what_runs(run, sound, tmp_path):
     pytest.importorskip("microlora.quantizing")
     x = np.random.default_rng(0).standard_normal((32, 64)).astype("f4")

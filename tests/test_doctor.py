@@ -217,6 +217,9 @@ def test_blocks_are_looked_at_as_the_numbers_they_stand_for(format, tmp_path):
     report = ml.inspect(tmp_path / "x")
     assert (report.ok, report.format) == (True, format), str(report)
     assert report.modules[0].norm_delta == pytest.approx(2 * np.linalg.norm(b @ a), rel=0.02)
+    # As they are stored: B along a rank of 4 is no whole block in GGUF.
+    stored = {"gguf": ("Q8_0/F16", 4 * 68 + 4 * 64), "safetensors": ("Q8_0", 4 * 68 + 4 * 34)}
+    assert (report.modules[0].dtype, report.data_bytes) == stored[format]
 
 
 @pytest.mark.parametrize("format", sorted(WRITERS))

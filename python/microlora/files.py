@@ -162,7 +162,14 @@ def load(
         from microlora.formats import AdapterFile
 
         file = AdapterFile.read(
-            path, mmap=mmap, strict=strict, limits=limits, alpha=alpha, base_config=base_config, names=names
+            path,
+            mmap=mmap,
+            strict=strict,
+            limits=limits,
+            alpha=alpha,
+            orientation=orientation,
+            base_config=base_config,
+            names=names,
         )
         adapter, unused, notes = _core.gguf_adapter(file, left_out), file.unused, file.notes
     for note in notes:

@@ -29,6 +29,8 @@ def add_parser(commands: Any) -> None:
     )
     add_reading(add)
     add("--dtype", metavar="T", help="element type, for formats that have a choice (gguf: f16, q8_0 ...)")
+    add("--names", metavar="N", help="gguf keeps llama.cpp's names and row order of a GGUF file")
+    add("--module-names", type=Path, metavar="M", help="base model whose names undo Kohya's underscores")
     add("--overwrite", action="store_true", help="replace what lies at DST")
     parser.set_defaults(run=run, fail=parser.error)
 
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             alpha=args.alpha,
             orientation=args.orientation,
+            names=args.names,
+            module_names=args.module_names,
             progress=tell,
             **options,
         )

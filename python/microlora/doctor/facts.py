@@ -20,6 +20,7 @@ from microlora.exceptions import FormatError, MicroLoraError, UnsupportedVariant
 from microlora.files import load
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
+from microlora.quantized import QuantizedAdapter
 
 __all__ = ["CONFIG", "WEIGHTS", "Facts", "Module", "Numbers", "Tensor"]
 
@@ -136,6 +137,7 @@ class Facts:
         self.refusal: MicroLoraError | None = None
         self.scan: _core.Scan | None = None
         self.expanded = "unknown"  # format of a quantised file, which is looked at as plain numbers
+        self.blocks: QuantizedAdapter | None = None  # the same as it is stored
         self._open()
         self.damage = self.scan.damage if self.scan is not None else None
         if self.damage is not None and "NumPy archive" in self.damage and self.refusal is not None:
@@ -178,11 +180,17 @@ class Facts:
         if self.file is None:
             with contextlib.suppress(MicroLoraError):
                 self.lenient = AdapterFile.read(self.path, strict=False, limits=self.limits)
+        named: dict[str, Any] = {"names": "gguf"}
         if self.file is not None and self.file.format == "gguf" and self.base and self.base.config:
             # The base's own names, where the package that knows them is there.
             with contextlib.suppress(MicroLoraError):
                 config = self.base.config
                 self.file = AdapterFile.read(self.path, limits=self.limits, base_config=config)
+                named = {"base_config": config}
+        if self.file is not None and self.file.format == "gguf":
+            with contextlib.suppress(MicroLoraError):
+                loaded = load(self.path, limits=self.limits, **named)
+                self.blocks = loaded if isinstance(loaded, QuantizedAdapter) else None
         if self.folder is not None and (self.folder / CONFIG).exists():
             self._read_config(self.folder / CONFIG)
         if self.weights.is_file() or not self.weights.is_dir():
@@ -211,8 +219,10 @@ class Facts:
         self.kind, self.expanded = "other", "safetensors" if ours else "gguf"
         try:
             loaded = load(self.path, limits=self.limits)
-            plain = loaded if isinstance(loaded, Adapter) else loaded.dequantize()
-            self.file = AdapterFile.from_adapter(plain)
+            if isinstance(loaded, Adapter):
+                self.file = AdapterFile.from_adapter(loaded)
+            else:
+                self.file, self.blocks = AdapterFile.from_adapter(loaded.dequantize()), loaded
         except MicroLoraError as e:
             self.file, self.refusal = None, e
         else:

@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import microlora._core as _core
 from microlora._checks import choice
 from microlora.doctor.base import read_base
 from microlora.doctor.checks import CHECKS, examine
-from microlora.doctor.facts import Facts, Module
+from microlora.doctor.facts import Facts, Module, Tensor
 from microlora.doctor.repair import Draft, Place
 from microlora.doctor.report import SEVERITIES, ModuleRow, Report
 from microlora.exceptions import ConfigError, DestinationExistsError, MicroLoraError, UnrepairableError
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
 from microlora.metadata import AdapterMetadata
+from microlora.quantized import QuantizedAdapter
 
 __all__ = ["inspect"]
 
@@ -107,13 +109,29 @@ def _report(facts: Facts) -> Report:
         format=facts.format,
         base_model=facts.text("base_model_name_or_path") or metadata.base_model,
         tensors=len(facts.tensors),
-        data_bytes=sum(t.elements * sizes.get(t.dtype, 1) for t in facts.tensors),
-        modules=tuple(_row(m) for m in facts.modules.values()),
+        data_bytes=sum(_bytes(t.elements, kind, sizes) for t, kind in _stored(facts)),
+        modules=tuple(_row(m, facts.blocks) for m in facts.modules.values()),
         findings=tuple(found),
         weights_sha256=header.get("weights_sha256") or header.get("microlora.weights_sha256") or "",
         parents=metadata.parents,
         recipe=metadata.recipe,
     )
+
+
+def _stored(facts: Facts) -> list[tuple[Tensor, str]]:
+    """Every tensor and the type that it has in the file."""
+    types: dict[int, str] = {}
+    for m in facts.modules.values():
+        if facts.blocks is not None and m.path in facts.blocks.modules():
+            types |= {t.at: kind for t, kind in zip((*m.a, *m.b), facts.blocks.types(m.path), strict=False)}
+    return [(t, types.get(t.at, t.dtype)) for t in facts.tensors]
+
+
+def _bytes(elements: int, kind: str, sizes: dict[str, int]) -> int:
+    for name, _, numbers, size in _core.block_types():
+        if name == kind:
+            return elements // numbers * size
+    return elements * sizes.get(kind.upper(), 1)
 
 
 def _metadata(facts: Facts) -> AdapterMetadata:
@@ -126,8 +144,11 @@ def _metadata(facts: Facts) -> AdapterMetadata:
         return AdapterMetadata()
 
 
-def _row(m: Module) -> ModuleRow:
-    kinds = list(dict.fromkeys(t.dtype for t in (*m.a, *m.b)))
+def _row(m: Module, blocks: QuantizedAdapter | None) -> ModuleRow:
+    stored = [t.dtype for t in (*m.a, *m.b)]
+    if blocks is not None and m.path in blocks.modules():
+        stored = [t.upper() for t in blocks.types(m.path)]
+    kinds = list(dict.fromkeys(stored))
     norms = [t[0].numbers.norm if t and t[0].numbers is not None else None for t in (m.a, m.b)]
     return ModuleRow(
         path=m.path,

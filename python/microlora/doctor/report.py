@@ -66,7 +66,7 @@ class ModuleRow:
         alpha: Scaling numerator, None where the file names none.
         scaling: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA.
         use_rslora: Whether it is rsLoRA.
-        dtype: Element type, or both (``"F32/F16"``).
+        dtype: Element type as it is stored, or both (``"F32/F16"``, ``"Q8_0/F16"``).
         norm_a: ``|A|``; None where it is missing.
         norm_b: ``|B|``.
         norm_delta: ``|s B A|`` from Gram matrices; None where it cannot be told.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import microlora._core as _core
 from microlora._checks import check_allow, near
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
+from microlora.exceptions import ConfigError, DestinationExistsError, DTypeError, UnsupportedVariantError
 from microlora.formats import gguf
 from microlora.formats.base_config import read_base_config
 from microlora.formats.file import AdapterFile, PathLike
@@ -27,8 +29,8 @@ class Options:
         base_config: The base model's ``config.json`` as a mapping (head counts, architecture).
         allow: Losses that the caller accepts.
         dtype: Element type to write; None for the format's default.
-        progress: Called between modules.
-        cancel: Stops between modules.
+        progress: Called with modules done and in all.
+        cancel: Stops between modules where they are written one by one (GGUF).
     """
 
     base_config: Mapping[str, Any] | None = None
@@ -82,8 +84,16 @@ def _nothing(file: AdapterFile, options: Options) -> dict[str, str]:
     return {}
 
 
+def _tell_all(file: AdapterFile, options: Options) -> None:
+    """Progress of a format that is written in one go."""
+    if options.progress is not None:
+        modules = len(file.rows())
+        options.progress(modules, modules, "writing")
+
+
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
     file.save_single(os.fspath(path), list(gguf.unplaced(file)))
+    _tell_all(file, options)
     return []
 
 
@@ -93,6 +103,7 @@ def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
 
 def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
     file.save_peft(os.fspath(path))
+    _tell_all(file, options)
     return []
 
 
@@ -104,9 +115,7 @@ def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
 
     def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
         notes = file.save_style(os.fspath(path), name, options.allow)
-        if options.progress is not None:
-            modules = len(file.rows())
-            options.progress(modules, modules, "writing")
+        _tell_all(file, options)
         return notes
 
     return Writer(name, losses, write, also=also)
@@ -155,25 +164,29 @@ def convert(
         allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
             one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
             rounded into B (without it only where that is exact).
-        overwrite: Replace what lies at ``dst``.
-        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are), ``"f32"``, ``"f16"``,
-            ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``, ``"q4_0"`` (blocks where a
-            row is a whole number of them, f16 elsewhere). Other formats keep every tensor's type.
+        overwrite: Replace what lies at ``dst``; other files of a directory stay.
+        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as f32),
+            ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``,
+            ``"q4_0"`` (blocks where a row is a whole number of them, f16 elsewhere). Other formats keep
+            every tensor's type.
         names: As for :meth:`AdapterFile.read`.
-        alpha: Scaling numerator, for sources that carry none.
-        orientation: As for :meth:`AdapterFile.read`.
+        alpha: Scaling numerator, for paths of files that carry none.
+        orientation: As for :meth:`AdapterFile.read`, for paths.
         module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would
             not keep apart are refused.
-        progress: Called with modules done and in all.
-        cancel: Stops between modules; nothing is left behind.
+        progress: Called with modules done and in all; once, where all of them are written in one go.
+        cancel: Stops before anything is written, of GGUF between modules too; nothing is left behind.
 
     Returns:
         What was written, and what was given up.
 
     Raises:
         UnsupportedVariantError: The format cannot hold what the file has; the message has the names to allow.
-        DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
-        ConfigError: An unknown format or dtype, or ``base_config`` is needed and missing.
+        DestinationExistsError: ``dst`` exists and ``overwrite`` is false, or it is a pipe, a socket
+            or a device.
+        ConfigError: An unknown format or dtype, ``base_config`` is needed and missing, or ``alpha`` or
+            ``orientation`` for what is no path.
+        DTypeError: ``src`` is a quantised adapter.
         MissingExtraError: GGUF names need the gguf package.
         ShapeError: A module that does not fit the base.
         NonFiniteError: A number that ``dtype`` cannot hold.
@@ -191,14 +204,12 @@ def convert(
     config = read_base_config(base_config)
     options = Options(config, tuple(check_allow(allow, writer.also)), dtype, progress, cancel)
     target = Path(dst)
-    if target.exists() and not overwrite:
-        raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
+    _check_target(target, overwrite)
     file = read_source(src, alpha=alpha, orientation=orientation)
     if names is not None or (config is not None and gguf.has_own_names(file)):
         file = AdapterFile.wrap(gguf.named(file, config, names))
     if module_names is not None:
         file = file.with_module_names(module_names)
-    said = file.notes  # of the reader: an alpha that was taken for granted, a padded rank
     losses = writer.losses(file, options)
     if format != "gguf":
         losses |= gguf.unplaced(file)
@@ -211,21 +222,50 @@ def convert(
         )
     if cancel is not None:
         cancel.raise_if_cancelled("converting")
-    notes = writer.write(file, target, options)
+    notes = [*file.notes, *_on_names(file, format), *writer.write(file, target, options)]
     return Conversion(
         source=file.format,
         format=format,
         path=os.fspath(dst),
         modules=len(file.rows()),
         dropped=losses,
-        notes=(*said, *(note for note in notes if note not in said)),
+        notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuses what must not be replaced; a link to nowhere is something too."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
+    if target.exists() and not (stat.S_ISREG(mode := target.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise DestinationExistsError(f"{target}: exists and is neither a regular file nor a directory")
+
+
+def _on_names(file: AdapterFile, format: str) -> list[str]:
+    """Names of Kohya's that no other program finds in a model."""
+    flat = [row[0] for row in file.rows() if file.format == "kohya" and row[0].startswith("lora_")]
+    if not flat or format == "kohya":
+        return []
+    return [
+        f"{len(flat)} modules keep Kohya's names, such as {flat[0]!r}, which no model has: "
+        "pass module_names= for the base's own"
+    ]
 
 
 def read_source(
     src: PathLike | AdapterFile | Adapter, *, alpha: float | None = None, orientation: str | None = None
 ) -> AdapterFile:
     """The file of a path, of an adapter, or itself."""
+    if isinstance(src, _core.QuantizedAdapter):
+        raise DTypeError("src: got a quantised adapter, expected plain weights: .dequantize() gives them")
+    if isinstance(src, (AdapterFile, Adapter)):
+        for name, value in (("alpha", alpha), ("orientation", orientation)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name}: got {value!r} for a {type(src).__name__}, expected None (it has one)"
+                )
     if isinstance(src, AdapterFile):
         return src
     if isinstance(src, Adapter):

@@ -27,6 +27,13 @@ impl Growing {
         if path.is_dir() || path.file_name().is_none() {
             return Err(at(io::Error::new(io::ErrorKind::IsADirectory, "is a directory, expected a file")));
         }
+        // A rename would put a file in the place of a device or a pipe.
+        if fs::symlink_metadata(path).is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
+            return Err(at(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a device or a pipe, expected a file",
+            )));
+        }
         let mut builder = Builder::new();
         builder.prefix(".microlora-").suffix(".tmp");
         #[cfg(unix)]

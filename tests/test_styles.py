@@ -113,6 +113,14 @@ def test_kohya_is_read(tmp_path, alpha):
     assert any("no alpha" in note for note in file.notes) == (alpha is None)
 
 
+def test_an_alpha_that_is_given_counts_or_is_refused(tmp_path):
+    fs = {UNDER[p]: ab for p, ab in F.items()}
+    same_deltas(ml.load(kohya(tmp_path / "bare", fs), alpha=16.0), twins(fs, 16.0))
+    for path in (kohya(tmp_path / "own", fs, 6.0), peft(tmp_path / "peft", F)):
+        with pytest.raises(FormatError, match=r"alpha: got 99.*carries its own"):
+            ml.load(path, alpha=99.0)
+
+
 def test_kohya_names_become_the_bases(tmp_path):
     fs = {UNDER[p]: ab for p, ab in F.items()}
     path = kohya(tmp_path / "a", fs, 3.0)

@@ -126,7 +126,8 @@ fn check_given_alpha(loaded: &Loaded, opts: &LoadOptions, file: &str) -> Result<
     if loaded.parts.modules.iter().any(|m| taken(m.alpha)) {
         return Ok(());
     }
-    Err(Error::config("alpha", given, format!("none, as {file} ({}) carries its own", loaded.format)))
+    let reason = format!("alpha: got {given}, expected none: this file ({}) carries its own", loaded.format);
+    Err(Error::format(file, reason))
 }
 
 /// Reads with the row that knows the source.

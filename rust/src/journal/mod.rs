@@ -80,6 +80,11 @@ pub struct NextSegment {
 }
 
 impl NextSegment {
+    /// Folder of the journal that wants it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Makes the file; give it to [`Journal::adopt`].
     ///
     /// # Errors

@@ -344,11 +344,13 @@ impl Sona {
     /// Makes what the journal will need soon, and syncs where its interval is over; for the background loop.
     pub(super) fn tend_journal(&self) -> Result<()> {
         let wanted = self.inner().recorder.as_mut().and_then(|r| r.journal.wanted());
-        let spare = wanted.map(journal::NextSegment::make).transpose()?;
+        let of = wanted.as_ref().map(|next| next.dir().to_owned());
+        let spare = wanted.map(journal::NextSegment::make);
         let inner = &mut *self.inner();
         let Some(recorder) = &mut inner.recorder else { return Ok(()) };
-        if let Some(spare) = spare {
-            recorder.journal.adopt(spare)?;
+        // A journal that was rewritten meanwhile took its folder along: what was made for it is not wanted.
+        if let Some(spare) = spare.filter(|_| of.is_some_and(|dir| dir == recorder.journal.dir())) {
+            recorder.journal.adopt(spare?)?;
         }
         recorder.journal.prepare()
     }

@@ -7,38 +7,15 @@ import numpy as np
 import pytest
 
 import microlora as ml
+from hot_swap_support import ROWS, N, X, adapter, in_service, state
 from microlora import exceptions as ex
 from microlora.hot_swap import Generation
-from support import DTYPES, bf16_bits, make, normal, read_tensors, rng, write_tensors
-
-N = 24
-X, ROWS = normal(rng(1), N), normal(rng(2), 5, N)
-
-
-def adapter(seed=0, rank=4, names=("q_proj", "v_proj"), n_in=N, n_out=None, **settings):
-    return make(n_in, n_out, rank, seed=seed, names=names, **settings).adapter()
-
-
-def state(manager):
-    """All that a refused call must leave as it was."""
-    pinned = manager.pin()
-    return (
-        manager.generation,
-        pinned.adapter,
-        manager.standby,
-        manager.previous,
-        manager.is_swapping,
-        manager.modules(),
-    )
+from support import DTYPES, bf16_bits, read_tensors, write_tensors
 
 
 @pytest.fixture
 def manager():
-    """Generation 2 of 2, with one to go back to and one that stands by."""
-    m = ml.HotSwapManager(adapter(1))
-    m.set_active(adapter(2))
-    m.prepare_standby(adapter(3), background=False)
-    return m
+    return in_service()
 
 
 def poisoned(tmp_path, value, dtype):

@@ -2,14 +2,24 @@
 //! being written and read again. Shared by the fuzz targets, the runner of mutations in `tests/fuzz/` and
 //! the plain loops of the tests. Entries say whether the bytes were read.
 
+#[path = "entry_base.rs"]
+pub mod base;
+#[path = "entry_inside.rs"]
+mod inside;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 
 use microlora::Error;
+use microlora::adapter::Adapter;
+use microlora::format::scan as doctor;
 use microlora::format::{
-    LoadOptions, Loaded, Orientation, from_bytes, gguf as gguf_file, peft, quantized_from_bytes,
+    Limits, LoadOptions, Loaded, Orientation, from_bytes, gguf as gguf_file, peft, quantized_from_bytes,
     quantized_to_bytes, read, read_bytes, save_style, to_bytes,
 };
+use microlora::quant::QuantAdapter;
+use microlora::snapshot::Snapshot;
 
 /// Called around each parser with the bytes of its files, where somebody counts what it takes.
 pub static WATCH: OnceLock<Watch> = OnceLock::new();
@@ -37,7 +47,10 @@ fn known<T>(result: Result<T, Error>) -> Option<T> {
     }
 }
 
-fn survives(loaded: &Loaded) {
+/// What was read is of the file `data`, can be used or is refused for it, and can be written and read again.
+fn survives(loaded: &Loaded, data: &[u8]) {
+    inside::check(loaded, data);
+    is_used(loaded);
     match to_bytes(&loaded.parts) {
         Ok(bytes) => {
             let again = read_bytes(&bytes, false).expect("what is written can be read");
@@ -49,21 +62,53 @@ fn survives(loaded: &Loaded) {
     }
 }
 
-/// Our single file.
+/// An error of an argument as well as of a file.
+fn typed<T>(result: Result<T, Error>) -> Option<T> {
+    match result {
+        Err(Error::Io { .. }) => panic!("an error of the system"),
+        other => other.ok(),
+    }
+}
+
+/// What becomes of a file after it was read.
+fn is_used(loaded: &Loaded) {
+    assert_eq!(loaded.fingerprint().expect("a fingerprint").len(), 64);
+    let allow: Vec<String> = loaded.variants.iter().map(|v| format!("drop:{}", v.kind)).collect();
+    if let Some(plain) = typed(loaded.clone().runnable("file", &allow)) {
+        if let Some(modules) = &plain.quantized {
+            let rest = microlora::format::AdapterParts { modules: Vec::new(), ..plain.parts.clone() };
+            typed(QuantAdapter::from_parts(&rest, modules));
+        }
+        typed(Adapter::from_parts(&plain.parts));
+    }
+    typed(peft::unpack_experts(&loaded.parts, None));
+    if loaded.parts.header.contains_key("general.architecture") {
+        let of = |heads| loaded.parts.modules.iter().map(move |m| (m.path.clone(), (m.path.clone(), heads)));
+        for heads in [None, Some(1), Some(2)] {
+            let places: BTreeMap<_, _> = of(heads).collect();
+            typed(gguf_file::translate(loaded.clone(), &places, "file"));
+        }
+    }
+}
+
+/// Our single file, as an adapter and as a learner's.
 pub fn single(data: &[u8]) -> bool {
     let mut was_read = false;
     for strict in [true, false] {
         if let Some(loaded) = known(watched(data.len(), || from_bytes(data, strict))) {
-            survives(&loaded);
+            survives(&loaded, data);
             was_read = true;
         }
     }
+    typed(Snapshot::from_bytes(data));
     was_read
 }
 
 /// Version 2 of our single file.
 pub fn quantized(data: &[u8]) -> bool {
     let Some(loaded) = known(watched(data.len(), || quantized_from_bytes(data))) else { return false };
+    inside::check(&loaded, data);
+    is_used(&loaded);
     let modules = loaded.quantized.expect("a quantised adapter");
     match quantized_to_bytes(&loaded.parts, &modules) {
         Ok(bytes) => {
@@ -101,15 +146,16 @@ pub fn peft_dir(data: &[u8]) -> bool {
     let mut was_read = false;
     for strict in [true, false] {
         if let Some(loaded) = known(watched(data.len(), || peft::from_memory(text, weights, strict))) {
-            survives(&loaded);
+            survives(&loaded, weights);
             was_read = true;
         }
     }
     was_read
 }
 
-/// Reads what lies at `path` in two ways; what is of `style` is written in it and read again.
-fn at(path: &Path, len: usize, style: Option<&str>) -> bool {
+/// Reads what lies at `path` in two ways; what is of `style` is written in it and read again. `data` are the
+/// bytes of its weights, `len` those that it counts as.
+fn at(path: &Path, data: &[u8], len: usize, style: Option<&str>) -> bool {
     let told = LoadOptions {
         strict: false,
         alpha: Some(3.0),
@@ -121,9 +167,11 @@ fn at(path: &Path, len: usize, style: Option<&str>) -> bool {
         let Some(loaded) = known(watched(len, || read(path, &opts))) else { continue };
         was_read |= style.is_none_or(|s| s == loaded.format);
         let Some(style) = style.filter(|s| *s == loaded.format) else {
-            survives(&loaded);
+            survives(&loaded, data);
             continue;
         };
+        inside::check(&loaded, data);
+        is_used(&loaded);
         let dir = tempfile::tempdir().expect("a directory");
         let copy = dir.path().join("copy");
         match save_style(&copy, &loaded, style, &[]) {
@@ -152,7 +200,7 @@ fn file_of(data: &[u8], style: Option<&str>) -> bool {
     std::fs::write(&path, data).expect("a file");
     // Inflated members count as the file that they are the content of.
     let len = if style == Some("npz") { 3 * data.len() + (16 << 20) } else { data.len() };
-    at(&path, len, style)
+    at(&path, data, len, style)
 }
 
 /// Any bytes as a file of any format.
@@ -180,7 +228,7 @@ pub fn gguf(data: &[u8]) -> bool {
     let opts = LoadOptions::default();
     match known(watched(data.len(), || gguf_file::from_memory(data, &opts))) {
         Some(loaded) => {
-            survives(&loaded);
+            survives(&loaded, data);
             true
         }
         None => false,
@@ -199,5 +247,37 @@ pub fn mlx(data: &[u8]) -> bool {
     for (name, bytes) in [("adapter_config.json", text), ("adapters.safetensors", weights)] {
         std::fs::write(dir.path().join(name), bytes).expect("a file");
     }
-    at(dir.path(), data.len(), Some("mlx"))
+    at(dir.path(), weights, data.len(), Some("mlx"))
+}
+
+/// The doctor's look at a safetensors file, sound or not.
+pub fn scan(data: &[u8]) -> bool {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("adapter.safetensors");
+    std::fs::write(&path, data).expect("a file");
+    let found = known(watched(data.len(), || doctor::scan(&path, &Limits::default())));
+    let doctor::Scan { tensors, damage, .. } = found.expect("damage is no error");
+    if let Some(damage) = damage {
+        assert!(!damage.is_empty() && damage.len() < 20_000 && tensors.is_empty());
+        return false;
+    }
+    // They lie one after another, up to the end.
+    let mut left = data;
+    for t in tensors.iter().rev() {
+        left = left.strip_suffix(&*t.data).expect("the bytes of the file");
+        if let Some(s) = watched(data.len(), || doctor::stats(t)) {
+            let count = t.shape.iter().product::<usize>() as u64;
+            assert!(s.nan + s.inf + s.zeros <= count && s.norm >= 0.0 && s.max_abs.is_finite());
+        }
+    }
+    for (i, a) in tensors.iter().enumerate().take(12) {
+        for b in tensors.iter().skip(i.saturating_sub(2)).take(4) {
+            for experts in [false, true] {
+                // Both factors are widened, and one is turned.
+                let norm = watched(4 * data.len(), || doctor::delta_norm(a, b, experts));
+                assert!(typed(norm).expect("a norm or none").is_none_or(|n| n >= 0.0));
+            }
+        }
+    }
+    true
 }

@@ -16,6 +16,7 @@ use microlora::learn::{Feedback, TargetLoss};
 use microlora::quant::{BlockType, quantize_rows};
 use microlora::replay::Sample;
 
+use super::format::base;
 use super::run::corpus_of;
 use super::samples::{module_of, pair, parts, safetensors, tensor};
 
@@ -145,6 +146,14 @@ fn write_corpus() {
         put("file", name, &style(name, &adapter(F32, false)));
     }
     put("file", "single", &single[0].1);
+
+    put("scan", "everything", &single[1].1);
+    put("scan", "variants", &safetensors(&tensors, Some(&[("format", "pt")])));
+    let (f64s, f16s) = (TensorDtype::F64, TensorDtype::F16);
+    let experts = [tensor("e.lora_A", f16s, &[2, 3, 4], 1), tensor("e.lora_B", f64s, &[2, 5, 3], 1)];
+    put("scan", "experts", &safetensors(&experts, None));
+    put("base_model", "two-files", &joined(&base::index(), &base::base()));
+    put("sidecar", "two-records", &base::fused().1);
 
     let sample = |feedback: Feedback| Sample {
         event: 1,

@@ -50,6 +50,9 @@ targets! {
     gguf: Raw, format::gguf, 6000;
     npz: Zip, format::npz, 300;
     file: Raw, format::file, 3000;
+    scan: Safetensors, format::scan, 1000;
+    base_model: Pair, format::base::model, 300;
+    sidecar: Safetensors, format::base::sidecar, 300;
     journal: Raw, journal::segment, 1000;
     event: Raw, journal::event, 20000;
 }

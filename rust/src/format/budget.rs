@@ -24,11 +24,6 @@ impl Budget {
         Budget { whole, left: whole }
     }
 
-    /// Without a bound, for what describes other files (the index of a base model).
-    pub const fn unbounded() -> Self {
-        Budget { whole: usize::MAX, left: usize::MAX }
-    }
-
     /// Takes an estimate; the error is a reason without a file name.
     pub fn take(&mut self, bytes: usize) -> Result<(), String> {
         self.left = self.left.checked_sub(bytes).ok_or_else(|| {

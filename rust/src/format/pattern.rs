@@ -186,6 +186,16 @@ fn compile(key: &str, left: usize) -> Result<(Regex, usize), String> {
     Err(format!("pattern {}: {last}", show(key)))
 }
 
+/// A pattern that matches a whole path, as `target_modules` may be one.
+pub(crate) fn whole(pattern: &str) -> Result<Regex, String> {
+    if pattern.len() > MAX_KEY {
+        return Err(format!("pattern {} of {} bytes, the limit is {MAX_KEY}", show(pattern), pattern.len()));
+    }
+    let mut builder = RegexBuilder::new(&format!(r"\A(?:{pattern})\z"));
+    let built = builder.size_limit(1 << 20).dfa_size_limit(1 << 20).nest_limit(64).build();
+    built.map_err(|e| e.to_string().lines().last().unwrap_or("not a regular expression").to_owned())
+}
+
 /// Names the first construct that a linear-time engine cannot run or reads otherwise than Python.
 fn refuse_python_only(key: &str) -> Result<(), &'static str> {
     let b = key.as_bytes();
@@ -320,6 +330,18 @@ mod tests {
         let mut many = Table::default();
         let pushed = (0..1000).take_while(|i| many.push(&format!("(a{i})"), 0).is_ok()).count();
         assert!((64..=MAX_REGEX).contains(&pushed), "{pushed}");
+    }
+
+    #[test]
+    fn whole_patterns_are_bounded() {
+        let matches = |p: &str, path: &str| whole(p).map(|r| r.is_match(path));
+        assert_eq!(matches("a|b", "b"), Ok(true));
+        assert_eq!(matches("a|b", "ab"), Ok(false));
+        assert!(matches(&"x".repeat(MAX_KEY), "x").is_ok());
+        assert!(matches(&"x".repeat(MAX_KEY + 1), "x").unwrap_err().contains("65537 bytes"));
+        for bad in ["(", "((a{99}){99}){99}", &"(".repeat(100)] {
+            assert!(matches(bad, "x").is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -128,11 +128,18 @@ fn is_f16(bits: u32) -> bool {
     }
 }
 
-/// `|B A|_F` without the scaling: from the Gram matrices, in f64, never the product itself.
+/// Rows whose inner products are held at a time.
+const BLOCK: usize = 512;
+/// Most multiplications that the norm of one pair may take: a small file can ask for any number of them.
+const MAX_PRODUCTS: u128 = 1 << 36;
+
+/// `|B A|_F` without the scaling, in f64: from the Gram matrices of the factors, or from the product where that is
+/// less work. Neither is held as a whole.
 ///
 /// A is (rank, inputs), B (outputs, rank); further dimensions of a convolution are columns of A and must be
 /// 1 in B. With `experts` both have one dimension more in front, and the result is the norm over all experts.
-/// What is not finite counts as zero. `None` where the shapes do not fit or the numbers are not floats.
+/// What is not finite counts as zero. `None` where the shapes do not fit, the numbers are not floats, or more than
+/// 2^36 multiplications were needed.
 ///
 /// # Errors
 /// `MICROLORA_ISA` names no ISA of this machine.
@@ -142,29 +149,86 @@ pub fn delta_norm(a: &Tensor, b: &Tensor, experts: bool) -> Result<Option<f64>> 
         return Ok(None);
     };
     let groups = if experts { a.shape[0] } else { 1 };
-    let inputs: usize = a.shape[lead + 1..].iter().product();
     let fits = *columns == rank && rest.iter().all(|&d| d == 1) && a.shape[..lead] == b.shape[..lead];
-    if !fits || groups * rank * inputs * outputs == 0 {
+    if !fits || a.shape.contains(&0) || b.shape.contains(&0) {
+        return Ok(None);
+    }
+    let inputs: usize = a.shape[lead + 1..].iter().product();
+    let [grams, product] =
+        [rank as u128 * (inputs as u128 + *outputs as u128), inputs as u128 * *outputs as u128];
+    let work = grams.min(product).saturating_mul(rank as u128).saturating_mul(groups as u128);
+    if work > MAX_PRODUCTS {
         return Ok(None);
     }
     let (Some(x), Some(y)) = (finite(a), finite(b)) else { return Ok(None) };
     let k = Kernels::detect()?;
-    let (mut gram_a, mut gram_b) = (vec![0.0; rank * rank], vec![0.0; rank * rank]);
-    let mut turned = vec![0.0f32; rank * outputs];
+    let mut turned = Vec::new();
     let mut total = 0.0;
     for (x, y) in x.chunks_exact(rank * inputs).zip(y.chunks_exact(rank * outputs)) {
-        for (at, row) in y.chunks_exact(rank).enumerate() {
-            row.iter().enumerate().for_each(|(r, v)| turned[r * outputs + at] = *v);
+        if grams <= product {
+            turn(y, rank, &mut turned);
+            total += product_of_grams(k, (x, inputs), (&turned, *outputs));
+        } else {
+            turn(x, inputs, &mut turned);
+            total += square_of_product(k, y, &turned, rank);
         }
-        k.gram_of_rows(x, inputs, &mut gram_a);
-        k.gram_of_rows(&turned, *outputs, &mut gram_b);
-        total += gram_a.iter().zip(&gram_b).map(|(p, q)| p * q).sum::<f64>();
     }
     Ok(Some(total.max(0.0).sqrt()))
 }
 
-/// The numbers as f32, what is not finite as zero.
+/// A matrix of rows of `n`, turned into rows of its columns.
+fn turn(x: &[f32], n: usize, out: &mut Vec<f32>) {
+    let rows = x.len() / n;
+    out.resize(x.len(), 0.0);
+    for (at, row) in x.chunks_exact(n).enumerate() {
+        row.iter().enumerate().for_each(|(i, v)| out[i * rows + at] = *v);
+    }
+}
+
+/// Sum of the products of the elements of two Gram matrices, each of as many rows.
+fn product_of_grams(k: &Kernels, (x, n): (&[f32], usize), (y, m): (&[f32], usize)) -> f64 {
+    let (mut p, mut q) = (Vec::new(), Vec::new());
+    let mut total = 0.0;
+    for (i, (xi, yi)) in x.chunks(BLOCK * n).zip(y.chunks(BLOCK * m)).enumerate() {
+        for (j, (xj, yj)) in x.chunks(BLOCK * n).zip(y.chunks(BLOCK * m)).enumerate().take(i + 1) {
+            let (rows, columns) = (xi.len() / n, xj.len() / n);
+            p.resize(rows * columns, 0.0);
+            q.resize(rows * columns, 0.0);
+            if i == j {
+                k.gram_of_rows(xi, n, &mut p);
+                k.gram_of_rows(yi, m, &mut q);
+            } else {
+                k.products_of_rows(xi, xj, n, &mut p);
+                k.products_of_rows(yi, yj, m, &mut q);
+            }
+            // Both matrices are symmetric.
+            let twice = if i == j { 1.0 } else { 2.0 };
+            total += twice * p.iter().zip(&q).map(|(p, q)| p * q).sum::<f64>();
+        }
+    }
+    total
+}
+
+/// Sum of the squares of all inner products of rows of `n`.
+fn square_of_product(k: &Kernels, x: &[f32], y: &[f32], n: usize) -> f64 {
+    let mut products = Vec::new();
+    let mut total = 0.0;
+    for xi in x.chunks(BLOCK * n) {
+        for yj in y.chunks(BLOCK * n) {
+            products.resize(xi.len() / n * (yj.len() / n), 0.0);
+            k.products_of_rows(xi, yj, n, &mut products);
+            total += products.iter().map(|v| v * v).sum::<f64>();
+        }
+    }
+    total
+}
+
+/// The numbers as f32, what is not finite as zero; `None` of a dtype whose numbers are not looked at.
 fn finite(tensor: &Tensor) -> Option<Vec<f32>> {
+    let floats = [TensorDtype::F64, TensorDtype::F32, TensorDtype::F16, TensorDtype::BF16];
+    if !floats.contains(&tensor.dtype) {
+        return None;
+    }
     let mut out = Vec::with_capacity(tensor.shape.iter().product());
     each(tensor, &mut |v| out.push(if (v as f32).is_finite() { v as f32 } else { 0.0 }))?;
     Some(out)
@@ -221,6 +285,42 @@ mod tests {
         assert!((two.unwrap().unwrap() - want * 2f64.sqrt()).abs() < 1e-12 * want);
         assert_eq!(delta_norm(&a, &f32s(&[2, 3], &[0.; 6]), false).unwrap(), None);
         assert_eq!(delta_norm(&a, &f32s(&[4], &[0.; 4]), false).unwrap(), None);
+    }
+
+    #[test]
+    fn norms_are_the_same_whichever_way_is_less_work() {
+        let values = |n: usize| (0..n).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect::<Vec<_>>();
+        for (rank, inputs, outputs) in
+            [(1100, 3, 5), (700, 4000, 3), (3, 600, 1100), (600, 1300, 1400), (513, 1, 1)]
+        {
+            let (a, b) = (values(rank * inputs), values(outputs * rank));
+            let mut want = 0.0f64;
+            for o in 0..outputs {
+                let mut row = vec![0.0f64; inputs];
+                for r in 0..rank {
+                    let c = f64::from(b[o * rank + r]);
+                    row.iter_mut().zip(&a[r * inputs..]).for_each(|(s, v)| *s += c * f64::from(*v));
+                }
+                want += row.iter().map(|v| v * v).sum::<f64>();
+            }
+            let got = delta_norm(&f32s(&[rank, inputs], &a), &f32s(&[outputs, rank], &b), false);
+            let (got, want) = (got.unwrap().unwrap(), want.sqrt());
+            assert!((got - want).abs() < 1e-9 * want, "{rank} {inputs} {outputs}: {got} {want}");
+        }
+    }
+
+    #[test]
+    fn a_pair_of_a_great_rank_asks_for_no_matrix_of_it() {
+        let rank = 1 << 20;
+        let (a, b) = (f32s(&[rank, 1], &vec![1.0; rank]), f32s(&[1, rank], &vec![1.0; rank]));
+        assert_eq!(delta_norm(&a, &b, false).unwrap(), Some(rank as f64));
+        // In between both ways are too long, and the numbers are never looked at.
+        let side = 1 << 13;
+        let wide = Tensor::new("t", TensorDtype::F16, vec![side, side], vec![0; 2 * side * side]).unwrap();
+        assert_eq!(delta_norm(&wide, &wide, false).unwrap(), None);
+        let ints = Tensor::new("t", TensorDtype::I8, vec![2, 2], vec![1; 4]).unwrap();
+        assert_eq!(delta_norm(&ints, &ints, false).unwrap(), None);
+        assert_eq!(delta_norm(&f32s(&[0, 2], &[]), &f32s(&[2, 0], &[]), false).unwrap(), None);
     }
 
     fn a_values() -> [f32; 6] {

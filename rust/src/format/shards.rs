@@ -227,9 +227,9 @@ fn weights_of(dir: &Path, arg: &str) -> Result<(Vec<String>, Option<Index>)> {
 
 fn read_index(path: &Path) -> Result<Index> {
     let wrong = |reason: String| Error::format(path.display(), reason);
-    // It describes files that are much larger than itself.
+    // It describes files that are much larger than itself; its shortest entries take some eight times their text.
     let text = source::Text::read(path)?.text;
-    let object = json::parse_object_within(&text, Budget::unbounded()).map_err(wrong)?;
+    let object = json::parse_object_within(&text, Budget::of_file(8 * text.len())).map_err(wrong)?;
     let Some(Value::Object(map)) = object.get("weight_map") else {
         return Err(wrong("no `weight_map` of tensors to files".into()));
     };

@@ -1,5 +1,6 @@
 //! The two passes over a model: read, change, hash, write; names are given when all of it is right.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -111,9 +112,15 @@ pub fn unfuse(fused: &Path, sidecar: &Path, out: &Path, tick: &mut Tick<'_>) -> 
     let car = Sidecar::open(sidecar)?;
     let model = Model::open(fused, "fused")?;
     plan::check_places(&model, "fused", out, None)?;
-    let mut jobs =
-        car.records.iter().enumerate().map(|(i, r)| job(&model, &car, i, r)).collect::<Result<Vec<_>>>()?;
+    let modules: HashMap<&str, usize> =
+        car.adapter.modules.iter().enumerate().map(|(i, (name, _))| (name.as_str(), i)).collect();
+    let jobs = car.records.iter().enumerate().map(|(i, r)| job(&model, &car, &modules, i, r));
+    let mut jobs = jobs.collect::<Result<Vec<_>>>()?;
     jobs.sort_by_key(|j| j.place);
+    if let Some(twice) = jobs.windows(2).find(|pair| pair[0].place == pair[1].place) {
+        let name = &car.records[twice[0].record].tensor;
+        return Err(Error::format(car.display(), format!("tensor {}: two records", show(name))));
+    }
     if plan::same_place(sidecar, out) {
         let got = show(&out.display().to_string());
         return Err(Error::config("out", got, "another place than sidecar, which is left as it is"));
@@ -178,7 +185,13 @@ struct Job {
 }
 
 /// Checks a record against the fused model and the adapter.
-fn job(model: &Model, car: &Sidecar, i: usize, record: &Record) -> Result<Job> {
+fn job(
+    model: &Model,
+    car: &Sidecar,
+    modules: &HashMap<&str, usize>,
+    i: usize,
+    record: &Record,
+) -> Result<Job> {
     let wrong = |reason: String| Error::format(model.path.display(), reason);
     let broken = |reason: String| Error::format(car.display(), reason);
     let name = show(&record.tensor);
@@ -191,7 +204,7 @@ fn job(model: &Model, car: &Sidecar, i: usize, record: &Record) -> Result<Job> {
             entry.dtype, entry.shape, record.dtype, record.shape
         )));
     }
-    let module = car.adapter.modules.iter().position(|(n, _)| *n == record.module);
+    let module = modules.get(record.module.as_str()).copied();
     let module = module.ok_or_else(|| broken(format!("tensor {name}: its adapter has no such module")))?;
     let layer = &car.adapter.modules[module].1;
     let layout = [Layout::OutIn, Layout::InOut].into_iter().find(|l| l.as_str() == record.layout);

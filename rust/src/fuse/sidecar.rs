@@ -187,8 +187,9 @@ impl Sidecar {
         if digest(&adapter_sha256, &text) != said {
             return Err(wrong("its header was changed: the digest does not fit".into()));
         }
+        let most = shard.entries.len();
         let records: Vec<Record> =
-            serde_json::from_str(&text).map_err(|e| wrong(format!("header: records: {e}")))?;
+            json::parse_list(&text, most).map_err(|e| wrong(format!("header: records: {e}")))?;
         let spans = spans(&shard, records.len())?;
         let bytes = {
             let span = spans[0].clone();
@@ -228,17 +229,15 @@ impl Sidecar {
 
 /// Spans of the adapter and of every residual, checked to be all there is.
 fn spans(shard: &Shard, records: usize) -> Result<Vec<std::ops::Range<usize>>> {
-    let by_name: BTreeMap<&str, _> = shard.entries.iter().map(|e| (e.name.as_str(), e)).collect();
-    let wanted: Vec<String> =
-        std::iter::once(ADAPTER.to_owned()).chain((0..records).map(residual_name)).collect();
+    let mut by_name: BTreeMap<&str, _> = shard.entries.iter().map(|e| (e.name.as_str(), e)).collect();
     let missing = |name: &str| Error::format(shard.display(), format!("no tensor {}", show(name)));
-    let spans: Result<Vec<_>> = wanted
-        .iter()
-        .map(|name| by_name.get(name.as_str()).map(|e| e.span.clone()).ok_or_else(|| missing(name)))
-        .collect();
-    let other: Vec<&&str> = by_name.keys().filter(|n| !wanted.iter().any(|w| w == **n)).collect();
+    let spans = std::iter::once(ADAPTER.to_owned())
+        .chain((0..records).map(residual_name))
+        .map(|name| by_name.remove(name.as_str()).map(|e| e.span.clone()).ok_or_else(|| missing(&name)));
+    let spans: Vec<_> = spans.collect::<Result<_>>()?;
+    let other: Vec<&str> = by_name.into_keys().collect();
     match other.is_empty() {
-        true => spans,
+        true => Ok(spans),
         false => Err(Error::format(shard.display(), format!("unknown tensors {}", json::show_list(&other)))),
     }
 }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use regex::RegexBuilder;
 
 use super::adapter_file::{LimitsTuple, PyAdapterFile, limits_of};
 use crate::error::{Error, Result};
-use crate::format::pattern::Table;
+use crate::format::json::show;
+use crate::format::pattern::{Table, whole};
 use crate::format::scan::{self, Scan};
 use crate::format::{Tensor, atomic, container};
 
@@ -111,12 +111,7 @@ pub(super) fn match_patterns(
 #[pyfunction]
 pub(super) fn match_whole(py: Python<'_>, pattern: &str, paths: Vec<String>) -> PyResult<Vec<bool>> {
     py.detach(|| {
-        let built =
-            RegexBuilder::new(&format!(r"\A(?:{pattern})\z")).size_limit(1 << 20).nest_limit(64).build();
-        let regex = built.map_err(|e| {
-            let reason = e.to_string();
-            Error::config("pattern", format!("{pattern:?}"), reason.lines().last().unwrap_or("a pattern"))
-        })?;
+        let regex = whole(pattern).map_err(|e| Error::config("pattern", show(pattern), e))?;
         Ok(paths.iter().map(|p| regex.is_match(p)).collect())
     })
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::super::Variant;
 use super::super::json::{self, show, show_list, show_value, truthy};
-use super::super::pattern::Table;
+use super::super::pattern::{Table, whole};
 use super::names::{names_path, pattern_path, wrapped_module};
 use super::variants;
 use crate::error::{Error, Result};
@@ -170,7 +170,7 @@ pub(super) enum Targets {
     Nothing,
     AllLinear,
     Names(BTreeSet<String>),
-    /// Compiled when asked for; `None` where only Python can run it.
+    /// Compiled when asked for; `None` where only Python can run it, and of one that is too large.
     Pattern(String, OnceLock<Option<regex::Regex>>),
 }
 
@@ -200,8 +200,7 @@ impl Targets {
                 names.contains(p) || p.match_indices('.').any(|(i, _)| names.contains(&p[i + 1..]))
             })),
             Targets::Pattern(s, compiled) => {
-                let compile = || regex::Regex::new(&format!(r"\A(?:{s})\z")).ok();
-                let pattern = compiled.get_or_init(compile).as_ref()?;
+                let pattern = compiled.get_or_init(|| whole(s).ok()).as_ref()?;
                 Some(paths.all(|p| pattern.is_match(p)))
             }
         }

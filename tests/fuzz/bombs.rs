@@ -69,6 +69,33 @@ fn gguf_text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
+const INDEX: &str = r#"{"weight_map":{"m.q.weight":"model-1.safetensors"}}"#;
+
+/// A pair of factors of f16 zeros.
+fn factors(a: [usize; 2], b: [usize; 2]) -> Vec<u8> {
+    let (one, two) = (2 * a[0] * a[1], 2 * b[0] * b[1]);
+    let entry = |name: &str, shape: [usize; 2], offsets: [usize; 2]| {
+        format!(r#""{name}":{{"dtype":"F16","shape":{shape:?},"data_offsets":{offsets:?}}}"#)
+    };
+    let header = [entry("lora_A", a, [0, one]), entry("lora_B", b, [one, one + two])].join(",");
+    safetensors(&format!("{{{header}}}"), &vec![0; one + two])
+}
+
+/// A side-car that lists so many records and holds so many residuals.
+fn sidecar(records: usize, residuals: usize) -> Vec<u8> {
+    let hash = "0".repeat(64);
+    let one = format!(
+        r#"{{\"tensor\":\"m.q.weight\",\"module\":\"m.q\",\"dtype\":\"F32\",\"shape\":[5,6],\"layout\":\"out_in\",\"block_rows\":1,\"lossy\":0,\"original_sha256\":\"{hash}\",\"fused_sha256\":\"{hash}\"}}"#
+    );
+    let list = vec![one; records].join(",");
+    let metadata = format!(
+        r#"{{"__metadata__":{{"format":"microlora.fuse","format_version":"1","adapter_sha256":"","digest":"","records":"[{list}]"}}"#
+    );
+    let adapter = r#","adapter":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"#;
+    let rest = empty_tensors(residuals, |i| format!("residual.{i}"));
+    safetensors(&format!("{metadata}{adapter}{}", &rest[1..]), b"")
+}
+
 /// Name, targets, bytes.
 const BOMBS: &[(&str, &[&str], Make)] = &[
     ("spaces", &["single", "file", "flat"], || safetensors(&format!("{{}}{}", " ".repeat(99_999_990)), b"")),
@@ -148,6 +175,17 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
     ("stacked-expressions", &["peft_config"], || {
         patterns((0..64).map(|i| format!("((((a{{{}}}){{10}}){{10}}){{10}}){{10}}", i + 1)))
     }),
+    ("long-expressions", &["peft_config"], || {
+        patterns((0..60).map(|i| format!("({i}|{})", "x".repeat(60_000))))
+    }),
+    ("classes", &["peft_config"], || patterns((0..60).map(|i| format!("{i}{}", "[a-z\\\\d]".repeat(6_000))))),
+    ("a-long-target", &["peft_dir"], || {
+        let long = "(x|y)?".repeat(10_000);
+        let config =
+            format!(r#"{{"peft_type":"LORA","r":1,"target_modules":"{long}","target_parameters":["w"]}}"#);
+        let name = |i| format!("base_model.model.{:x}.lora_{}.weight", i / 2, ["A", "B"][i % 2]);
+        pair(&config, safetensors(&empty_tensors(100, name), b""))
+    }),
     ("many-members", &["npz", "file"], || {
         let member = |i| (format!("{i}.npy").into_bytes(), Vec::new());
         archive(&(0..60_000).map(member).collect::<Vec<_>>())
@@ -155,6 +193,18 @@ const BOMBS: &[(&str, &[&str], Make)] = &[
     ("zip-bomb", &["npz", "file"], || zip_bomb(1 << 28, &deflated(1 << 28))),
     ("zip-bomb-that-lies", &["npz", "file"], || zip_bomb(1 << 20, &deflated(1 << 26))),
     ("zip-bomb-that-boasts", &["npz", "file"], || zip_bomb(u32::MAX - 1, &deflated(1 << 16))),
+    ("index-values", &["base_model"], || pair(&format!(r#"{{"a":[{}0]}}"#, "0,".repeat(30_000)), vec![])),
+    ("a-million-tensors-of-a-base", &["base_model", "scan"], || {
+        pair(INDEX, safetensors(&empty_tensors(1 << 20, |i| format!("{i:x}")), b""))
+    }),
+    ("as-many-of-a-base", &["base_model"], || {
+        pair(INDEX, safetensors(&empty_tensors(15_000, |i| format!("{i:x}")), b""))
+    }),
+    ("a-great-rank", &["scan"], || factors([1 << 20, 1], [1, 1 << 20])),
+    ("a-square", &["scan"], || factors([1 << 12, 1 << 12], [1 << 12, 1 << 12])),
+    ("a-side-car-of-many", &["sidecar"], || sidecar(15_000, 15_000)),
+    ("a-side-car-of-others", &["sidecar"], || sidecar(1, 15_000)),
+    ("a-side-car-without", &["sidecar"], || sidecar(400_000, 1)),
     ("gguf-counts", &["gguf", "file"], || gguf(u64::MAX, u64::MAX, b"")),
     ("gguf-keys", &["gguf", "file"], || {
         let key = |i: u32| [gguf_text(&format!("{i:x}")), vec![0, 0, 0, 0, 1]].concat();

@@ -8,6 +8,7 @@ mod corpus;
 mod format;
 #[path = "../journal/entry.rs"]
 mod journal;
+mod large;
 mod memory;
 mod mutate;
 mod run;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::json::show;
-use super::pairs::{self, Carried, Found, Pairs, Side, plain_alpha, scalar_tensor, transposed};
+use super::pairs::{self, Carried, Found, Lie, Pairs, Side, plain_alpha, scalar_tensor, settled, transposed};
 use super::source::{Content as Kind, Source};
 use super::styles::Content;
 use super::tensor::Tensor;
@@ -72,12 +72,14 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let Kind::Safetensors(mut content) = source.content else { return Err(source.unknown()) };
     let said = content.metadata.remove(ORIENTATION).map(|o| orientation_of(&o, &file)).transpose()?;
     let carried = Carried::take(content.metadata, &file)?;
-    build(content.tensors, carried, said, opts, &file)
+    build(content.tensors, &BTreeMap::new(), carried, said, opts, &file)
 }
 
-/// An adapter from flat tensors, `said` being what the file says of their orientation.
+/// An adapter from flat tensors; `lies` has those by name that lie otherwise than in safetensors, `said` is what
+/// the file says of their orientation.
 pub(super) fn build(
     tensors: Vec<Tensor>,
+    lies: &BTreeMap<String, Lie>,
     mut carried: Carried,
     said: Option<Orientation>,
     opts: &LoadOptions,
@@ -86,6 +88,11 @@ pub(super) fn build(
     let mut found = Found::default();
     let mut pairs = Pairs::new(file);
     let mut alphas = Vec::new();
+    // Late, so that no tensor is copied twice.
+    let settle = |t: Tensor, turn: bool| {
+        let lie = lies.get(&t.name).copied().unwrap_or_default();
+        settled(t, lie, turn)
+    };
     for t in tensors {
         match classify(&t.name) {
             Key::Factor(path, side) => {
@@ -93,10 +100,11 @@ pub(super) fn build(
                 pairs.put(&path, side, t)?;
             }
             Key::Alpha(path) => alphas.push((path.to_owned(), t)),
-            Key::Other => found.leave(t),
+            Key::Other => found.leave(settle(t, false)),
         }
     }
     for (path, t) in alphas {
+        let t = settle(t, false);
         match pairs.slots.contains_key(&path) {
             true => pairs.put_alpha(&path, &t)?,
             false => found.leave(t),
@@ -110,10 +118,7 @@ pub(super) fn build(
     let shapes = both.iter().map(|(path, ([a, b], _))| (path.as_str(), &a.1, &b.1));
     let orientation = decide(shapes, opts.orientation.or(said), file)?;
     for (path, (both, stored)) in both {
-        let both = match orientation {
-            Orientation::RankFirst => both,
-            Orientation::RankLast => both.map(|(key, t)| (key, transposed(&t))),
-        };
+        let both = both.map(|(key, t)| (key, settle(t, orientation == Orientation::RankLast)));
         let rank = both[0].1.shape.first().copied().unwrap_or(0);
         let Some(alpha) = stored.or_else(|| carried.alpha_of(&path, rank)).or(opts.alpha) else {
             let reason = format!(

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::json::{StringMap, show};
-use super::pairs::{Carried, plain_alpha, transposed, widened};
+use super::pairs::{Carried, Lie, plain_alpha, widened};
 use super::source::{self, Content as Kind, Source};
 use super::styles::Content;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
@@ -37,7 +37,7 @@ pub(super) fn knows(source: &Source) -> bool {
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Other(bytes) = source.content else { return Err(source.unknown()) };
-    let mut tensors = Vec::new();
+    let (mut tensors, mut lies) = (Vec::new(), BTreeMap::new());
     let (mut header, mut said) = (BTreeMap::new(), None);
     for member in zip::members(&bytes, &opts.limits, &file)? {
         let Some(name) = member.name.strip_suffix(".npy") else {
@@ -54,11 +54,13 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         if name == OURS {
             (header, said) = ours(&array, &file)?;
         } else {
-            tensors.push(array.tensor(name, &file, &source.path)?);
+            let (tensor, lie) = array.tensor(name, &file, &source.path)?;
+            lies.insert(tensor.name.clone(), lie);
+            tensors.push(tensor);
         }
     }
     let carried = Carried::take(header, &file)?;
-    flat::build(tensors, carried, said, opts, &file)
+    flat::build(tensors, &lies, carried, said, opts, &file)
 }
 
 /// An array of a file: its type as NumPy writes it, and its content in the file's order.
@@ -168,8 +170,8 @@ impl<'a> Parser<'a> {
 }
 
 impl Array {
-    /// As a tensor: little-endian, in C order.
-    fn tensor(self, name: &str, file: &str, path: &Path) -> Result<Tensor> {
+    /// As a tensor, and how it lies.
+    fn tensor(self, name: &str, file: &str, path: &Path) -> Result<(Tensor, Lie)> {
         let wrong = |what: String| Error::format(file, format!("array {}: {what}", show(name)));
         let (order, kind) = self.descr.split_at_checked(1).unwrap_or(("", ""));
         if kind.starts_with('O') {
@@ -198,22 +200,12 @@ impl Array {
             let got = self.data.len();
             return Err(wrong(format!("{got} bytes of data for {} {:?}", self.descr, self.shape)));
         }
-        let size = dtype.bitsize() / 8;
-        let mut data = self.data;
-        if order == ">" && size > 1 {
-            data = Bytes::from(
-                data.chunks_exact(size).flat_map(|c| c.iter().rev().copied()).collect::<Vec<u8>>(),
-            );
-        }
-        let mut shape = self.shape;
-        if !(self.fortran && shape.len() > 1) {
-            return Ok(Tensor { name: name.to_owned(), dtype, shape, data });
-        }
-        if shape.len() > 2 {
+        let Array { fortran, shape, data, .. } = self;
+        if fortran && shape.len() > 2 {
             return Err(wrong(format!("shape {shape:?}, expected two dimensions")));
         }
-        shape.reverse();
-        Ok(transposed(&Tensor { name: name.to_owned(), dtype, shape, data }))
+        let lie = Lie { swapped: order == ">", columns: fortran && shape.len() == 2 };
+        Ok((Tensor { name: name.to_owned(), dtype, shape, data }, lie))
     }
 }
 

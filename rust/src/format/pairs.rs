@@ -138,6 +138,11 @@ pub(super) fn scalar_tensor(name: String, value: f64) -> Result<Tensor> {
 
 /// A matrix with rows and columns exchanged, bit for bit. Anything else comes back as it is.
 pub(super) fn transposed(t: &Tensor) -> Tensor {
+    turned(t, false)
+}
+
+/// [`transposed`], with the bytes of each number in the other order where they are `swapped`.
+fn turned(t: &Tensor, swapped: bool) -> Tensor {
     let (&[rows, cols], size) = (&t.shape[..], t.dtype.bitsize() / 8) else { return t.clone() };
     let mut out = vec![0u8; t.data.len()];
     if !out.is_empty() && size > 0 {
@@ -145,10 +150,39 @@ pub(super) fn transposed(t: &Tensor) -> Tensor {
             for (c, element) in row.chunks_exact(size).enumerate() {
                 let at = (c * rows + r) * size;
                 out[at..at + size].copy_from_slice(element);
+                if swapped {
+                    out[at..at + size].reverse();
+                }
             }
         }
     }
     Tensor { name: t.name.clone(), dtype: t.dtype, shape: vec![cols, rows], data: Bytes::from(out) }
+}
+
+/// How the bytes of a tensor lie that nobody has looked at yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Lie {
+    /// The highest byte of a number first.
+    pub swapped: bool,
+    /// Column after column; of matrices alone.
+    pub columns: bool,
+}
+
+/// A tensor in the order of all others, `turn`ed where that is asked for, in one copy or none.
+pub(super) fn settled(mut t: Tensor, lie: Lie, turn: bool) -> Tensor {
+    let size = t.dtype.bitsize() / 8;
+    if lie.columns {
+        t.shape.reverse();
+    }
+    if lie.columns != turn && t.shape.len() == 2 {
+        return turned(&t, lie.swapped);
+    }
+    if lie.swapped && size > 1 {
+        let mut data = t.data.to_vec();
+        data.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+        t.data = data.into();
+    }
+    t
 }
 
 /// Numbers of a factor, widened exactly. Other dtypes give nothing.
@@ -402,6 +436,22 @@ mod tests {
             // Element (4, 1) of the transpose is (1, 4).
             assert_eq!(u.data[13 * size..14 * size], t.data[9 * size..10 * size]);
             assert_eq!(transposed(&u), t);
+        }
+    }
+
+    #[test]
+    fn tensors_settle_whichever_way_they_lie() {
+        let number = |i: usize, swapped: bool| if swapped { [i as u8, 0] } else { [0, i as u8] };
+        for (swapped, columns, turn) in (0..8).map(|i| (i & 1 != 0, i & 2 != 0, i & 4 != 0)) {
+            // The element (r, c) of 2 x 3 is 10 r + c.
+            let place = |i: usize| if columns { 10 * (i % 2) + i / 2 } else { 10 * (i / 3) + i % 3 };
+            let data: Vec<u8> = (0..6).flat_map(|i| number(place(i), swapped)).collect();
+            let t = Tensor::new("t", TensorDtype::F16, vec![2, 3], data).unwrap();
+            let got = settled(t, Lie { swapped, columns }, turn);
+            let place = |i: usize| if turn { 10 * (i % 2) + i / 2 } else { 10 * (i / 3) + i % 3 };
+            assert_eq!(got.shape, if turn { [3, 2] } else { [2, 3] });
+            let want: Vec<u8> = (0..6).flat_map(|i| number(place(i), false)).collect();
+            assert_eq!(got.data.to_vec(), want, "{swapped} {columns} {turn}");
         }
     }
 

@@ -15,6 +15,8 @@ const MAX_REGEX: usize = 512;
 /// Longest key, and all keys of a table together, in bytes: they are kept twice.
 const MAX_KEY: usize = 1 << 16;
 const MAX_KEYS: usize = 4 << 20;
+/// Longest expression that is compiled, in bytes: its syntax tree takes some hundred times as much.
+const MAX_EXPRESSION: usize = 1 << 14;
 /// Sizes of compiled keys that are tried, and how much all of a table may take together.
 const SIZES: [usize; 4] = [1 << 14, 1 << 16, 1 << 18, 1 << 20];
 const MAX_COMPILED: usize = 2 << 20;
@@ -171,8 +173,17 @@ fn is_plain(c: char) -> bool {
     c.is_alphanumeric() || c == '_' || c == '-' || c == '/' || c == ':' || c == ' '
 }
 
+fn check_len(expression: &str) -> Result<(), String> {
+    if expression.len() <= MAX_EXPRESSION {
+        return Ok(());
+    }
+    let (shown, len) = (show(expression), expression.len());
+    Err(format!("pattern {shown} of {len} bytes, the limit is {MAX_EXPRESSION} for a regular expression"))
+}
+
 /// A key's program, and the bytes that it takes at most of the `left` that are granted.
 fn compile(key: &str, left: usize) -> Result<(Regex, usize), String> {
+    check_len(key)?;
     refuse_python_only(key).map_err(|what| format!("pattern {} uses {what}; write it without", show(key)))?;
     let text = format!(r"\A(?:.*\.)?(?:{key})\z");
     let mut last = "too large together with the patterns before it".to_owned();
@@ -188,9 +199,7 @@ fn compile(key: &str, left: usize) -> Result<(Regex, usize), String> {
 
 /// A pattern that matches a whole path, as `target_modules` may be one.
 pub(crate) fn whole(pattern: &str) -> Result<Regex, String> {
-    if pattern.len() > MAX_KEY {
-        return Err(format!("pattern {} of {} bytes, the limit is {MAX_KEY}", show(pattern), pattern.len()));
-    }
+    check_len(pattern)?;
     let mut builder = RegexBuilder::new(&format!(r"\A(?:{pattern})\z"));
     let built = builder.size_limit(1 << 20).dfa_size_limit(1 << 20).nest_limit(64).build();
     built.map_err(|e| e.to_string().lines().last().unwrap_or("not a regular expression").to_owned())
@@ -337,8 +346,12 @@ mod tests {
         let matches = |p: &str, path: &str| whole(p).map(|r| r.is_match(path));
         assert_eq!(matches("a|b", "b"), Ok(true));
         assert_eq!(matches("a|b", "ab"), Ok(false));
-        assert!(matches(&"x".repeat(MAX_KEY), "x").is_ok());
-        assert!(matches(&"x".repeat(MAX_KEY + 1), "x").unwrap_err().contains("65537 bytes"));
+        assert!(matches(&"x".repeat(MAX_EXPRESSION), "x").is_ok());
+        assert!(matches(&"x".repeat(MAX_EXPRESSION + 1), "x").unwrap_err().contains("16385 bytes"));
+        let long = format!("({})", "x".repeat(MAX_EXPRESSION));
+        assert!(Table::default().push(&long, 0).unwrap_err().contains("16386 bytes"));
+        // Plain names are no expressions.
+        assert!(Table::default().push(&long[1..MAX_EXPRESSION], 0).is_ok());
         for bad in ["(", "((a{99}){99}){99}", &"(".repeat(100)] {
             assert!(matches(bad, "x").is_err(), "{bad}");
         }

@@ -131,7 +131,7 @@ fn is_f16(bits: u32) -> bool {
 /// Rows whose inner products are held at a time.
 const BLOCK: usize = 512;
 /// Most multiplications that the norm of one pair may take: a small file can ask for any number of them.
-const MAX_PRODUCTS: u128 = 1 << 36;
+const MAX_PRODUCTS: u128 = 1 << 34;
 
 /// `|B A|_F` without the scaling, in f64: from the Gram matrices of the factors, or from the product where that is
 /// less work. Neither is held as a whole.
@@ -139,7 +139,7 @@ const MAX_PRODUCTS: u128 = 1 << 36;
 /// A is (rank, inputs), B (outputs, rank); further dimensions of a convolution are columns of A and must be
 /// 1 in B. With `experts` both have one dimension more in front, and the result is the norm over all experts.
 /// What is not finite counts as zero. `None` where the shapes do not fit, the numbers are not floats, or more than
-/// 2^36 multiplications were needed.
+/// 2^34 multiplications were needed.
 ///
 /// # Errors
 /// `MICROLORA_ISA` names no ISA of this machine.

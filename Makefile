@@ -142,6 +142,15 @@ SEED ?= 1
 fuzz: tools ## Mutate files for SECONDS a parser (20), on stable Rust: no panic, hang or hunger
 	@MICROLORA_FUZZ_SECONDS=$(SECONDS) MICROLORA_FUZZ_SEED=$(SEED) cargo test --locked --test fuzz -- --test-threads 1 --nocapture
 
+FUZZ_TARGETS = $(shell sed -n '1,/^\[\[bin/d;s/^name = "\(.*\)"/\1/p' fuzz/Cargo.toml)
+.PHONY: fuzz-libfuzzer
+fuzz-libfuzzer: tools ## The same parsers under libFuzzer and AddressSanitizer, SECONDS each (nightly Rust, cargo-fuzz)
+	@cargo +nightly fuzz build
+	@for target in $(FUZZ_TARGETS); do \
+		echo "== $$target"; \
+		cargo +nightly fuzz run $$target -- -max_total_time=$(SECONDS) -max_len=65536 -timeout=20 -malloc_limit_mb=600 -verbosity=0 -print_final_stats=1 || exit 1; \
+	done
+
 fuzz-corpus: tools ## Write the kept corpus, and the table of attacks of docs/security.md, anew
 	@cargo test --locked --test fuzz -- --ignored --exact corpus::write_corpus
 	@MICROLORA_WRITE_TABLE=1 cargo test --locked --test format -- --exact attacks::the_documentation_has_the_table

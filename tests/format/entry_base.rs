@@ -23,7 +23,8 @@ fn tensor(name: &str, shape: &[usize]) -> Tensor {
     Tensor::new(name, TensorDtype::F32, shape.to_vec(), data).expect("a tensor")
 }
 
-fn adapter() -> Adapter {
+/// Two modules of that model.
+pub fn adapter() -> Adapter {
     let module = |path: &str, inputs, outputs| ModuleParts {
         path: path.into(),
         kind: ModuleKind::Linear,
@@ -45,12 +46,11 @@ pub fn base() -> Vec<u8> {
         Tensor::new("m.k.weight", TensorDtype::F16, vec![6, 4], half).expect("a tensor"),
         Tensor::new("m.norm.weight", TensorDtype::BF16, vec![6], vec![1; 12]).expect("a tensor"),
     ];
-    let view = |t: &'static Tensor| {
+    let views = tensors.iter().map(|t| {
         let view = safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.data);
         (t.name.as_str(), view.expect("a tensor"))
-    };
-    let tensors: &'static [Tensor] = tensors.to_vec().leak();
-    safetensors::serialize(tensors.iter().map(view), None).expect("a file")
+    });
+    safetensors::serialize(views, None).expect("a file")
 }
 
 /// The index of that model as one shard.
@@ -132,7 +132,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// The same with the hashes that its adapter and its records have: whoever makes a file can make these too.
-fn mended(data: &[u8]) -> Option<Vec<u8>> {
+pub fn mended(data: &[u8]) -> Option<Vec<u8>> {
     let len = usize::try_from(u64::from_le_bytes(*data.first_chunk::<8>()?)).ok()?;
     let head = data.get(8..len.checked_add(8)?)?;
     let body = &data[8 + len..];

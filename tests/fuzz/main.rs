@@ -15,6 +15,7 @@ mod run;
 #[allow(dead_code)] // shared with the tests of the formats
 #[path = "../format/samples.rs"]
 mod samples;
+mod structured;
 
 use mutate::Shape;
 use run::Target;

@@ -302,7 +302,7 @@ fn zip(seed: &[u8], rng: &mut ChaCha8Rng) -> Vec<u8> {
 }
 
 /// Names and contents of stored members, as far as the local headers can be followed.
-fn members(mut bytes: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+pub fn members(mut bytes: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut out = Vec::new();
     while bytes.starts_with(b"PK\x03\x04") && bytes.len() >= 30 {
         let small = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));

@@ -176,6 +176,21 @@ pub fn target(target: &Target) {
     fs::remove_file(&desk.path).unwrap();
 }
 
+/// The kept corpus of a target.
+pub fn seeds(target: &Target) -> Vec<Vec<u8>> {
+    files(&corpus_of(target.name)).into_iter().map(|(_, bytes)| bytes).collect()
+}
+
+/// One input; true when it was read.
+pub fn one(target: &Target, input: &[u8]) -> bool {
+    let _one = alone();
+    *BROKEN.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    let read = (target.entry)(input);
+    let broken = BROKEN.lock().unwrap_or_else(PoisonError::into_inner).take();
+    assert!(broken.is_none(), "{}: {}", target.name, broken.unwrap_or_default());
+    read
+}
+
 /// One hand-made input, for what it takes.
 pub fn bomb(target: &Target, name: &str, input: &[u8]) {
     let mut desk = Desk::new(&format!("{}-{name}", target.name));

@@ -1,6 +1,7 @@
 //! Known attacks on readers of model files, one row each: what lies there, and the words of the refusal. The
 //! table of `docs/security.md` is this one; `tests/fuzz/bombs.rs` counts what the greedy ones take.
 
+mod base_rows;
 mod gguf_rows;
 mod rows;
 
@@ -9,11 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use microlora::Error;
+use microlora::format::scan::scan;
 use microlora::format::{
-    LoadOptions, MAX_HEADER, PeftOptions, STYLES, load, read, save_peft, save_single, save_style,
+    Limits, LoadOptions, MAX_HEADER, PeftOptions, STYLES, load, read, save_peft, save_single, save_style,
 };
 
+use microlora::fuse::{FuseOptions, fuse, unfuse};
+
+use super::entry::base::adapter;
 use super::samples::*;
+use base_rows::BASE_ATTACKS;
 use gguf_rows::GGUF_ATTACKS;
 use rows::ATTACKS;
 
@@ -23,7 +29,7 @@ type Place = fn(&Path) -> PathBuf;
 struct Attack {
     name: &'static str,
     place: Place,
-    /// "format", "unsupported" or "io".
+    /// As [`kind_of`] calls it.
     kind: &'static str,
     /// What the error says beside the file.
     words: &'static [&'static str],
@@ -125,6 +131,16 @@ fn gguf_tensors(dir: &Path, tensors: &[(&str, &[u64], u64)]) -> PathBuf {
     gguf(dir, tensors.len() as u64, 3, &body)
 }
 
+fn kind_of(e: &Error) -> &'static str {
+    match e {
+        Error::Format { .. } => "format",
+        Error::Unsupported { .. } => "unsupported",
+        Error::Io { .. } => "io",
+        Error::Config { .. } => "config",
+        _ => "another",
+    }
+}
+
 fn check(attack: &Attack) {
     let dir = tempfile::tempdir().unwrap();
     let path = (attack.place)(dir.path());
@@ -136,14 +152,8 @@ fn check(attack: &Attack) {
             Ok(loaded) => panic!("{name}: read as {}", loaded.format),
             Err(e) => e,
         };
-        let got = match &err {
-            Error::Format { .. } => "format",
-            Error::Unsupported { .. } => "unsupported",
-            Error::Io { .. } => "io",
-            _ => "another",
-        };
         let said = err.to_string();
-        assert_eq!(got, *kind, "{name}: {said}");
+        assert_eq!(kind_of(&err), *kind, "{name}: {said}");
         // Long enough to say what is wrong, and never a page.
         let most = 2000 + path.as_os_str().len();
         assert!(said.len() < most, "{name}: {} bytes", said.len());
@@ -164,6 +174,53 @@ fn every_attack_by_gguf_is_refused_with_words() {
     GGUF_ATTACKS.iter().for_each(check);
 }
 
+/// Name of a side-car among the rows of base models.
+const CAR: &str = "car.safetensors";
+
+#[test]
+fn every_attack_by_a_base_model_is_refused_with_words() {
+    for Attack { name, place, kind, words } in BASE_ATTACKS {
+        let (dir, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (path, out) = (place(dir.path()), out.path().join("out"));
+        let fused = dir.path().join("fused.safetensors");
+        let done = match path.ends_with(CAR) {
+            true => unfuse(&fused, &path, &out, &mut |_, _| Ok(())),
+            false => fuse(&path, &adapter(), &out, &FuseOptions::default(), &mut |_, _| Ok(())),
+        };
+        let err = match done {
+            Ok(_) => panic!("{name}: done"),
+            Err(e) => e,
+        };
+        let said = err.to_string();
+        assert_eq!(kind_of(&err), *kind, "{name}: {said}");
+        assert!(said.len() < 2000, "{name}: {} bytes", said.len());
+        assert!(words.iter().all(|w| said.contains(w)), "{name}: {said:?} does not say {words:?}");
+        assert!(!out.exists(), "{name}: a model that is not whole");
+    }
+}
+
+/// The doctor looks at what no reader takes, and says of a broken container what its reader says.
+#[test]
+fn the_doctor_looks_at_every_attack() {
+    let mut broken = 0;
+    for Attack { name, place, words, .. } in ATTACKS.iter().chain(GGUF_ATTACKS) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = place(dir.path());
+        let container = path.file_name().is_some_and(|n| n == "a.safetensors");
+        let Ok(found) = scan(&path, &Limits::default()) else { continue };
+        let Some(damage) = found.damage else {
+            assert!(!container || *name == "a header of 100 MB of spaces", "{name}: sound");
+            continue;
+        };
+        assert!(found.tensors.is_empty() && damage.len() < 2000 + path.as_os_str().len(), "{name}");
+        if container {
+            broken += 1;
+            assert!(words.iter().all(|w| damage.contains(w)), "{name}: {damage:?} does not say {words:?}");
+        }
+    }
+    assert!(broken > 15, "{broken}");
+}
+
 /// The documentation lists the rows, in their order.
 #[test]
 fn the_documentation_has_the_table() {
@@ -171,11 +228,12 @@ fn the_documentation_has_the_table() {
         let kind = match a.kind {
             "format" => "`FormatError`",
             "unsupported" => "`UnsupportedVariantError`",
+            "config" => "`ConfigError`",
             _ => "`OSError`",
         };
         format!("| {} | {kind} |\n", a.name)
     };
-    let table: String = ATTACKS.iter().chain(GGUF_ATTACKS).map(row).collect();
+    let table: String = ATTACKS.iter().chain(GGUF_ATTACKS).chain(BASE_ATTACKS).map(row).collect();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/security.md");
     let page = fs::read_to_string(&path).unwrap();
     if std::env::var_os("MICROLORA_WRITE_TABLE").is_some() {

@@ -230,6 +230,15 @@ pub const ATTACKS: &[Attack] = &[
         kind: "unsupported",
         words: &["rank_pattern"],
     },
+    Attack {
+        name: "a pattern of 20,000 characters",
+        place: |d| {
+            let key = format!("(a|{})", "x".repeat(20_000));
+            peft(d, &format!(r#"{{"peft_type": "LORA", "r": 2, "rank_pattern": {{"{key}": 2}}}}"#))
+        },
+        kind: "unsupported",
+        words: &["rank_pattern", "20004 bytes", "limit"],
+    },
     // --- what lies at a path
     Attack { name: "an empty file", place: |d| put(d, "a", b""), kind: "format", words: &["0 bytes"] },
     Attack {

@@ -65,7 +65,8 @@ impl PyScan {
         Ok(PyBytes::new(py, &self.tensor(tensor)?.data))
     }
 
-    /// `|B A|_F` without scaling, or None where these are no factors of one layer.
+    /// `|B A|_F` without scaling, or None where these are no factors of one layer, or need more than 2^34
+    /// multiplications.
     fn delta_norm(&self, py: Python<'_>, a: usize, b: usize, experts: bool) -> PyResult<Option<f64>> {
         let (a, b) = (self.tensor(a)?, self.tensor(b)?);
         Ok(py.detach(|| scan::delta_norm(a, b, experts))?)

@@ -1824,7 +1824,9 @@ class Scan:
         """
 
     def delta_norm(self, a: int, b: int, experts: bool) -> float | None:
-        """`|B A|_F` without scaling, or None where these are no factors of one layer.
+        """`|B A|_F` without scaling.
+
+        None where these are no factors of one layer, or need more than 2^34 multiplications.
 
         Raises:
             ConfigError: There is no such tensor.

@@ -32,6 +32,19 @@ pub(crate) fn reserve(bytes: usize) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// Fills `out` from byte `at` of a file on, wherever the file's own position is.
+pub(crate) fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, out, at);
+    #[cfg(not(unix))]
+    {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = file;
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(out)
+    }
+}
+
 /// A whole file, mapped read-only.
 ///
 /// The pages stay the file's: who truncates it in place while it is mapped makes later reads fault

@@ -153,7 +153,7 @@ pub fn peft_dir(data: &[u8]) -> bool {
     was_read
 }
 
-/// Reads what lies at `path` in two ways; what is of `style` is written in it and read again. `data` are the
+/// Reads what lies at `path` in three ways; what is of `style` is written in it and read again. `data` are the
 /// bytes of its weights, `len` those that it counts as.
 fn at(path: &Path, data: &[u8], len: usize, style: Option<&str>) -> bool {
     let told = LoadOptions {
@@ -163,7 +163,8 @@ fn at(path: &Path, data: &[u8], len: usize, style: Option<&str>) -> bool {
         ..LoadOptions::default()
     };
     let mut was_read = false;
-    for opts in [LoadOptions::default(), told] {
+    let packed = LoadOptions { packed: true, ..LoadOptions::default() };
+    for opts in [LoadOptions::default(), packed, told] {
         let Some(loaded) = known(watched(len, || read(path, &opts))) else { continue };
         was_read |= style.is_none_or(|s| s == loaded.format);
         let Some(style) = style.filter(|s| *s == loaded.format) else {

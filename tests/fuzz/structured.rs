@@ -184,7 +184,7 @@ fn safetensors(file: &[u8], edits: &[Edit], fitted: bool) -> Vec<u8> {
             0..200 => edit_json(&mut header, e),
             200..215 => said += e.number as i64 % 9 - 4,
             215..230 => data.truncate(e.at % (data.len() + 1)),
-            230..240 => data.extend_from_slice(&data[..e.at % (data.len() + 1)].to_vec()),
+            230..240 => data.extend_from_within(..e.at % (data.len() + 1)),
             _ => {
                 let from = e.at % (data.len() + 1);
                 let to = (from + 8).min(data.len());

@@ -98,3 +98,35 @@ fn every_limit_is_exact_in_every_format() {
         }
     }
 }
+
+/// What a draft is refused for.
+fn refusal(change: impl FnOnce(&mut Draft)) -> String {
+    let mut draft = Draft::good();
+    change(&mut draft);
+    draft.load().unwrap_err().to_string()
+}
+
+#[test]
+fn bounds_that_are_no_settings_are_exact_too() {
+    let entries = |n: usize| {
+        let all: Vec<String> = (0..n).map(|i| format!("\"{i}\":\"\"")).collect();
+        let header = format!("{{\"__metadata__\":{{{}}}}}", all.join(","));
+        let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+        from_bytes(&file, true).unwrap_err().to_string()
+    };
+    assert!(entries(1 << 16).contains("not written by microlora"));
+    assert!(entries((1 << 16) + 1).contains("more than 65536 entries"));
+
+    let tokens = |d: &mut Draft, n: usize| {
+        d.set("adapter.alora.invocation_tokens", array(4, n as u64, &vec![0; 4 * n]));
+    };
+    let mut most = Draft::good();
+    tokens(&mut most, 1 << 16);
+    most.load().unwrap();
+    assert!(refusal(|d| tokens(d, (1 << 16) + 1)).contains("the limit is 262144"));
+    for alpha in [f32::NAN, f32::INFINITY] {
+        let said = refusal(|d| d.set("adapter.lora.alpha", f32(alpha)));
+        assert!(said.contains("adapter.lora.alpha") && said.contains("finite"), "{said}");
+    }
+    assert!(refusal(|d| drop(d.data.pop())).contains("truncated"));
+}

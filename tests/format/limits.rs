@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use microlora::Error;
 use microlora::format::{
     AdapterParts, FactorParts, Limits, LoadOptions, Loaded, PeftOptions, QuantModuleParts, STYLES,
-    TensorDtype, read, save_peft, save_quantized, save_single, save_style,
+    TensorDtype, from_bytes, read, save_peft, save_quantized, save_single, save_style,
 };
 
-use super::gguf_support::Draft;
+use super::gguf_support::{Draft, array, f32};
 use super::samples::*;
 
 const RANK: usize = 3;

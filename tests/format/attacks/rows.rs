@@ -423,4 +423,27 @@ pub const ATTACKS: &[Attack] = &[
         kind: "format",
         words: &["a.lora_a", "0 bytes of data"],
     },
+    Attack {
+        name: "an array of 17 dimensions",
+        place: |d| {
+            let dims = "1, ".repeat(17);
+            let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({dims}), }}\n");
+            let npy = [&b"\x93NUMPY\x01\0"[..], &(header.len() as u16).to_le_bytes()[..], header.as_bytes()]
+                .concat();
+            npz(d, zip("a.lora_a.npy", &[&npy[..], &[0; 4]].concat()))
+        },
+        kind: "format",
+        words: &["a.lora_a", "expected descr"],
+    },
+    Attack {
+        name: "an array whose header is 66,000 bytes",
+        place: |d| {
+            let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }}{:66000}", "\n");
+            let npy = [&b"\x93NUMPY\x02\0"[..], &(header.len() as u32).to_le_bytes()[..], header.as_bytes()]
+                .concat();
+            npz(d, zip("a.lora_a.npy", &npy))
+        },
+        kind: "format",
+        words: &["a.lora_a", "limit is 65536"],
+    },
 ];

@@ -4,6 +4,7 @@
 mod base_rows;
 mod gguf_rows;
 mod rows;
+mod zip_rows;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use super::samples::*;
 use base_rows::BASE_ATTACKS;
 use gguf_rows::GGUF_ATTACKS;
 use rows::ATTACKS;
+use zip_rows::ZIP_ATTACKS;
 
 /// Puts an attack into a directory, and gives the path to load.
 type Place = fn(&Path) -> PathBuf;
@@ -170,6 +172,11 @@ fn every_attack_is_refused_with_words() {
 }
 
 #[test]
+fn every_attack_by_an_archive_is_refused_with_words() {
+    ZIP_ATTACKS.iter().for_each(check);
+}
+
+#[test]
 fn every_attack_by_gguf_is_refused_with_words() {
     GGUF_ATTACKS.iter().for_each(check);
 }
@@ -233,7 +240,8 @@ fn the_documentation_has_the_table() {
         };
         format!("| {} | {kind} |\n", a.name)
     };
-    let table: String = ATTACKS.iter().chain(GGUF_ATTACKS).chain(BASE_ATTACKS).map(row).collect();
+    let table: String =
+        ATTACKS.iter().chain(ZIP_ATTACKS).chain(GGUF_ATTACKS).chain(BASE_ATTACKS).map(row).collect();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/security.md");
     let page = fs::read_to_string(&path).unwrap();
     if std::env::var_os("MICROLORA_WRITE_TABLE").is_some() {

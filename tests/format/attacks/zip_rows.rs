@@ -83,7 +83,7 @@ pub const ZIP_ATTACKS: &[Attack] = &[
             })
         },
         kind: "format",
-        words: &["3 members", "bytes"],
+        words: &["truncated"],
     },
     Attack {
         name: "an archive of fewer members than it has",

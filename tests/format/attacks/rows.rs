@@ -438,7 +438,8 @@ pub const ATTACKS: &[Attack] = &[
     Attack {
         name: "an array whose header is 66,000 bytes",
         place: |d| {
-            let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }}{:66000}", "\n");
+            let room = " ".repeat(66_000);
+            let header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }}{room}\n");
             let npy = [&b"\x93NUMPY\x02\0"[..], &(header.len() as u32).to_le_bytes()[..], header.as_bytes()]
                 .concat();
             npz(d, zip("a.lora_a.npy", &npy))

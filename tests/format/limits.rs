@@ -128,5 +128,5 @@ fn bounds_that_are_no_settings_are_exact_too() {
         let said = refusal(|d| d.set("adapter.lora.alpha", f32(alpha)));
         assert!(said.contains("adapter.lora.alpha") && said.contains("finite"), "{said}");
     }
-    assert!(refusal(|d| drop(d.data.pop())).contains("truncated"));
+    assert!(refusal(|d| d.data.truncate(d.data.len() - 1)).contains("truncated"));
 }

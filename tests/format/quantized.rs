@@ -137,3 +137,23 @@ fn ten_thousand_mutations_of_a_quantised_file() {
     }
     assert!(whole > 100, "{whole}: changed codes are still an adapter");
 }
+
+#[test]
+fn plain_sides_that_are_not_finite_are_refused() {
+    let plain = module("p", 3, 4.0);
+    let side = |bits: u32| {
+        let mut data = plain.a.data.to_vec();
+        data[..4].copy_from_slice(&bits.to_le_bytes());
+        FactorParts::Plain(
+            microlora::format::Tensor::new("a", plain.a.dtype, plain.a.shape.clone(), data).unwrap(),
+        )
+    };
+    for (bits, sound) in [(0x3f80_0000, true), (0x7fc0_0000, false), (0xff80_0000, false)] {
+        let modules = [module_with("p", 3, side(bits), FactorParts::Plain(plain.b.clone()))];
+        let bytes = quantized_to_bytes(&AdapterParts::default(), &modules).unwrap();
+        match quantized_from_bytes(&bytes) {
+            Ok(_) => assert!(sound, "{bits:x}"),
+            Err(e) => assert!(!sound && e.to_string().contains("\"p.lora_a\": contains NaN"), "{e}"),
+        }
+    }
+}

@@ -278,6 +278,12 @@ fn single_files_that_contradict_themselves_are_refused() {
     ] {
         assert_refused(with(&[("modules", text)], &factors()), "format", &[word]);
     }
+    let text = r#"[{"path":"q\n","rank":2,"alpha":4.0,"use_rslora":false}]"#;
+    let named = [
+        tensor("q\n.lora_a", TensorDtype::F32, &[2, 6], 1),
+        tensor("q\n.lora_b", TensorDtype::F32, &[5, 2], 2),
+    ];
+    assert_refused(with(&[("modules", text)], &named), "format", &["control characters"]);
 }
 
 #[test]

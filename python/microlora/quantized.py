@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import microlora._core as _core
@@ -44,6 +45,19 @@ class QuantizedAdapter(_core.QuantizedAdapter):
             UnknownModuleError: Types for a module that the adapter does not have.
         """
         return cls(_core.QuantizedAdapter.quantize(adapter, dict(types), b_along_rank))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a single file of version 2, as :func:`microlora.save` does.
+
+        Raises:
+            ConfigError: A name that is for another format.
+            MissingPathError: The folder of ``path`` is not there.
+            DestinationExistsError: A directory lies there.
+            OSError: The system refused; an older file is left whole.
+        """
+        from microlora.files import save
+
+        save(self, path, "safetensors")
 
     def dequantize(self) -> Adapter:
         """The plain adapter: float32 where a factor was quantised, in four to eight times the memory."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from microlora._checks import wrong
+from microlora._destinations import check_folder
+from microlora._file_checks import path_text
 from microlora.cli.extras import require
 from microlora.doctor.names import template
 
@@ -43,10 +45,11 @@ def grid(report: Report) -> tuple[list[str], list[int], NDArray[np.float64], NDA
 
 def draw(report: Report, path: str | os.PathLike[str]) -> None:
     """See :meth:`Report.plot`."""
-    target = Path(path)
+    target = Path(path_text("path", path))
     ending = target.suffix.lower().lstrip(".")
     if ending not in ENDINGS:
         raise wrong("path", os.fspath(path), f"a name that ends in .{', .'.join(ENDINGS)}")
+    check_folder("path", target)
     if not report.modules:
         raise wrong("report", "no modules", "at least one")
     require("matplotlib", "plot", "plot()")

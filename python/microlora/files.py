@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+_Bounds = tuple[int, int, int, int]
+
 _log = logging.getLogger(__name__)
 
 
@@ -162,11 +164,7 @@ def load(
     where, number = check_reading(path, mmap, strict, alpha, orientation, names)
     left_out = check_allow(allow)
     if unknown_kinds(left_out):
-        # A file may name kinds of its own, so only it can tell whether there is one.
-        from microlora.formats.file import AdapterFile
-
-        kinds = AdapterFile.read(where, strict=False, limits=limits, alpha=alpha, orientation=orientation)
-        check_kinds(left_out, (v.kind for v in kinds.variants))
+        check_kinds(left_out, _kinds_in(where, bounds, number, orientation))
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
         adapter, unused, notes = _core.load_any(
@@ -203,6 +201,15 @@ def load(
     except ConfigError as e:
         raise FormatError(f"{os.fspath(path)}: {e}") from e
     return value
+
+
+def _kinds_in(path: str, bounds: _Bounds | None, alpha: float | None, orientation: str | None) -> list[str]:
+    """Kinds of variants of a file, which may name some of its own; none where it cannot be read whole."""
+    try:
+        file = _core.AdapterFile.open(path, False, False, bounds, alpha, orientation)
+    except FormatError:
+        return []
+    return [kind for kind, _, _ in file.variant_rows()]
 
 
 def load_plain(path: PathLike, **options: Any) -> Adapter:

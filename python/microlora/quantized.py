@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 
 import microlora._core as _core
+from microlora._checks import flag, text, wrong
 from microlora.adapter import Adapter, ModuleInfo, check_config, config_of
 from microlora.config import LoraConfig
+from microlora.exceptions import DTypeError
 from microlora.metadata import AdapterMetadata
 
 
@@ -42,9 +44,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
             ShapeError: A width that is not a multiple of the type's block (32, or 256 for ``*_k``).
             NonFiniteError: Numbers too large for the type's scales.
             ConfigError: An unknown type, or a module without types.
+            DTypeError: No adapter.
             UnknownModuleError: Types for a module that the adapter does not have.
         """
-        return cls(_core.QuantizedAdapter.quantize(adapter, dict(types), b_along_rank))
+        if not isinstance(adapter, _core.Adapter):
+            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter")
+        turned = flag("b_along_rank", b_along_rank)
+        return cls(_core.QuantizedAdapter.quantize(adapter, _pairs(types), turned))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a single file of version 2, as :func:`microlora.save` does.
@@ -114,3 +120,16 @@ class QuantizedAdapter(_core.QuantizedAdapter):
 
     # Defining __eq__ anywhere in a class body would drop the core's hash; both come from the core.
     __hash__ = _core.QuantizedAdapter.__hash__
+
+
+def _pairs(types: object) -> dict[str, tuple[str, str]]:
+    """The types of both factors of each module."""
+    if not isinstance(types, Mapping):
+        raise wrong("types", types, "a mapping {module: (type of A, type of B)}")
+    out = {}
+    for module, pair in types.items():
+        name = text("types: module", module)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise wrong(f"types[{name!r}]", pair, "a pair of names, of A and of B")
+        out[name] = (text(f"types[{name!r}]", pair[0]), text(f"types[{name!r}]", pair[1]))
+    return out

@@ -44,8 +44,9 @@ def fingerprint(source: PathLike | AdapterFile | _core.Adapter, *, limits: Limit
         DTypeError: Something else.
         OSError: It cannot be read.
     """
+    Limits.of(limits)
     if isinstance(source, str | os.PathLike):
-        source = AdapterFile.read(source, strict=False, limits=limits)
+        source = AdapterFile.read(path_text("source", source), strict=False, limits=limits)
     if isinstance(source, _core.MicroLora):
         source = source.adapter()
     if isinstance(source, _core.Adapter):

@@ -63,7 +63,9 @@ def test_an_ending_is_for_its_formats_alone(adapter, tmp_path, format, ending):
     want = f"the name of a directory, which {format} is"
     if format not in FOLDERS:
         want = rf"a name that ends in \.\w+ for {format}"
-    with pytest.raises(ConfigError, match=rf"dst: got .*a{ending}', expected {want} \({ending.lower()} is for"):
+    with pytest.raises(
+        ConfigError, match=rf"dst: got .*a{ending}', expected {want} \({ending.lower()} is for"
+    ):
         convert(adapter, place, format)
     assert not names(tmp_path)
 
@@ -72,9 +74,9 @@ def test_every_way_to_write_has_the_rule(adapter, tmp_path, capsys):
     source = mlx(tmp_path / "in", {PATH: adapter.factors(PATH)})
     quantised = ml.quantize(adapter, "q8_0").adapter
     before = names(tmp_path)
-    with pytest.raises(ConfigError, match="dst: got .*expected the name of a directory, which mlx is"):
+    with pytest.raises(ConfigError, match=r"dst: got .*expected the name of a directory, which mlx is"):
         ml.AdapterFile.read(source).save(tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match="path: got .*expected the name of a directory, which peft is"):
+    with pytest.raises(ConfigError, match=r"path: got .*expected the name of a directory, which peft is"):
         ml.save(adapter, tmp_path / "x.safetensors", "peft")
     with pytest.raises(ConfigError, match=r"path: got .*expected a name that ends in \.safetensors"):
         ml.save(adapter, tmp_path / "x.gguf", "safetensors")
@@ -83,7 +85,7 @@ def test_every_way_to_write_has_the_rule(adapter, tmp_path, capsys):
             save(quantised, tmp_path / "q.gguf")
     peft(tmp_path / "sound", {PATH: adapter.factors(PATH)})
     before = names(tmp_path)
-    with pytest.raises(ConfigError, match="fix: got .*expected the name of a directory"):
+    with pytest.raises(ConfigError, match=r"fix: got .*expected the name of a directory"):
         ml.inspect(tmp_path / "sound", fix=tmp_path / "fixed.safetensors")
     for words in (
         ("convert", source, tmp_path / "x.safetensors", "--format", "peft"),
@@ -151,7 +153,9 @@ def test_files_and_directories_do_not_replace_each_other(adapter, tmp_path, over
         with pytest.raises(DestinationExistsError, match=f"file: is a file, expected a directory.*{format}"):
             convert(adapter, file, format, overwrite=overwrite)
     for format in WRITERS.keys() - {*FOLDERS, "gguf"}:
-        with pytest.raises(DestinationExistsError, match="folder: is a directory, expected the name of a file"):
+        with pytest.raises(
+            DestinationExistsError, match="folder: is a directory, expected the name of a file"
+        ):
             convert(adapter, folder, format, overwrite=overwrite)
     with pytest.raises(DestinationExistsError, match="is a file"):
         ml.save(adapter, file, "peft")
@@ -199,6 +203,6 @@ def test_checkpoints_of_mlx_keep_their_settings(adapter, tmp_path):
         lambda: convert(adapter, place, "peft", overwrite=True),
         lambda: ml.save(adapter, place),
     ):
-        with pytest.raises(DestinationExistsError, match="0000100_adapters.safetensors.*another directory"):
+        with pytest.raises(DestinationExistsError, match=r"0000100_adapters\.safetensors.*another directory"):
             write()
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before

@@ -80,7 +80,9 @@ def check_folder(arg: str, value: str | os.PathLike[str]) -> None:
     folder = os.path.dirname(os.path.normpath(path)) or "."
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "is not there"
-        raise MissingPathError(f"{arg}: got {path!r}, expected a place in a folder that exists: {folder!r} {what}")
+        raise MissingPathError(
+            f"{arg}: got {path!r}, expected a place in a folder that exists: {folder!r} {what}"
+        )
 
 
 def _check_free(path: str, format: str, overwrite: bool | None) -> None:
@@ -95,7 +97,7 @@ def _check_free(path: str, format: str, overwrite: bool | None) -> None:
     if folder and not is_dir:
         what = "a file" if os.path.exists(path) else "a link to nothing"
         raise DestinationExistsError(
-            f"{path}: is {what}, expected a directory, which {format} is; it is not replaced: give another name"
+            f"{path}: is {what}, expected a directory, which {format} is; give another name"
         )
     if overwrite is False:
         raise DestinationExistsError(f"{path}: exists; pass overwrite=True to replace it")
@@ -105,8 +107,8 @@ def _check_free(path: str, format: str, overwrite: bool | None) -> None:
         left = sorted(n for n in os.listdir(path) if n.endswith(_CHECKPOINTS))
         if left:
             raise DestinationExistsError(
-                f"{path}: has checkpoints of MLX ({left[0]!r}), whose scale stands in the adapter_config.json "
-                "that would be replaced; give another directory"
+                f"{path}: has checkpoints of MLX ({left[0]!r}), whose scale stands in its adapter_config.json, "
+                "which would be replaced; give another directory"
             )
 
 

@@ -117,4 +117,6 @@ def check_kinds(allow: Iterable[str], present: Iterable[str]) -> None:
 
             kinds = sorted({*_core.adapter_file_kinds(), *here})
             every = ", ".join(kinds)
-            raise ConfigError(f"allow: got {name!r}, expected 'drop:' and one of {every}{near(name[5:], kinds)}")
+            raise ConfigError(
+                f"allow: got {name!r}, expected 'drop:' and one of {every}{near(name[5:], kinds)}"
+            )

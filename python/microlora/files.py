@@ -94,8 +94,8 @@ def _by_name(path: PathLike) -> str:
     format = format_of_name(where)
     if format not in ("safetensors", "peft"):
         raise ConfigError(
-            f"path: got {where!r}, expected a name that ends in .safetensors, or that of a directory for PEFT "
-            f"(microlora.convert(..., format={format!r}) writes others)"
+            f"path: got {where!r}, expected a name that ends in .safetensors, or that of a directory for "
+            f"PEFT (microlora.convert(..., format={format!r}) writes others)"
         )
     return format
 
@@ -167,9 +167,7 @@ def load(
         check_kinds(left_out, _kinds_in(where, bounds, number, orientation))
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
-        adapter, unused, notes = _core.load_any(
-            where, mmap, strict, bounds, number, orientation, left_out
-        )
+        adapter, unused, notes = _core.load_any(where, mmap, strict, bounds, number, orientation, left_out)
     else:
         from microlora.formats import AdapterFile
 

@@ -61,6 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _told(err: Exception) -> str:
     """The message; of the system's errors the file first and no number."""
-    if isinstance(err, OSError) and err.filename is not None and err.strerror:
-        return f"{os.fsdecode(err.filename)}: {err.strerror}"
+    if isinstance(err, OSError) and err.filename is not None and err.errno is not None:
+        return f"{os.fsdecode(err.filename)}: {os.strerror(err.errno)}"
     return str(err)

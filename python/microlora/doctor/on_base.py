@@ -48,10 +48,15 @@ def compared(facts: Facts) -> str:
     if base is None:
         return ""
     n = len(facts.modules)
-    parts = [f"{len(found)} of {n} {what}" for found, what in ((_judged(facts), "names"), (_sized(facts), "shapes")) if found]
+    parts = [
+        f"{len(found)} of {n} {what}"
+        for found, what in ((_judged(facts), "names"), (_sized(facts), "shapes"))
+        if found
+    ]
     if base.layers is not None:
         parts.append(f"{base.layers} layers")
-    return f"{base.source}: {', '.join(parts) if parts and n else 'nothing, it does not tell what its layers are'}"
+    said = ", ".join(parts) if n else ""
+    return f"{base.source}: {said or 'nothing, it does not tell what its layers are'}"
 
 
 def names(facts: Facts) -> Said:

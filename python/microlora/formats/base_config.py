@@ -35,9 +35,7 @@ def read_base_config(
         with open(path, encoding="utf-8") as file:
             value = json.load(file)
     except (ValueError, RecursionError) as e:
-        raise FormatError(
-            f"{path}: base_config is not JSON ({e}), expected {WANT}"
-        ) from e
+        raise FormatError(f"{path}: base_config is not JSON ({e}), expected {WANT}") from e
     if not isinstance(value, dict):
         raise FormatError(f"{path}: base_config is {type(value).__name__}, expected an object")
     return value

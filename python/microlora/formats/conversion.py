@@ -272,8 +272,6 @@ def read_source(
     """The file of a path, of an adapter, or itself."""
     if isinstance(src, _core.QuantizedAdapter):
         raise DTypeError(f"{arg}: got a quantised adapter, expected plain weights: .dequantize() gives them")
-    if isinstance(src, _core.MicroLora):
-        src = src.adapter()
     if isinstance(src, (AdapterFile, _core.Adapter)):
         for name, value in (("alpha", alpha), ("orientation", orientation)):
             if value is not None:
@@ -285,7 +283,5 @@ def read_source(
     if isinstance(src, _core.Adapter):
         return AdapterFile.from_adapter(Adapter(src))
     if not isinstance(src, str | os.PathLike):
-        raise DTypeError(
-            f"{arg}: got {type(src).__name__}, expected a path, an Adapter, a MicroLoRA or an AdapterFile"
-        )
+        raise DTypeError(f"{arg}: got {type(src).__name__}, expected a path, an Adapter or an AdapterFile")
     return AdapterFile.read(path_text(arg, src), alpha=alpha, orientation=orientation)

@@ -42,7 +42,8 @@ class Verification:
             "sha256": "the file has the SHA-256 that was given",
             "manifest": "all files are those of the manifest",
             "signature": f"signed by {self.signer[:16]}...",
-            "weights": f"the weights have the fingerprint of the file's own header ({self.fingerprint[:16]}...)",
+            "weights": "the weights have the fingerprint of the file's own header "
+            f"({self.fingerprint[:16]}...)",
         }
         lines = [said[what] for what in self.checked]
         if self.checked == ("weights",):

@@ -288,6 +288,18 @@ def test_what_is_not_there_is_named_with_its_flag(run, sound, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sound"]
 
 
+def test_a_picture_is_refused_before_a_repair_is_made(run, broken, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, want in (
+        ("x.jpg", "a name that ends in .png"),
+        ("no/x.png", "a place in a folder that exists"),
+    ):
+        code, out, err = run("inspect", broken, "--fix", tmp_path / "fixed", "--plot", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"microlora: --plot: got '{tmp_path / name}', expected {want}")
+    assert not (tmp_path / "fixed").exists()
+
+
 def test_unknown_kinds_and_orientations_are_refused(run, sound, tmp_path):
     for words in (
         ("convert", sound, tmp_path / "x", "--format", "peft"),
@@ -297,7 +309,8 @@ def test_unknown_kinds_and_orientations_are_refused(run, sound, tmp_path):
         assert code == 2
         assert err.startswith("microlora: --allow: got 'drop:dorra', expected 'drop:' and one of ")
         assert "did you mean 'dora'" in err
-        assert run(*words, "--orientation", "rank_first")[0] == 2
+        assert ": --orientation: got" in run(*words, "--orientation", "rank_first")[2]
+        assert ": --alpha: got 4, expected none" in run(*words, "--alpha", "4")[2]
         assert run(*words, "--orientation", "up")[2].startswith("microlora: --orientation: got 'up'")
         assert run(*words, "--allow", "drop:dora")[0] == 0
 
@@ -314,6 +327,7 @@ def test_words_of_the_command_line():
     assert in_flags('allow=["drop:a", "drop:b"] leaves', options) == "--allow drop:a --allow drop:b leaves"
     assert in_flags("pass base_config= for it", options) == "pass --base-config for it"
     assert in_flags("path: got 1; alpha= too", options) == "path: got 1; alpha= too"
+    assert in_flags("f.npz: allow: got 1", options) == "f.npz: --allow: got 1"
     assert in_flags("x_overwrite=True", options) == "x_overwrite=True"
 
 

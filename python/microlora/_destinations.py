@@ -66,7 +66,7 @@ def _check_name(arg: str, path: str, format: str) -> None:
     if ending in _PICKLES:
         why = "is for pickles, which are not written; a single file ends in .safetensors"
     else:
-        why = f"is for {' or '.join(_ENDINGS[ending])}, which microlora.convert writes with format="
+        why = f"is for format {' or '.join(_ENDINGS[ending])}"
     raise ConfigError(f"{arg}: got {path!r}, expected {want} ({ending} {why})")
 
 
@@ -107,8 +107,8 @@ def _check_free(path: str, format: str, overwrite: bool | None) -> None:
         left = sorted(n for n in os.listdir(path) if n.endswith(_CHECKPOINTS))
         if left:
             raise DestinationExistsError(
-                f"{path}: has checkpoints of MLX ({left[0]!r}), whose scale stands in its adapter_config.json, "
-                "which would be replaced; give another directory"
+                f"{path}: has checkpoints of MLX ({left[0]!r}), whose scale is in the adapter_config.json "
+                "that would be replaced; give another directory"
             )
 
 

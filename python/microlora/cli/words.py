@@ -32,7 +32,7 @@ def in_flags(text: str, options: Iterable[str]) -> str:
         text = re.sub(rf"\b{name}=True\b", flag, text)
         text = re.sub(rf"\b{name}=\"([^\"]*)\"", rf"{flag} \1", text)
         text = re.sub(rf"(?<![\w-]){name}=(?=[\s,;)]|$)", flag, text)
-        text = re.sub(rf"^(?:{name}|{_OTHERWISE.get(name, name)}): got ", f"{flag}: got ", text)
+        text = re.sub(rf"(^|: )(?:{name}|{_OTHERWISE.get(name, name)}): got ", rf"\1{flag}: got ", text)
     for name, shown in _SHOWN.items():
         text = re.sub(rf"^{name}: got ", f"{shown}: got ", text)
     return text

@@ -185,6 +185,7 @@ class Report:
         Raises:
             MissingExtraError: matplotlib is not installed.
             ConfigError: Another ending, or no module to draw.
+            MissingPathError: The folder of ``path`` is not there.
             OSError: The file cannot be written.
         """
         from microlora.doctor.plot import draw

@@ -65,7 +65,7 @@ def named(
     if base_config is None:
         return _core.gguf_keep_names(file)
     if names is not None:
-        raise ConfigError("names: got 'gguf' with a base_config, expected one of the two")
+        raise ConfigError("names: got 'gguf' with base_config=, expected one of the two")
     base = Base.from_config(base_config)
     architecture = file.header.get(ARCHITECTURE)
     if architecture != base.architecture:

@@ -187,7 +187,13 @@ mod tests {
         let missing = write(&dir.path().join("no/such"), |_| Ok(())).unwrap_err();
         assert!(matches!(&missing, Error::Io { path, source } if path.ends_with("no")
             && source.raw_os_error().is_some()));
-        assert!(!missing.to_string().contains(".tmp"));
+        assert!(!missing.to_string().contains(".microlora-"));
+        fs::write(dir.path().join("file"), b"").unwrap();
+        let file = write(&dir.path().join("file/a"), |_| Ok(())).unwrap_err();
+        assert!(matches!(&file, Error::Io { path, .. } if path.ends_with("file")), "{file}");
+        fs::remove_file(dir.path().join("file")).unwrap();
+        let long = write(&dir.path().join("a".repeat(300)).join("b"), |_| Ok(())).unwrap_err();
+        assert!(!long.to_string().contains(".microlora-"));
         assert!(matches!(write(Path::new("/"), |_| Ok(())), Err(Error::Io { .. })));
         assert!(names(dir.path()).is_empty());
     }

@@ -108,3 +108,21 @@ impl Loaded {
         Ok(parts)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_every_format_can_be_given_up() {
+        let kinds = variant_kinds();
+        for kind in
+            ["dora", "experts", "extra", "init:pissa", "init:unknown", "loha", "lokr", "norm", "row_order"]
+        {
+            assert!(kinds.contains(kind), "{kind}");
+        }
+        assert!(
+            NOTHING_ELSE.iter().chain(["conv", "embedding", "lora_bias"].iter()).all(|k| kinds.contains(*k))
+        );
+    }
+}

@@ -252,7 +252,7 @@ def test_every_format_that_is_written_is_looked_at(format, tmp_path):
     if format == "gguf":
         pytest.importorskip("gguf")
     adapter = ml.load(write_peft(tmp_path / "a"))
-    ml.convert(adapter, tmp_path / "b", format=format, base_config=CONFIG)
+    ml.convert(adapter, tmp_path / "b", format=format, base_config=CONFIG if format == "gguf" else None)
     want, report = ml.inspect(tmp_path / "a"), ml.inspect(tmp_path / "b", base=CONFIG)
     assert (report.ok, report.format) == (True, format), str(report)
     norms = [sorted(m.norm_delta for m in r.modules) for r in (want, report)]

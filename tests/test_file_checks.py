@@ -170,6 +170,14 @@ TABLE = {
             "dtype": (5, None, "f8", []),
         },
     ),
+    "Adapter.with_metadata": (
+        lambda p: (ml.load(p / "in").with_metadata, {}),
+        {"metadata": (5, None, "x", {"name": "x"})},
+    ),
+    "QuantizedAdapter.with_metadata": (
+        lambda p: (ml.quantize(ml.Adapter.from_factors(FACTORS, alpha=8), "q8_0").adapter.with_metadata, {}),
+        {"metadata": (5, None, "x", {"name": "x"})},
+    ),
     "inspect": (
         lambda p: (ml.inspect, {"path": p / "in"}),
         {
@@ -326,6 +334,16 @@ def test_the_kinds_that_there_are_are_those_that_files_show(place):
     with pytest.raises(UnsupportedVariantError, match=r'allow=\["drop:dora"\]'):
         ml.load(place / "dora")
     assert ml.load(place / "dora", allow=["drop:dora"]).modules()
+
+
+def test_a_base_config_without_effect_is_refused(place):
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 5}
+    before = content(place)
+    for format in ("peft", "safetensors", "mlx", "kohya", "diffusers", "flat", "npz"):
+        for source in (place / "in", ml.load(place / "in")):
+            with pytest.raises(ConfigError, match=f"base_config: got one for .* to {format}, expected None"):
+                ml.convert(source, place / "out", format=format, base_config=config)
+    assert content(place) == before
 
 
 # -- what is not there ---------------------------------------

@@ -93,7 +93,13 @@ class Adapter(_core.Adapter):
         return AdapterMetadata.from_json(self.metadata_json) if self.metadata_json else AdapterMetadata()
 
     def with_metadata(self, metadata: AdapterMetadata) -> Adapter:
-        """The same weights (shared) with other metadata."""
+        """The same weights (shared) with other metadata.
+
+        Raises:
+            ConfigError: No metadata.
+        """
+        if not isinstance(metadata, AdapterMetadata):
+            raise wrong("metadata", metadata, "an AdapterMetadata")
         return Adapter(self.with_json(self.config_json, metadata.to_json()))
 
     def info(self, module: str) -> ModuleInfo:

@@ -107,7 +107,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         return AdapterMetadata.from_json(self.metadata_json) if self.metadata_json else AdapterMetadata()
 
     def with_metadata(self, metadata: AdapterMetadata) -> QuantizedAdapter:
-        """The same weights (shared) with other metadata."""
+        """The same weights (shared) with other metadata.
+
+        Raises:
+            ConfigError: No metadata.
+        """
+        if not isinstance(metadata, AdapterMetadata):
+            raise wrong("metadata", metadata, "an AdapterMetadata")
         return QuantizedAdapter(self.with_json(self.config_json, metadata.to_json()))
 
     def __repr__(self) -> str:

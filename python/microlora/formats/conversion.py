@@ -191,8 +191,8 @@ def convert(
             or a device, a file where the format is a directory, or the other way round.
         MissingPathError: The folder of ``dst`` is not there.
         ConfigError: An unknown format or dtype, a name of ``dst`` that is for another format,
-            ``base_config`` is needed and missing, ``alpha`` or ``orientation`` for what is no path, or
-            ``allow`` with a kind that there is not.
+            ``base_config`` is needed and missing or of no use, ``alpha`` or ``orientation`` for what is no
+            path, or ``allow`` with a kind that there is not.
         DTypeError: ``src`` is a quantised adapter, or no path and no adapter.
         MissingExtraError: GGUF names need the gguf package.
         ShapeError: A module that does not fit the base.
@@ -216,6 +216,9 @@ def convert(
     target = check_destination("dst", dst, format, overwrite=flag("overwrite", overwrite))
     file = read_source(src, alpha=alpha, orientation=orientation)
     check_kinds(options.allow, (v.kind for v in file.variants))
+    if config is not None and format != "gguf" and not gguf.has_own_names(file):
+        was = file.format or "an adapter"
+        raise ConfigError(f"base_config: got one for {was} to {format}, expected None (it is for GGUF files)")
     if names is not None or (config is not None and gguf.has_own_names(file)):
         file = AdapterFile.wrap(gguf.named(file, config, names))
     if module_names is not None:

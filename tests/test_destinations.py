@@ -132,6 +132,9 @@ def test_every_way_to_write_names_the_folder(adapter, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     ml.save(adapter, "here.safetensors")  # the folder that one is in
     ml.save(adapter, "here/")
+    with pytest.raises(MissingPathError, match="folder that exists: 'gone'"):
+        ml.save(adapter, "gone/..", "peft")
+    assert not (tmp_path / "gone").exists()
     assert ml.load("here").modules() == ml.load("here.safetensors").modules() == [PATH]
 
 

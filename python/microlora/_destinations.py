@@ -77,7 +77,7 @@ def check_folder(arg: str, value: str | os.PathLike[str]) -> None:
         MissingPathError: It is not, or is none; the message names it.
     """
     path = os.fspath(value)
-    folder = os.path.dirname(os.path.normpath(path)) or "."
+    folder = os.path.dirname(path.rstrip("/" + os.sep)) or "."
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "is not there"
         raise MissingPathError(

@@ -18,6 +18,8 @@ pub struct Row {
     /// Whether the reader may have to be told which way the factors lie.
     oriented: bool,
     read: fn(Source, &LoadOptions) -> Result<Loaded>,
+    /// Whether `read` takes tensors that were not read yet.
+    lazy: bool,
 }
 
 /// All formats. A new one is one file and one row here.
@@ -29,6 +31,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: None,
         oriented: false,
         read: single::read,
+        lazy: true,
     },
     Row {
         name: "mlx",
@@ -37,6 +40,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: None,
         oriented: false,
         read: mlx::read,
+        lazy: false,
     },
     Row {
         name: "peft",
@@ -45,6 +49,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: Some(peft::is_key),
         oriented: false,
         read: peft::read,
+        lazy: true,
     },
     Row {
         name: "gguf",
@@ -53,6 +58,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: None,
         oriented: false,
         read: gguf::read,
+        lazy: false,
     },
     Row {
         name: "kohya",
@@ -61,6 +67,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: Some(kohya::is_key),
         oriented: false,
         read: kohya::read,
+        lazy: false,
     },
     Row {
         name: "diffusers",
@@ -70,6 +77,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: Some(diffusers::is_key),
         oriented: false,
         read: diffusers::read,
+        lazy: false,
     },
     Row {
         name: "flat",
@@ -78,6 +86,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: Some(flat::is_key),
         oriented: true,
         read: flat::read,
+        lazy: false,
     },
     Row {
         name: "npz",
@@ -86,6 +95,7 @@ pub static FORMATS: [Row; 8] = [
         is_key: None,
         oriented: true,
         read: npz::read,
+        lazy: false,
     },
 ];
 
@@ -149,8 +159,11 @@ fn check_given_alpha(loaded: &Loaded, opts: &LoadOptions, file: &str) -> Result<
 }
 
 /// Reads with the row that knows the source.
-pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
+pub(super) fn read(mut source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let row = row_of(&source)?;
+    if !row.lazy {
+        source.settle()?;
+    }
     let file = source.file.clone();
     check_given_orientation(row, opts, &file)?;
     let mut loaded = (row.read)(source, opts)?;

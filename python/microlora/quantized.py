@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import microlora._core as _core
+from microlora._checks import flag, text, wrong
 from microlora.adapter import Adapter, ModuleInfo, check_config, config_of
 from microlora.config import LoraConfig
+from microlora.exceptions import DTypeError
 from microlora.metadata import AdapterMetadata
 
 
@@ -41,9 +44,26 @@ class QuantizedAdapter(_core.QuantizedAdapter):
             ShapeError: A width that is not a multiple of the type's block (32, or 256 for ``*_k``).
             NonFiniteError: Numbers too large for the type's scales.
             ConfigError: An unknown type, or a module without types.
+            DTypeError: No adapter.
             UnknownModuleError: Types for a module that the adapter does not have.
         """
-        return cls(_core.QuantizedAdapter.quantize(adapter, dict(types), b_along_rank))
+        if not isinstance(adapter, _core.Adapter):
+            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter")
+        turned = flag("b_along_rank", b_along_rank)
+        return cls(_core.QuantizedAdapter.quantize(adapter, _pairs(types), turned))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a single file of version 2, as :func:`microlora.save` does.
+
+        Raises:
+            ConfigError: A name that is for another format.
+            MissingPathError: The folder of ``path`` is not there.
+            DestinationExistsError: A directory lies there.
+            OSError: The system refused; an older file is left whole.
+        """
+        from microlora.files import save
+
+        save(self, path, "safetensors")
 
     def dequantize(self) -> Adapter:
         """The plain adapter: float32 where a factor was quantised, in four to eight times the memory."""
@@ -87,7 +107,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         return AdapterMetadata.from_json(self.metadata_json) if self.metadata_json else AdapterMetadata()
 
     def with_metadata(self, metadata: AdapterMetadata) -> QuantizedAdapter:
-        """The same weights (shared) with other metadata."""
+        """The same weights (shared) with other metadata.
+
+        Raises:
+            ConfigError: No metadata.
+        """
+        if not isinstance(metadata, AdapterMetadata):
+            raise wrong("metadata", metadata, "an AdapterMetadata")
         return QuantizedAdapter(self.with_json(self.config_json, metadata.to_json()))
 
     def __repr__(self) -> str:
@@ -100,3 +126,16 @@ class QuantizedAdapter(_core.QuantizedAdapter):
 
     # Defining __eq__ anywhere in a class body would drop the core's hash; both come from the core.
     __hash__ = _core.QuantizedAdapter.__hash__
+
+
+def _pairs(types: object) -> dict[str, tuple[str, str]]:
+    """The types of both factors of each module."""
+    if not isinstance(types, Mapping):
+        raise wrong("types", types, "a mapping {module: (type of A, type of B)}")
+    out = {}
+    for module, pair in types.items():
+        name = text("types: module", module)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise wrong(f"types[{name!r}]", pair, "a pair of names, of A and of B")
+        out[name] = (text(f"types[{name!r}]", pair[0]), text(f"types[{name!r}]", pair[1]))
+    return out

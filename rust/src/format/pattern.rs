@@ -342,6 +342,17 @@ mod tests {
     }
 
     #[test]
+    fn plain_keys_are_bounded_alone_and_together() {
+        let mut t = Table::default();
+        for i in 0..MAX_KEYS / MAX_KEY {
+            t.push(&format!("{i:05}{}", "x".repeat(MAX_KEY - 5)), i).unwrap();
+        }
+        assert!(t.push("y", 0).unwrap_err().contains("keys of more than"));
+        let long = "x".repeat(MAX_KEY + 1);
+        assert!(Table::default().push(&long, 0).unwrap_err().contains("65537 bytes"));
+    }
+
+    #[test]
     fn whole_patterns_are_bounded() {
         let matches = |p: &str, path: &str| whole(p).map(|r| r.is_match(path));
         assert_eq!(matches("a|b", "b"), Ok(true));

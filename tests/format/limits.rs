@@ -130,3 +130,12 @@ fn bounds_that_are_no_settings_are_exact_too() {
     }
     assert!(refusal(|d| d.data.truncate(d.data.len() - 1)).contains("truncated"));
 }
+
+#[test]
+fn many_keys_for_long_names_are_refused_before_they_are_tried() {
+    let keys: Vec<String> = (0..4000).map(|i| format!("\"k{i}\":2")).collect();
+    let config = format!(r#"{{"peft_type":"LORA","r":2,"rank_pattern":{{{}}}}}"#, keys.join(","));
+    let tensors: Vec<_> = (0..10).flat_map(|i| pair(&format!("{i}{}", "x".repeat(110_000)), 2)).collect();
+    let err = load_dir(&config, &tensors, &LENIENT).unwrap_err().to_string();
+    assert!(err.contains("4000 pattern keys on 10 modules take too long"), "{err}");
+}

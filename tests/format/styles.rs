@@ -213,3 +213,25 @@ fn mutated_files_do_no_harm() {
         }
     }
 }
+
+#[test]
+fn ranks_of_diffusers_settings_must_be_those_of_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    let tensors = [
+        tensor("unet.q.lora_A.weight", TensorDtype::F32, &[2, 6], 1),
+        tensor("unet.q.lora_B.weight", TensorDtype::F32, &[5, 2], 2),
+    ];
+    for (settings, sound) in [
+        (r#"{"unet.r":2,"unet.lora_alpha":4}"#, true),
+        (r#"{"unet.r":3,"unet.lora_alpha":4}"#, false),
+        (r#"{"unet.r":2,"unet.lora_alpha":4,"unet.rank_pattern":{"q":1}}"#, false),
+    ] {
+        let file = safetensors(&tensors, Some(&[("lora_adapter_metadata", settings)]));
+        std::fs::write(&path, file).unwrap();
+        match read(&path, &LENIENT) {
+            Ok(loaded) => assert!(sound && loaded.parts.modules[0].alpha == 4.0, "{settings}"),
+            Err(e) => assert!(!sound && e.to_string().contains("unet.q.lora_A.weight"), "{settings}: {e}"),
+        }
+    }
+}

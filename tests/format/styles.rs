@@ -229,7 +229,7 @@ fn ranks_of_diffusers_settings_must_be_those_of_the_weights() {
     ] {
         let file = safetensors(&tensors, Some(&[("lora_adapter_metadata", settings)]));
         std::fs::write(&path, file).unwrap();
-        match read(&path, &LENIENT) {
+        match read(&path, &STRICT) {
             Ok(loaded) => assert!(sound && loaded.parts.modules[0].alpha == 4.0, "{settings}"),
             Err(e) => assert!(!sound && e.to_string().contains("unet.q.lora_A.weight"), "{settings}: {e}"),
         }

@@ -101,9 +101,9 @@ def _save_quantized(
         got = f"format={format!r}" + (" with layer_paths" if layer_paths else "")
         raise ConfigError(
             f"format: got {got} for a quantised adapter, expected 'safetensors' alone "
-            "(save adapter.dequantize() in other formats)"
+            "(microlora.convert and its own save() write other formats)"
         )
-    adapter.save(os.fspath(path))
+    adapter.save_single(os.fspath(path))
 
 
 def load(

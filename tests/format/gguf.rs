@@ -34,8 +34,14 @@ fn written_as(
 ) -> microlora::Result<(Loaded, Vec<String>)> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.gguf");
-    let opts =
-        GgufOptions { architecture: "qwen2", targets, encoding: dtype.parse::<Encoding>()?, tokens: None };
+    let opts = GgufOptions {
+        architecture: "qwen2",
+        targets,
+        encoding: dtype.parse::<Encoding>()?,
+        tokens: None,
+        quantized: &[],
+        drop_blocks: false,
+    };
     let notes = save_gguf(&path, parts, &opts)?;
     Ok((read(&path, &LoadOptions::default())?, notes))
 }
@@ -68,8 +74,14 @@ fn every_byte_of_a_written_file_is_known() {
         b: pair("up.lora_b", &[4, 2]),
     };
     let targets = BTreeMap::from([("up".to_owned(), target("blk.0.ffn_up.weight", None))]);
-    let opts =
-        GgufOptions { architecture: "qwen2", targets: &targets, encoding: Encoding::Auto, tokens: None };
+    let opts = GgufOptions {
+        architecture: "qwen2",
+        targets: &targets,
+        encoding: Encoding::Auto,
+        tokens: None,
+        quantized: &[],
+        drop_blocks: false,
+    };
     let parts = AdapterParts { modules: vec![m], ..AdapterParts::default() };
     save_gguf(&path, &parts, &opts).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), Draft::good().build());

@@ -1,8 +1,8 @@
 //! Version 2 of the single file: quantised adapters, whole and damaged.
 
 use microlora::format::{
-    AdapterParts, Along, FactorParts, LoadOptions, QuantModuleParts, from_bytes, load, quantized_from_bytes,
-    quantized_to_bytes, read, save_quantized,
+    AdapterParts, Along, FactorParts, LoadOptions, ModuleKind, QuantModuleParts, from_bytes, load,
+    quantized_from_bytes, quantized_to_bytes, read, save_quantized,
 };
 use microlora::quant::{BlockType, QuantAdapter, quantize_rows};
 use microlora::{Adapter, Error};
@@ -18,7 +18,15 @@ fn blocks(kind: BlockType, along: Along, rows: usize, cols: usize) -> FactorPart
 }
 
 fn module_with(path: &str, rank: usize, a: FactorParts, b: FactorParts) -> QuantModuleParts {
-    QuantModuleParts { path: path.into(), alpha: 4.0, rank, use_rslora: rank == 3, a, b }
+    QuantModuleParts {
+        path: path.into(),
+        kind: ModuleKind::Linear,
+        alpha: 4.0,
+        rank,
+        use_rslora: rank == 3,
+        a,
+        b,
+    }
 }
 
 /// Every type, both directions, and plain sides.

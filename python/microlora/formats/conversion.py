@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import microlora._core as _core
 from microlora._checks import check_allow, near
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, DestinationExistsError, DTypeError, UnsupportedVariantError
+from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
 from microlora.formats import gguf
 from microlora.formats.base_config import read_base_config
 from microlora.formats.file import AdapterFile, PathLike
 from microlora.progress import CancelToken, Progress
+from microlora.quantized import QuantizedAdapter
 
 __all__ = ["WRITERS", "Conversion", "Options", "Writer", "convert"]
 
@@ -92,9 +92,13 @@ def _tell_all(file: AdapterFile, options: Options) -> None:
 
 
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    file.save_single(os.fspath(path), list(gguf.unplaced(file)))
+    expand = "drop:blocks" in options.allow
+    file.save_single(os.fspath(path), list(gguf.unplaced(file)), expand)
     _tell_all(file, options)
-    return []
+    others = sorted({m.kind for m in file.modules} - {"linear"})
+    if not file.has_blocks or not (expand or others):
+        return []
+    return ["blocks were written as float32" + (f": the file has {', '.join(others)}" if others else "")]
 
 
 def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
@@ -138,7 +142,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def convert(
-    src: PathLike | AdapterFile | Adapter,
+    src: PathLike | AdapterFile | Adapter | QuantizedAdapter,
     dst: PathLike,
     *,
     format: str,
@@ -156,16 +160,19 @@ def convert(
     """Writes an adapter in another format.
 
     Args:
-        src: A path of any format that is read, or what was read from one.
+        src: A path of any format that is read, what was read from one, or an adapter. Factors in blocks stay
+            blocks in ``"gguf"`` and ``"safetensors"``, and become float32 elsewhere; a note names them.
         dst: File or directory to write.
         format: One of the names of :data:`WRITERS`.
         base_config: The base model's ``config.json`` (its path, or its content), for formats that need its
             architecture and head counts.
         allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
             one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
-            rounded into B (without it only where that is exact).
+            rounded into B (without it only where that is exact). Blocks that GGUF cannot hold as they are (of
+            B along out_features, of other types than ``dtype``) are written as their numbers, in ``dtype``,
+            under ``"drop:blocks"``; with it ``"safetensors"`` has no blocks either.
         overwrite: Replace what lies at ``dst``; other files of a directory stay.
-        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as f32),
+        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as they are),
             ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``,
             ``"q4_0"`` (blocks where a row is a whole number of them, f16 elsewhere). Other formats keep
             every tensor's type.
@@ -186,7 +193,6 @@ def convert(
             or a device.
         ConfigError: An unknown format or dtype, ``base_config`` is needed and missing, or ``alpha`` or
             ``orientation`` for what is no path.
-        DTypeError: ``src`` is a quantised adapter.
         MissingExtraError: GGUF names need the gguf package.
         ShapeError: A module that does not fit the base.
         NonFiniteError: A number that ``dtype`` cannot hold.
@@ -217,8 +223,9 @@ def convert(
     if left:
         names = ", ".join(f'"drop:{kind}"' for kind in left)
         what = "; ".join(f"{kind} ({at})" for kind, at in left.items())
+        numbers = " (of blocks their numbers stay)" if "blocks" in left else ""
         raise UnsupportedVariantError(
-            f"{file.file}: {format} cannot hold {what}; allow=[{names}] leaves it out"
+            f"{file.file}: {format} cannot hold {what}; allow=[{names}] leaves it out{numbers}"
         )
     if cancel is not None:
         cancel.raise_if_cancelled("converting")
@@ -255,12 +262,13 @@ def _on_names(file: AdapterFile, format: str) -> list[str]:
 
 
 def read_source(
-    src: PathLike | AdapterFile | Adapter, *, alpha: float | None = None, orientation: str | None = None
+    src: PathLike | AdapterFile | Adapter | QuantizedAdapter,
+    *,
+    alpha: float | None = None,
+    orientation: str | None = None,
 ) -> AdapterFile:
     """The file of a path, of an adapter, or itself."""
-    if isinstance(src, _core.QuantizedAdapter):
-        raise DTypeError("src: got a quantised adapter, expected plain weights: .dequantize() gives them")
-    if isinstance(src, (AdapterFile, Adapter)):
+    if isinstance(src, (AdapterFile, Adapter, QuantizedAdapter)):
         for name, value in (("alpha", alpha), ("orientation", orientation)):
             if value is not None:
                 raise ConfigError(
@@ -268,6 +276,6 @@ def read_source(
                 )
     if isinstance(src, AdapterFile):
         return src
-    if isinstance(src, Adapter):
+    if isinstance(src, (Adapter, QuantizedAdapter)):
         return AdapterFile.from_adapter(src)
     return AdapterFile.read(src, alpha=alpha, orientation=orientation)

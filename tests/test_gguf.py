@@ -74,8 +74,11 @@ def test_a_written_file_is_the_reference_s_bytes(tmp_path, names):
     assert (done.format, done.modules, done.dropped, done.notes) == ("gguf", 4, {}, ())
     heads = {Q: 4, K: 2}
     rows = {TENSORS[p]: (a, ref.interleaved(b, heads[p]) if p in heads else b) for p, (a, b) in parts.items()}
-    config = ("microlora.config", adapter(parts).config_json)
-    assert path.read_bytes() == ref.adapter_file("llama", rows, more=[config])
+    more = [
+        ("microlora.config", adapter(parts).config_json),
+        ("microlora.weights_sha256", ref.weights_sha256(rows)),
+    ]
+    assert path.read_bytes() == ref.adapter_file("llama", rows, more=more)
 
 
 def test_the_model_s_names_and_rows_come_back(tmp_path, names):
@@ -134,6 +137,9 @@ def test_a_file_is_written_again_without_its_base(tmp_path):
         assert len(back.factor_bytes(0)[1]) == 64 * size
         assert back.header["general.architecture"] == "llama"
     ml.convert(path, tmp_path / "c.gguf", format="gguf")
+    modules = {"blk.0.attn_q": (np.ones((2, 32)), np.arange(64.0).reshape(32, 2))}
+    named = ("microlora.weights_sha256", ref.weights_sha256(modules))
+    hand_written(tmp_path, "llama", more=[named])
     assert (tmp_path / "c.gguf").read_bytes() == path.read_bytes()
 
 

@@ -212,7 +212,7 @@ def test_other_scalings_are_folded(case, tmp_path, make):
 
 # Bounds by what a type keeps: about twice what was measured.
 TYPES = {
-    "f16": 0.006, "bf16": 0.015, "q8_0": 0.065, "q6_k": 0.045, "q5_k": 0.1, "q4_k": 0.19, "q4_1": 0.35,
+    "f16": 0.006, "bf16": 0.015, "q8_0": 0.065, "q6_k": 0.045, "q5_k": 0.085, "q4_k": 0.19, "q4_1": 0.46,
     "q4_0": 0.35,
 }  # fmt: skip
 
@@ -240,11 +240,7 @@ def test_mixed_types_of_one_pair(case, tmp_path):
     assert case.of(path) <= TYPES["bf16"]
 
 
-#: Bounds as above, for A in that type and B in q8_0 along its rank.
-QUANTISED = {"q8_0": 0.08, "q6_k": 0.06, "q5_k": 0.12, "q4_k": 0.2, "q4_1": 0.25, "q4_0": 0.3}
-
-
-@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("dtype", [t for t in TYPES if t.startswith("q")])
 def test_quantised_adapters_run_as_the_blocks_that_they_are(case, smollm2, tmp_path, dtype):
     # Widths of 576 are no whole blocks of 256: there the type gives way, as quantize() does it.
     shapes = {f"model.layers.{b}.{name}": size for b in BLOCKS for name, size in SHAPES.items()}
@@ -265,7 +261,7 @@ def test_quantised_adapters_run_as_the_blocks_that_they_are(case, smollm2, tmp_p
     merged = hf_logprobs(smollm2[0], TOKENS, deltas)
     error = llama.rms(case.llama.logprobs(TOKENS, path), merged)
     print(f"{dtype}: RMS {error:.5f}, without it {llama.rms(case.bare, merged):.3f}")
-    assert error <= QUANTISED[dtype]
+    assert error <= 0.11  # about twice what was measured
     assert llama.rms(case.bare, merged) > 0.3
 
 
@@ -322,8 +318,8 @@ def tiny(architecture, tied=False):
     return model, config.to_dict()
 
 
-def base_file(model, config, architecture, path):
-    """A GGUF file of a small model in F32, without a vocabulary."""
+def base_file(model, config, architecture, path, more=lambda writer: None):
+    """A GGUF file of a small model (or its tensors) in F32, without a vocabulary."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -344,19 +340,22 @@ def base_file(model, config, architecture, path):
         writer.add_sliding_window(config["sliding_window"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_string("tokenizer.ggml.model", "no_vocab")
+    more(writer)
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, value in model.state_dict().items():
+    tensors = model if isinstance(model, dict) else model.state_dict()
+    for name, value in tensors.items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        value = value.numpy().astype(np.float32)
+        value = np.asarray(value).astype(np.float32)
         if architecture == "gemma3" and "norm" in name:
             value = value + 1
         if architecture == "llama" and "q_proj" in name:
             value = interleaved(value, config["num_attention_heads"])
         if architecture == "llama" and "k_proj" in name:
             value = interleaved(value, config["num_key_value_heads"])
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(value))
+        place = name if name.startswith("blk.") else names.get_name(name, (".weight",))
+        writer.add_tensor(place, np.ascontiguousarray(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

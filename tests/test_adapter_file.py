@@ -13,7 +13,6 @@ import microlora as ml
 from microlora.exceptions import (
     ConfigError,
     DestinationExistsError,
-    DTypeError,
     FormatError,
     NonFiniteError,
     ShapeError,

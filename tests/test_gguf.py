@@ -272,6 +272,16 @@ def test_a_base_that_does_not_fit_is_refused_before_writing(tmp_path, names, cha
     assert not list(tmp_path.iterdir())
 
 
+def test_a_multimodal_base_names_the_way_out(tmp_path, names):
+    whole = {"model_type": "gemma3", "text_config": LLAMA | {"model_type": "gemma3_text"}}
+    with pytest.raises(ConfigError, match="'gemma3', expected .*pass text_config"):
+        convert(adapter(), tmp_path, whole)
+    _, done = convert(adapter(), tmp_path, whole["text_config"])
+    assert done.modules == 4
+    with pytest.raises(ConfigError, match=r"qwen3_moe, seed_oss, smollm3$"):
+        convert(adapter(), tmp_path, {"model_type": "clip", "text_config": {"model_type": "clip_text"}})
+
+
 def test_another_architecture_than_the_base_s(tmp_path, names):
     with pytest.raises(FormatError, match="qwen2"):
         ml.load(hand_written(tmp_path, "llama"), base_config=QWEN2)

@@ -643,8 +643,9 @@ class AdapterFile:
         """
 
     def save_single(self, path: str | PathLike[str], lost: Sequence[str], expand: bool) -> None:
-        """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing. Blocks of
-        linear layers stay blocks without `expand`.
+        """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing.
+
+        Blocks of linear layers stay blocks without ``expand``.
 
         Raises:
             OSError: The system refused; an older file is left whole.
@@ -2013,7 +2014,7 @@ def gguf_keep_names(file: AdapterFile) -> AdapterFile:
     """The file with llama.cpp's names and row order, as they are."""
 
 def gguf_lost_blocks(file: AdapterFile, modules: Sequence[str], dtype: str) -> list[str]:
-    """Factors of these modules whose blocks a GGUF file of that dtype cannot hold as they are, with reasons."""
+    """Factors of these modules whose blocks a GGUF file of that dtype cannot hold as they are, and why."""
 
 def gguf_stack(file: AdapterFile, groups: Mapping[str, Sequence[str]]) -> AdapterFile:
     """The file with the modules of each group (experts, in order) as one module of kind ``"experts"``.

@@ -70,9 +70,9 @@ class QuantizedAdapter(_core.QuantizedAdapter):
     ) -> Conversion:
         """Writes it: :func:`microlora.convert` of this adapter.
 
-        ``"gguf"`` and ``"safetensors"`` hold blocks byte for byte, other formats float32. GGUF lays blocks of B
-        along the rank: those that lie along out_features (``b_along_rank=False``) are an error there, unless
-        ``allow=["drop:blocks"]`` lets their numbers be written.
+        ``"gguf"`` and ``"safetensors"`` hold blocks byte for byte, other formats float32. GGUF lays blocks of
+        B along the rank: those that lie along out_features (``b_along_rank=False``) are an error there,
+        unless ``allow=["drop:blocks"]`` lets their numbers be written.
 
         Args:
             path: File or directory to write.

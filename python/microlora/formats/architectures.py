@@ -134,8 +134,14 @@ class Base:
         kind = config.get("model_type")
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
         if family is None:
+            text = config.get("text_config")
+            way = (
+                "; of a multimodal model pass text_config, and modules under the names of the text model"
+                if isinstance(text, Mapping) and text.get("model_type") in FAMILIES
+                else ""
+            )
             raise ConfigError(
-                f"base_config.model_type: got {kind!r}, expected one of {', '.join(sorted(FAMILIES))}"
+                f"base_config.model_type: got {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{way}"
             )
 
         def number(name: str, default: int | None = None) -> int:

@@ -151,8 +151,8 @@ def _stacked(file: AdapterFile, base: Base) -> AdapterFile:
         if left or over:
             got = f"no expert {left[0]}" if left else f"expert {over[0]}"
             raise UnsupportedVariantError(
-                f"{file.file}: {path}: got {got}, expected all of {count} (base_config): llama.cpp has one tensor "
-                "for all experts"
+                f"{file.file}: {path}: got {got}, expected all of {count} (base_config): llama.cpp has one "
+                "tensor for all experts"
             )
     ordered = {path: [members[i] for i in sorted(members)] for path, members in groups.items()}
     return file.wrap(_core.gguf_stack(file, ordered)) if ordered else file

@@ -32,8 +32,8 @@ def fingerprint(
     """SHA-256 of an adapter's weights: names, shapes, dtypes, scaling and data, and nothing else.
 
     The same for the same adapter in memory, in our single file and in a PEFT directory; another with other
-    module names, another alpha or another dtype. Factors in blocks count as their blocks. docs/doctor.md states
-    what is hashed.
+    module names, another alpha or another dtype. Factors in blocks count as their blocks. docs/doctor.md
+    states what is hashed.
 
     Args:
         source: A path of any format, what was read from one, or an adapter.

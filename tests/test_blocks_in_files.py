@@ -84,6 +84,10 @@ def test_blocks_go_to_gguf_byte_for_byte_and_come_back(tmp_path, names, types):
     back = ml.load(tmp_path / "a.gguf", base_config=LLAMA)
     assert isinstance(back, ml.QuantizedAdapter)
     same(back, made)
+    note = next(n for n in ml.AdapterFile.read(tmp_path / "a.gguf").notes if n.startswith("in blocks"))
+    assert f"{types[0]}: " in note
+    assert "blk.0.attn_q.lora_a" in note
+    assert ("blk.0.attn_q.lora_b" in note) == (types[1] in TYPES)
     # The same from a file of ours, and from GGUF to GGUF and to ours.
     ml.save(made, tmp_path / "a.safetensors")
     ml.convert(tmp_path / "a.safetensors", tmp_path / "b.gguf", format="gguf", base_config=LLAMA)
@@ -218,6 +222,30 @@ def test_our_own_file_is_read_whole(tmp_path):
         made.save(tmp_path / "q.safetensors")
     made.save(tmp_path / "q.safetensors", overwrite=True)
     assert not ml.AdapterFile.from_adapter(plain()).has_blocks
+
+
+def test_a_damaged_file_of_blocks_is_refused_everywhere(tmp_path):
+    ml.save(quantised(rank=3, along_rank=False), tmp_path / "q.safetensors")
+    whole = (tmp_path / "q.safetensors").read_bytes()
+    for name, data in {
+        "cut": whole[:-5],
+        "type": whole.replace(b"q8_0", b"q9_0"),
+        "version": whole.replace(b'"format_version":"2"', b'"format_version":"9"'),
+        "scale": whole[:-34] + b"\xff\x7f" + whole[-32:],  # of the last block of q8_0: NaN
+    }.items():
+        assert data != whole
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(data)
+        for use in (
+            ml.AdapterFile.read,
+            ml.load,
+            ml.verify,
+            lambda p: ml.convert(p, tmp_path / "out", format="peft"),
+        ):
+            with pytest.raises(FormatError, match=rf"{name}\.safetensors"):
+                use(path)
+        assert not ml.inspect(path).ok
+    assert not (tmp_path / "out").exists()
 
 
 def test_experts_in_blocks_stay_blocks_in_gguf_and_become_numbers_in_ours(tmp_path, names):

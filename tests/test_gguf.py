@@ -274,7 +274,7 @@ def test_a_base_that_does_not_fit_is_refused_before_writing(tmp_path, names, cha
 
 def test_a_multimodal_base_names_the_way_out(tmp_path, names):
     whole = {"model_type": "gemma3", "text_config": LLAMA | {"model_type": "gemma3_text"}}
-    with pytest.raises(ConfigError, match="'gemma3', expected .*pass text_config"):
+    with pytest.raises(ConfigError, match=r"'gemma3', expected .*pass text_config"):
         convert(adapter(), tmp_path, whole)
     _, done = convert(adapter(), tmp_path, whole["text_config"])
     assert done.modules == 4

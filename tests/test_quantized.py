@@ -277,7 +277,12 @@ def test_save_and_load(tmp_path, mmap):
         ml.save(q, tmp_path / "c", "peft")
     with pytest.raises(ex.ConfigError, match="layer_paths"):
         ml.save(q, tmp_path / "c", layer_paths={"x": "y"})
-    assert not (tmp_path / "c").exists()
+    for save in (ml.save, ml.QuantizedAdapter.save):
+        with pytest.raises(ex.ConfigError, match=r"c\.npz.*safetensors.*format='npz'"):
+            save(q, tmp_path / "c.npz")
+    with pytest.raises(ex.ConfigError, match=r"c\.gguf.*format='gguf'"):
+        ml.save(q, tmp_path / "c.gguf")
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_plain_adapters_stay_in_version_1(tmp_path):

@@ -70,12 +70,7 @@ def save(
         raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter or a MicroLoRA")
     value = adapter
     if format is None:
-        suffix = os.path.splitext(os.fspath(path))[1].lower()
-        if suffix in _NOT_OURS:
-            raise ConfigError(
-                f"path: got {os.fspath(path)!r}, expected a name that ends in .safetensors, or that of a "
-                f"directory for PEFT ({_NOT_OURS[suffix]})"
-            )
+        check_name(path, "a name that ends in .safetensors, or that of a directory for PEFT")
         format = "safetensors" if os.fspath(path).endswith(".safetensors") else "peft"
     if format == "safetensors":
         if layer_paths is not None:
@@ -94,6 +89,17 @@ def save(
         )
 
 
+def check_name(path: PathLike, want: str) -> None:
+    """Refuses a name that asks for a format which is not written under it.
+
+    Raises:
+        ConfigError: Such a name.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix in _NOT_OURS:
+        raise ConfigError(f"path: got {os.fspath(path)!r}, expected {want} ({_NOT_OURS[suffix]})")
+
+
 def _save_quantized(
     adapter: _core.QuantizedAdapter, path: PathLike, format: str | None, layer_paths: bool
 ) -> None:
@@ -103,6 +109,8 @@ def _save_quantized(
             f"format: got {got} for a quantised adapter, expected 'safetensors' alone "
             "(microlora.convert and its own save() write other formats)"
         )
+    if format is None:
+        check_name(path, "a name that ends in .safetensors")
     adapter.save_single(os.fspath(path))
 
 

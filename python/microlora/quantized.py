@@ -89,10 +89,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
             ConfigError: An unknown format, or one that needs more than was given.
             OSError: The system refused; what was at ``path`` is left whole.
         """
+        from microlora.files import check_name
         from microlora.formats.conversion import convert
 
         if format is None:
             format = "gguf" if os.fspath(path).lower().endswith(".gguf") else "safetensors"
+            if format != "gguf":
+                check_name(path, "a name that ends in .safetensors or .gguf")
         return convert(
             self,
             path,

@@ -144,6 +144,19 @@ def test_a_hash_that_came_with_other_entries_of_a_header_stays_out(to, tmp_path)
     assert b"kept" in data
 
 
+@pytest.mark.parametrize("claim", ["", "ü" * 64, "AB" * 32, "0" * 10_000])
+def test_a_claim_that_is_no_hash_is_a_wrong_one(claim, tmp_path):
+    tensors = {
+        f"{PATH}.lora_A.weight": np.ones((4, 32), "f4"),
+        f"{PATH}.lora_B.weight": np.ones((32, 4), "f4"),
+    }
+    path = safetensors(tmp_path / "a.safetensors", tensors, {"microlora.weights_sha256": claim})
+    with pytest.raises(VerificationError, match="its header says") as e:
+        ml.verify(path)
+    assert len(str(e.value)) < 1000
+    assert "weights_changed" in ml.inspect(path).codes
+
+
 def test_names_that_were_given_leave_no_hash_to_compare(tmp_path):
     pytest.importorskip("gguf")
     path, *_ = written("gguf", tmp_path)

@@ -119,7 +119,7 @@ def _weights(place: Path, limits: Limits | None, *, needed: bool) -> str:
     if file.weights_sha256 is None:
         return ""
     found = file.fingerprint()
-    if not hmac.compare_digest(found, file.weights_sha256):
+    if not hmac.compare_digest(found.encode(), file.weights_sha256.encode()):
         raise VerificationError(
             f"{place}: the weights are {found}, its header says {file.weights_sha256[:64]}"
         )

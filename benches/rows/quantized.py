@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ HIDDEN, RANK = 4096, 16
 TARGETS = {"q8_0": 1.0, "q6_k": None, "q5_k": None, "q4_k": None, "q4_1": None, "q4_0": None}
 #: Allocations tried, as in read_path.py; the best counts.
 PLACES = 3
+#: Adapters that take turns: of float32 8 times the level-3 cache of the machine in the table.
+MANY = 512
 
 
 def run(report: Report, clock: Clock, *, smoke: bool) -> None:
@@ -40,7 +43,30 @@ def run(report: Report, clock: Clock, *, smoke: bool) -> None:
             target,
             errors[name],
         )
+    _in_turn(report, clock, 2 if smoke else MANY)
     _batch(report, clock)
+
+
+def _in_turn(report: Report, clock: Clock, many: int) -> None:
+    """Many adapters, each of which the others have driven out of the caches when its turn comes."""
+    report.section(f"forward of one row from blocks, {many} adapters of {HIDDEN} r{RANK} in turn")
+    x, y = numbers(HIDDEN), np.empty(HIDDEN, np.float32)
+    source = learned(HIDDEN, RANK).adapter()
+    made = {
+        "f32": lambda: learned(HIDDEN, RANK),
+        "f16": lambda: learned(HIDDEN, RANK, "f16"),
+        "q8_0": lambda: _quantized(source, "q8_0"),
+        "q4_k": lambda: _quantized(source, "q4_k"),
+    }
+    ns = {}
+    for name, make in made.items():
+        turn = itertools.cycle([make().forward for _ in range(many)])
+        names = {"turn": turn, "x": x, "y": y}
+        ns[name] = clock.compare({name: Case("next(turn)(x, 'q_proj', y)", names)})[name]
+    peer = ns.pop("f32")
+    report.add("forward f32, cold", duration(peer), "")
+    for name, value in ns.items():
+        report.add(f"forward {name}, cold", duration(value), f"f32 {duration(peer)}", peer / value)
 
 
 def _batch(report: Report, clock: Clock) -> None:

@@ -29,6 +29,14 @@ pub struct Adapter {
     pub header: BTreeMap<String, String>,
 }
 
+/// A tensor in the kernels' order: the one that its reader made, or a new one.
+fn factor(t: &Tensor, rank: usize, len: usize, transposed: bool) -> Result<SharedFactor> {
+    match t.data.packed(transposed).filter(|f| (f.rank(), f.len()) == (rank, len)) {
+        Some(factor) => Ok(factor),
+        None => Ok(Factor::from_bits(&t.data, rank, len, dtype_of(t)?, transposed)?.into()),
+    }
+}
+
 fn dtype_of(t: &Tensor) -> Result<Dtype> {
     t.factor_dtype().ok_or_else(|| Error::Dtype {
         arg: t.name.clone(),
@@ -63,8 +71,8 @@ impl Adapter {
                     "two matrices",
                 ));
             };
-            let a = Factor::from_bits(&m.a.data, rank, inputs, dtype_of(&m.a)?, false)?;
-            let b = Factor::from_bits(&m.b.data, rank, outputs, dtype_of(&m.b)?, true)?;
+            let a = factor(&m.a, rank, inputs, false)?;
+            let b = factor(&m.b, rank, outputs, true)?;
             modules.push((m.path.clone(), Arc::new(Layer::new(a, b, m.alpha, m.use_rslora)?)));
         }
         Ok(Adapter {

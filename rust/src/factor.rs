@@ -3,6 +3,8 @@
 //! Outside, a factor is `rank` rows of `len` numbers. Inside it is one cache-line-aligned stream in the tile
 //! order of [`kernels`](crate::kernels): never slower when warm, and read front to back when cold.
 
+mod order;
+
 use std::io::{self, Write};
 use std::sync::Arc;
 
@@ -13,8 +15,10 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::kernels::{GROUP, Geometry, Kernels, TILE, prefetch_pages};
+use crate::kernels::{Geometry, Kernels, TILE, prefetch_pages};
 use crate::mapping;
+
+pub use order::Bits;
 
 /// One cache line; a `Vec` of them is aligned without any `unsafe`.
 #[derive(Clone, Copy, Pod, Zeroable, PartialEq)]
@@ -68,14 +72,6 @@ impl Factor {
         Factor { geometry, dtype, lines }
     }
 
-    /// Room for all elements, each of which the caller writes; padding is zero, pages are not touched yet.
-    fn fresh(rank: usize, len: usize, dtype: Dtype) -> Self {
-        let geometry = Geometry { rank, len };
-        let mut lines: Vec<Line> = zeroed_vec((geometry.stored() * dtype.size()).div_ceil(64));
-        mapping::advise_huge(&mut lines);
-        Factor { geometry, dtype, lines }
-    }
-
     /// From f32 rows, `rows[r * len + c]`, rounded to nearest even where the dtype is narrower.
     pub fn from_rows(rows: &[f32], rank: usize, len: usize, dtype: Dtype) -> Self {
         assert_eq!(rows.len(), rank * len);
@@ -100,25 +96,36 @@ impl Factor {
                 format!("{rank} x {len} of {dtype}"),
             ));
         }
-        let mut f = Self::fresh(rank, len, dtype);
-        let geometry = f.geometry;
-        let out: &mut [u8] = bytemuck::cast_slice_mut(&mut f.lines);
-        match dtype.size() {
-            4 => place::<4>(geometry, bits, out, transposed),
-            _ => place::<2>(geometry, bits, out, transposed),
+        match Self::read(&mut &*bits, rank, len, dtype, transposed) {
+            Ok((factor, _)) => Ok(factor),
+            Err(e) => Err(Error::io("factor", e)),
         }
-        Ok(f)
+    }
+
+    /// [`Factor::from_bits`] of bits that come piece by piece, and whether all numbers are finite.
+    ///
+    /// # Errors
+    /// Those of `bits`.
+    pub fn read(
+        bits: &mut dyn Bits,
+        rank: usize,
+        len: usize,
+        dtype: Dtype,
+        transposed: bool,
+    ) -> io::Result<(Self, bool)> {
+        let geometry = Geometry { rank, len };
+        // Zeroed, so that padding is; pages are touched when they are written.
+        let mut lines: Vec<Line> = zeroed_vec((geometry.stored() * dtype.size()).div_ceil(64));
+        mapping::advise_huge(&mut lines);
+        let finite = order::pack(geometry, dtype, bits, transposed, bytemuck::cast_slice_mut(&mut lines))?;
+        Ok((Factor { geometry, dtype, lines }, finite))
     }
 
     /// Little-endian stored bits of the `(rank, len)` matrix, or of its transpose.
     pub fn to_bits(&self, transposed: bool) -> Vec<u8> {
-        let mut out = vec![0u8; self.rank() * self.len() * self.dtype.size()];
-        mapping::advise_huge(&mut out);
-        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
-        match self.dtype.size() {
-            4 => gather::<4>(self.geometry, bytes, &mut out, transposed),
-            _ => gather::<2>(self.geometry, bytes, &mut out, transposed),
-        }
+        let bytes = self.rank() * self.len() * self.dtype.size();
+        let mut out = mapping::reserve(bytes).unwrap_or_else(|| Vec::with_capacity(bytes));
+        self.write_bits(transposed, &mut out).expect("memory takes what is written to it");
         out
     }
 
@@ -127,29 +134,7 @@ impl Factor {
     /// # Errors
     /// Those of `out`.
     pub fn write_bits(&self, transposed: bool, out: &mut dyn Write) -> io::Result<()> {
-        let (g, size) = (self.geometry, self.dtype.size());
-        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
-        let mut buffer = vec![0u8; size * if transposed { TILE * g.rank } else { g.len }];
-        if transposed {
-            for t in 0..g.tiles() {
-                let n = TILE.min(g.len - t * TILE);
-                let tile = &mut buffer[..n * g.rank * size];
-                for r in 0..g.rank {
-                    let from = &bytes[g.at(r, t) * size..][..n * size];
-                    spread(from, &mut tile[r * size..], g.rank, size);
-                }
-                out.write_all(tile)?;
-            }
-        } else {
-            for r in 0..g.rank {
-                for t in 0..g.tiles() {
-                    let n = TILE.min(g.len - t * TILE) * size;
-                    buffer[t * TILE * size..][..n].copy_from_slice(&bytes[g.at(r, t) * size..][..n]);
-                }
-                out.write_all(&buffer)?;
-            }
-        }
-        Ok(())
+        order::unpack(self.geometry, self.dtype, bytemuck::cast_slice(&self.lines), transposed, out)
     }
 
     /// f32 values, `(rank, len)` row-major, or `(len, rank)` when `transposed`.
@@ -262,20 +247,8 @@ impl Factor {
 
     /// Whether every stored number is finite.
     pub fn is_finite(&self) -> bool {
-        // An exponent of all ones; padding is zero. Without an early exit, so that it runs in vectors.
-        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
-        let half = |mask: u16| {
-            let v = bytes.as_chunks::<2>().0.iter().map(|&c| u16::from_le_bytes(c) & mask);
-            !v.fold(false, |bad, v| bad | (v == mask))
-        };
-        match self.dtype {
-            Dtype::F16 => half(0x7c00),
-            Dtype::Bf16 => half(0x7f80),
-            Dtype::F32 => {
-                let v = bytes.as_chunks::<4>().0.iter().map(|&c| u32::from_le_bytes(c) & 0x7f80_0000);
-                !v.fold(false, |bad, v| bad | (v == 0x7f80_0000))
-            }
-        }
+        // Padding is zero.
+        order::is_finite(self.dtype, bytemuck::cast_slice(&self.lines))
     }
 
     /// A copy in another dtype (round to nearest even).
@@ -356,63 +329,6 @@ impl Factor {
     pub fn fit_sweep(&mut self, kn: &Kernels, u: &[f32], k: &[f32], target: &mut [f32]) -> f32 {
         let g = self.geometry;
         kn.fit_sweep(self.stream_mut(), g, u, k, target)
-    }
-}
-
-/// Stores a row-major `(rank, len)` matrix of `S`-byte numbers, or its transpose, in tile order.
-fn place<const S: usize>(g: Geometry, bits: &[u8], out: &mut [u8], transposed: bool) {
-    each_tile(g, transposed, |r, t, n| {
-        let to = &mut out[g.at(r, t) * S..][..n * S];
-        if transposed {
-            let from = bits[(t * TILE * g.rank + r) * S..].chunks(g.rank * S);
-            to.as_chunks_mut::<S>()
-                .0
-                .iter_mut()
-                .zip(from)
-                .for_each(|(to, from)| to.copy_from_slice(&from[..S]));
-        } else {
-            to.copy_from_slice(&bits[(r * g.len + t * TILE) * S..][..n * S]);
-        }
-    });
-}
-
-/// The inverse of [`place`].
-fn gather<const S: usize>(g: Geometry, stored: &[u8], out: &mut [u8], transposed: bool) {
-    each_tile(g, transposed, |r, t, n| {
-        let from = &stored[g.at(r, t) * S..][..n * S];
-        if transposed {
-            spread(from, &mut out[(t * TILE * g.rank + r) * S..], g.rank, S);
-        } else {
-            out[(r * g.len + t * TILE) * S..][..n * S].copy_from_slice(from);
-        }
-    });
-}
-
-/// Numbers of `size` bytes to every `step`th place.
-fn spread(from: &[u8], to: &mut [u8], step: usize, size: usize) {
-    match size {
-        4 => from
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .zip(to.chunks_mut(step * 4))
-            .for_each(|(f, t)| t[..4].copy_from_slice(f)),
-        _ => from
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .zip(to.chunks_mut(step * 2))
-            .for_each(|(f, t)| t[..2].copy_from_slice(f)),
-    }
-}
-
-/// Visits `(row, tile, its columns)`: in stored order, or tile by tile, so that a transposed side stays in L1.
-fn each_tile(g: Geometry, by_tile: bool, mut f: impl FnMut(usize, usize, usize)) {
-    let height = if by_tile { g.rank.max(1) } else { GROUP };
-    for first in (0..g.rank).step_by(height) {
-        for t in 0..g.tiles() {
-            (first..g.rank.min(first + height)).for_each(|r| f(r, t, TILE.min(g.len - t * TILE)));
-        }
     }
 }
 

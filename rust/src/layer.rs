@@ -40,7 +40,13 @@ impl Layer {
     ///
     /// # Errors
     /// When their ranks differ, a dimension is zero or alpha is not finite.
-    pub fn new(a: Factor, b: Factor, alpha: f64, rslora: bool) -> Result<Self> {
+    pub fn new(
+        a: impl Into<SharedFactor>,
+        b: impl Into<SharedFactor>,
+        alpha: f64,
+        rslora: bool,
+    ) -> Result<Self> {
+        let (a, b) = (a.into(), b.into());
         if a.rank() != b.rank() {
             return Err(Error::shape(
                 "lora_b",
@@ -55,7 +61,7 @@ impl Layer {
         if !alpha.is_finite() {
             return Err(Error::config("alpha", alpha, "a finite number"));
         }
-        Ok(Layer { a: a.into(), b: b.into(), alpha, rslora })
+        Ok(Layer { a, b, alpha, rslora })
     }
 
     /// Rank r.

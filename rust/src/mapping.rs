@@ -32,6 +32,33 @@ pub(crate) fn reserve(bytes: usize) -> Option<Vec<u8>> {
     Some(out)
 }
 
+/// Fills `out` from byte `at` of a file on, wherever the file's own position is.
+pub(crate) fn read_at(file: &File, out: &mut [u8], at: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, out, at);
+    #[cfg(not(unix))]
+    {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut file = file;
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(out)
+    }
+}
+
+/// Asks the system to begin writing a part of a file to the disk, so that a later sync finds little to do.
+/// Advice only: it waits for nothing, and a refusal changes nothing.
+pub(crate) fn begin_writing(file: &File, from: u64, len: u64) {
+    #[cfg(target_os = "linux")]
+    if let (Ok(from), Ok(len)) = (from.try_into(), len.try_into()) {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the descriptor is open, and the call touches no memory of ours.
+        #[allow(unsafe_code)]
+        let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), from, len, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, from, len);
+}
+
 /// A whole file, mapped read-only.
 ///
 /// The pages stay the file's: who truncates it in place while it is mapped makes later reads fault

@@ -7,6 +7,7 @@ mod entry;
 mod gguf;
 mod gguf_support;
 mod hostile;
+mod packed;
 mod peft_dir;
 mod quantized;
 mod refusals;

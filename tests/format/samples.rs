@@ -9,7 +9,7 @@ use microlora::format::{
 };
 
 pub const STRICT: LoadOptions =
-    LoadOptions { mmap: false, strict: true, limits: LIMITS, alpha: None, orientation: None };
+    LoadOptions { mmap: false, strict: true, limits: LIMITS, alpha: None, orientation: None, packed: false };
 pub const LENIENT: LoadOptions = LoadOptions { strict: false, ..STRICT };
 const LIMITS: Limits =
     Limits { header_bytes: MAX_HEADER, tensors: MAX_TENSORS, total_bytes: 64 << 30, rank: 1 << 20 };

@@ -3,10 +3,13 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use tempfile::{Builder, NamedTempFile};
 
+use super::source::open_regular;
 use crate::error::{Error, Result};
+use crate::mapping;
 
 /// Writes what `fill` produces to `path`, replacing it in one step. On any error the old file is as it
 /// was and nothing else is left. A symbolic link is replaced, not followed.
@@ -67,9 +70,39 @@ impl Growing {
     }
 }
 
+/// Bytes after which the system is asked to begin with the disk.
+const STRETCH: u64 = 16 << 20;
+
+/// Bytes that are gathered for one call; longer pieces go to the file as they are.
+const GATHERED: usize = 64 << 10;
+
+/// A file that goes to the disk while it is written.
+struct Flowing<'a> {
+    file: &'a File,
+    begun: u64,
+    end: u64,
+}
+
+impl Write for Flowing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.end += n as u64;
+        if self.end - self.begun >= STRETCH {
+            mapping::begin_writing(self.file, self.begun, self.end - self.begun);
+            self.begun = self.end;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn filled(path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Growing> {
     let growing = Growing::new(path)?;
-    let mut out = BufWriter::with_capacity(1 << 18, growing.file());
+    let flowing = Flowing { file: growing.file(), begun: 0, end: 0 };
+    let mut out = BufWriter::with_capacity(GATHERED, flowing);
     fill(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io(path, e))?;
     drop(out);
     Ok(growing)
@@ -110,9 +143,30 @@ impl Staged {
     /// Renames the file to its place and syncs the directory.
     pub fn commit(self) -> Result<()> {
         let Staged { temp, path } = self;
+        let old = Old::hold(&path);
         temp.persist(&path).map_err(|e| Error::io(&path, e.error))?;
         sync_dir(parent(&path));
+        old.let_go();
         Ok(())
+    }
+}
+
+/// A large file that is about to be replaced: giving its memory and disk back takes the system as long as writing
+/// a part of the new one, and nobody has to wait for that.
+struct Old(Option<File>);
+
+impl Old {
+    fn hold(path: &Path) -> Self {
+        let is_large =
+            cfg!(unix) && fs::symlink_metadata(path).is_ok_and(|m| m.is_file() && m.len() >= STRETCH);
+        Old(is_large.then(|| open_regular(path, "no file").ok()).flatten().map(|(file, _)| file))
+    }
+
+    fn let_go(self) {
+        if let Some(file) = self.0 {
+            // Without a thread it is closed here.
+            let _ = thread::Builder::new().name("microlora-close".into()).spawn(move || drop(file));
+        }
     }
 }
 

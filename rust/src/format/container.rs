@@ -251,10 +251,11 @@ pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
 
 /// [`parse`] with limits of the caller's.
 pub(crate) fn parse_within(bytes: &Bytes, file: &str, limits: &Limits) -> Result<Container> {
-    let start = heading_len(bytes, bytes.len(), file)?;
+    let prefix = |n| bytes.prefix(n).map_err(|e| Error::io(file, e));
+    let start = heading_len(&prefix(LEN)?, bytes.len(), file)?;
     limits.check_header((start - LEN) as u64, file)?;
     let Heading { metadata, entries } =
-        parse_heading_within(&bytes[..start], bytes.len(), file, limits.tensors)?;
+        parse_heading_within(&prefix(start)?, bytes.len(), file, limits.tensors)?;
     let tensor = |Entry { name, dtype, shape, span }| {
         let outside = || Error::format(file, format!("tensor {}: outside of the file", show(&name)));
         let data = bytes.slice(span).ok_or_else(outside)?;

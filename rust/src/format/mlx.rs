@@ -152,7 +152,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     // The pair belongs together when the configuration is the same file after the weights were opened.
     for _ in 0..3 {
         let text = source::Text::read(&config)?;
-        let bytes = source::open(&weights, opts.mmap, &opts.limits)?;
+        let bytes = source::open(&weights, opts)?;
         if text.is_still(&config) {
             let file = weights.display().to_string();
             let settings = Config::parse(&text.text, opts, &config.display().to_string())?;

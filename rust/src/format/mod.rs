@@ -5,6 +5,7 @@
 
 pub(crate) mod atomic;
 mod budget;
+mod bytes;
 pub(crate) mod container;
 mod diffusers;
 mod fingerprint;
@@ -179,11 +180,21 @@ pub struct LoadOptions {
     pub alpha: Option<f64>,
     /// Which way factors lie, for formats that do not say.
     pub orientation: Option<Orientation>,
+    /// Factors are put in the kernels' order as they are read, which an adapter then shares; whoever wants their
+    /// bits as the file has them pays for it.
+    pub packed: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { mmap: false, strict: true, limits: Limits::default(), alpha: None, orientation: None }
+        LoadOptions {
+            mmap: false,
+            strict: true,
+            limits: Limits::default(),
+            alpha: None,
+            orientation: None,
+            packed: false,
+        }
     }
 }
 
@@ -228,7 +239,7 @@ pub fn load(path: &Path, opts: &LoadOptions) -> Result<Loaded> {
 /// # Errors
 /// Those of [`read`], and the first variant that is left.
 pub fn load_without(path: &Path, opts: &LoadOptions, allow: &[String]) -> Result<Loaded> {
-    let loaded = read(path, opts)?;
+    let loaded = read(path, &LoadOptions { packed: true, ..*opts })?;
     loaded.check_plain(&path.display().to_string())?;
     loaded.runnable(&path.display().to_string(), allow)
 }
@@ -271,9 +282,8 @@ impl Loaded {
     }
 }
 
-/// Checks shapes, dtypes and numbers of one pair of factors and returns their rank. `names` are the
-/// keys that errors carry.
-fn check_factors(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
+/// Checks shapes and dtypes of one pair of factors and returns their rank. `names` are the keys that errors carry.
+fn check_shapes(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
     let both = [(names[0], a), (names[1], b)];
     for (name, t) in both {
         if !kind.dims().contains(&t.shape.len()) {
@@ -320,12 +330,49 @@ fn check_factors(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], fil
         );
         return Err(Error::format(file, reason));
     };
-    for (name, t) in both {
+    Ok(rank)
+}
+
+/// Checks one pair of factors as [`check_shapes`], and its numbers.
+fn check_factors(kind: ModuleKind, a: &Tensor, b: &Tensor, names: [&str; 2], file: &str) -> Result<usize> {
+    let rank = check_shapes(kind, a, b, names, file)?;
+    for (name, t) in [(names[0], a), (names[1], b)] {
         if !t.is_finite() {
-            return Err(Error::format(file, format!("tensor {}: contains NaN or infinity", show(name))));
+            return Err(not_finite(name, file));
         }
     }
     Ok(rank)
+}
+
+/// [`check_factors`] of what may not have been read yet: it is now, where that is asked for in the kernels' order.
+fn take_factors(
+    kind: ModuleKind,
+    a: &mut Tensor,
+    b: &mut Tensor,
+    names: [&str; 2],
+    file: &str,
+    opts: &LoadOptions,
+) -> Result<usize> {
+    let rank = check_shapes(kind, a, b, names, file)?;
+    for (name, t, transposed) in [(names[0], a, false), (names[1], b, true)] {
+        let finite = match opts.packed && kind == ModuleKind::Linear {
+            true => t.pack(transposed),
+            false => t.data.settle().map(|()| t.is_finite()),
+        };
+        if !finite.map_err(|e| unread(name, &e, file))? {
+            return Err(not_finite(name, file));
+        }
+    }
+    Ok(rank)
+}
+
+fn not_finite(name: &str, file: &str) -> Error {
+    Error::format(file, format!("tensor {}: contains NaN or infinity", show(name)))
+}
+
+/// A tensor that could not be read, as the file changed or its disk failed.
+fn unread(name: &str, e: &std::io::Error, file: &str) -> Error {
+    Error::format(file, format!("tensor {}: could not be read: {e}", show(name)))
 }
 
 /// A path must be a name that did not come before, its alpha finite.

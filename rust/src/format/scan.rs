@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use super::container;
 use super::source;
 use super::tensor::{Tensor, TensorDtype};
-use super::{AdapterParts, Limits};
+use super::{AdapterParts, Limits, LoadOptions};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 
@@ -54,7 +54,8 @@ pub fn scan(path: &Path, limits: &Limits) -> Result<Scan> {
     };
     fs::metadata(path).map_err(|e| Error::io(path, e))?;
     let file = path.display().to_string();
-    let bytes = match source::open(path, false, limits) {
+    let opts = LoadOptions { limits: *limits, ..LoadOptions::default() };
+    let bytes = match source::open(path, &opts) {
         Ok(bytes) => bytes,
         Err(e) => return broken(e),
     };

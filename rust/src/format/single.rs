@@ -18,8 +18,8 @@ use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
 use super::tensor::{Bytes, Tensor};
 use super::{
-    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors, fingerprint,
-    peft, source,
+    AdapterParts, Digests, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, fingerprint, peft, source,
+    take_factors, unread,
 };
 use crate::error::{Error, Result};
 
@@ -218,19 +218,23 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     let order: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
     by_name.extend(tensors.into_iter().map(|t| (t.name.clone(), t)));
     let quantized = if version == QUANTIZED_VERSION {
+        for (name, t) in &mut by_name {
+            t.data.settle().map_err(|e| unread(name, &e, file))?;
+        }
         Some(quantized::modules(&text, &mut by_name, &opts.limits, file)?)
     } else {
         let entries: Vec<ModuleEntry> =
             parse_list(&text, by_name.len() / 2).map_err(|e| wrong(format!("header: modules: {e}")))?;
         for entry in entries {
             opts.limits.check_rank(entry.rank, &show(&entry.path), file)?;
-            parts.modules.push(module(entry, &mut by_name, file)?);
+            parts.modules.push(module(entry, &mut by_name, file, opts)?);
         }
         None
     };
     let mut unused = Vec::new();
     for key in order {
         let Some(mut tensor) = by_name.remove(&key) else { continue };
+        tensor.data.settle().map_err(|e| unread(&key, &e, file))?;
         match key.strip_prefix(EXTRA) {
             Some(name) => tensor.name = name.to_owned(),
             None => unused.push(key),
@@ -280,15 +284,21 @@ fn check_version(version: Option<String>, file: &str) -> Result<u32> {
     }
 }
 
-fn module(entry: ModuleEntry, by_name: &mut HashMap<String, Tensor>, file: &str) -> Result<ModuleParts> {
+fn module(
+    entry: ModuleEntry,
+    by_name: &mut HashMap<String, Tensor>,
+    file: &str,
+    opts: &LoadOptions,
+) -> Result<ModuleParts> {
     let ModuleEntry { path, rank, alpha, use_rslora, kind } = entry;
     let mut take = |which: &str| {
         let name = format!("{path}.{which}");
         let missing = || Error::format(file, format!("module {}: no tensor {}", show(&path), show(&name)));
         by_name.remove(&name).ok_or_else(missing)
     };
-    let (a, b) = (take("lora_a")?, take("lora_b")?);
-    let found = check_factors(kind, &a, &b, [&a.name, &b.name], file)?;
+    let (mut a, mut b) = (take("lora_a")?, take("lora_b")?);
+    let names = [a.name.clone(), b.name.clone()];
+    let found = take_factors(kind, &mut a, &mut b, [&names[0], &names[1]], file, opts)?;
     if found != rank {
         let reason = format!(
             "tensor {}: {found} rows, but the header gives module {} rank {rank}",

@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 use super::LoadOptions;
 use super::container::{self, Container};
 use super::json::{MAX_TEXT, show};
-use super::limits::Limits;
 use super::tensor::Bytes;
-use super::{npz, zip};
+use super::{npz, unread, zip};
 use crate::error::{Error, Result};
 use crate::mapping::{self, Mapping};
 
@@ -18,6 +17,9 @@ const PICKLE: &str = "a pickle: loading one runs whatever code it carries, so it
 
 /// Bytes that are looked at before the rest is read: enough for the name of a zip's first member.
 const HEAD: usize = 4096;
+
+/// Bytes from which a file is read tensor by tensor; below, one call for all of it is faster.
+const LAZY_FROM: usize = 256 << 10;
 
 /// A file or directory that was opened and is not yet understood.
 pub(crate) struct Source {
@@ -43,14 +45,24 @@ impl Source {
         let content = if meta.is_dir() {
             Content::Directory
         } else {
-            let bytes = open(path, opts.mmap, &opts.limits)?;
-            if container::looks_like(&bytes) {
+            let bytes = open_lazily(path, opts)?;
+            let head = bytes.prefix(64).map_err(|e| Error::io(path, e))?;
+            if container::looks_like(&head) {
                 Content::Safetensors(container::parse_within(&bytes, &file, &opts.limits)?)
             } else {
                 Content::Other(bytes)
             }
         };
         Ok(Source { path: path.to_owned(), file, content })
+    }
+
+    /// Reads what was not read, for a reader that looks at every byte.
+    pub fn settle(&mut self) -> Result<()> {
+        let Content::Safetensors(container) = &mut self.content else { return Ok(()) };
+        for t in &mut container.tensors {
+            t.data.settle().map_err(|e| unread(&t.name, &e, &self.file))?;
+        }
+        Ok(())
     }
 
     /// The first bytes; of a directory none.
@@ -112,14 +124,21 @@ pub(super) fn open_regular(path: &Path, refusal: &str) -> Result<(File, fs::Meta
 }
 
 /// Reads or maps a regular file, after a look at its first bytes.
-pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
+pub(super) fn open(path: &Path, opts: &LoadOptions) -> Result<Bytes> {
+    open_lazily(path, &LoadOptions { packed: false, ..*opts })
+}
+
+/// [`open`], but of a large safetensors file whose factors are wanted packed nothing is read yet: its reader packs
+/// or settles every tensor.
+pub(super) fn open_lazily(path: &Path, opts: &LoadOptions) -> Result<Bytes> {
+    let limits = &opts.limits;
     let at = |e| Error::io(path, e);
     let name = path.display();
     let (mut file, meta) = open_regular(path, "neither a regular file nor a directory")?;
     let mut head = Vec::with_capacity(HEAD);
     (&mut file).take(HEAD as u64).read_to_end(&mut head).map_err(at)?;
     refuse_pickled(&head, &name.to_string())?;
-    if mmap {
+    if opts.mmap {
         return Ok(Bytes::from_mapping(Mapping::open(&file).map_err(at)?));
     }
     if meta.len() > limits.total_bytes {
@@ -132,6 +151,9 @@ pub(super) fn open(path: &Path, mmap: bool, limits: &Limits) -> Result<Bytes> {
     }
     let no_room = || Error::format(path.display(), format!("{} bytes do not fit in memory", meta.len()));
     let size = usize::try_from(meta.len()).map_err(|_| no_room())?;
+    if opts.packed && size >= LAZY_FROM && cfg!(unix) && container::looks_like(&head) {
+        return Ok(Bytes::unread(file, size));
+    }
     let mut bytes = mapping::reserve(size.max(head.len())).ok_or_else(no_room)?;
     bytes.extend_from_slice(&head);
     file.take((size - head.len().min(size)) as u64).read_to_end(&mut bytes).map_err(at)?;

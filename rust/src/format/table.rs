@@ -16,6 +16,8 @@ pub struct Row {
     /// For styles that share the safetensors container: whether a tensor's name is of this style.
     is_key: Option<fn(&str) -> bool>,
     read: fn(Source, &LoadOptions) -> Result<Loaded>,
+    /// Whether `read` takes tensors that were not read yet.
+    lazy: bool,
 }
 
 /// All formats. A new one is one file and one row here.
@@ -26,6 +28,7 @@ pub static FORMATS: [Row; 8] = [
         knows: single::knows,
         is_key: None,
         read: single::read,
+        lazy: true,
     },
     Row {
         name: "mlx",
@@ -33,6 +36,7 @@ pub static FORMATS: [Row; 8] = [
         knows: mlx::knows,
         is_key: None,
         read: mlx::read,
+        lazy: false,
     },
     Row {
         name: "peft",
@@ -40,6 +44,7 @@ pub static FORMATS: [Row; 8] = [
         knows: peft::knows,
         is_key: Some(peft::is_key),
         read: peft::read,
+        lazy: true,
     },
     Row {
         name: "gguf",
@@ -47,6 +52,7 @@ pub static FORMATS: [Row; 8] = [
         knows: gguf::knows,
         is_key: None,
         read: gguf::read,
+        lazy: false,
     },
     Row {
         name: "kohya",
@@ -54,6 +60,7 @@ pub static FORMATS: [Row; 8] = [
         knows: kohya::knows,
         is_key: Some(kohya::is_key),
         read: kohya::read,
+        lazy: false,
     },
     Row {
         name: "diffusers",
@@ -62,6 +69,7 @@ pub static FORMATS: [Row; 8] = [
         knows: diffusers::knows,
         is_key: Some(diffusers::is_key),
         read: diffusers::read,
+        lazy: false,
     },
     Row {
         name: "flat",
@@ -69,6 +77,7 @@ pub static FORMATS: [Row; 8] = [
         knows: flat::knows,
         is_key: Some(flat::is_key),
         read: flat::read,
+        lazy: false,
     },
     Row {
         name: "npz",
@@ -76,6 +85,7 @@ pub static FORMATS: [Row; 8] = [
         knows: npz::knows,
         is_key: None,
         read: npz::read,
+        lazy: false,
     },
 ];
 
@@ -131,8 +141,11 @@ fn check_given_alpha(loaded: &Loaded, opts: &LoadOptions, file: &str) -> Result<
 }
 
 /// Reads with the row that knows the source.
-pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
+pub(super) fn read(mut source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let row = row_of(&source)?;
+    if !row.lazy {
+        source.settle()?;
+    }
     let file = source.file.clone();
     let mut loaded = (row.read)(source, opts)?;
     loaded.format = row.name;

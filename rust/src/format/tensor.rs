@@ -1,134 +1,16 @@
 //! Tensors as files hold them: a name, a dtype, a shape and bytes that are cheap to clone.
 
-use std::fmt;
-use std::io::{self, Write};
-use std::ops::{Deref, Range};
-use std::sync::{Arc, OnceLock};
+use std::io;
 
 pub use ::safetensors::Dtype as TensorDtype;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::factor::SharedFactor;
-use crate::mapping::Mapping;
 
-#[derive(Clone)]
-enum Owner {
-    Memory(Arc<Vec<u8>>),
-    Map(Arc<Mapping>),
-    Factor(Arc<Unrolled>),
-}
+pub use super::bytes::Bytes;
 
-/// A factor in the kernels' order; its bits in a file's order are made when somebody looks at them.
-struct Unrolled {
-    factor: SharedFactor,
-    transposed: bool,
-    bits: OnceLock<Vec<u8>>,
-}
-
-/// A range of bytes with a shared owner: private memory, or a file map. Equal when the content is.
-#[derive(Clone)]
-pub struct Bytes {
-    owner: Owner,
-    range: Range<usize>,
-}
-
-impl Bytes {
-    /// The whole of a file map, not copied.
-    pub fn from_mapping(map: Mapping) -> Self {
-        let range = 0..map.len();
-        Bytes { owner: Owner::Map(Arc::new(map)), range }
-    }
-
-    /// The stored bits of a factor, `(rank, len)` row-major, or of its transpose: shared until they are looked at,
-    /// and written without being held in memory.
-    pub(crate) fn from_factor(factor: &SharedFactor, transposed: bool) -> Self {
-        let range = 0..factor.rank() * factor.len() * factor.dtype().size();
-        let factor = SharedFactor::clone(factor);
-        Bytes {
-            owner: Owner::Factor(Arc::new(Unrolled { factor, transposed, bits: OnceLock::new() })),
-            range,
-        }
-    }
-
-    /// The factor whose bits these are, whole.
-    fn factor(&self) -> Option<&Unrolled> {
-        match &self.owner {
-            Owner::Factor(f)
-                if self.range == (0..f.factor.rank() * f.factor.len() * f.factor.dtype().size()) =>
-            {
-                Some(f)
-            }
-            _ => None,
-        }
-    }
-
-    /// Number of bytes.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
-        self.range.len()
-    }
-
-    /// Writes all of them.
-    pub(crate) fn write_to(&self, out: &mut dyn Write) -> io::Result<()> {
-        match self.factor() {
-            Some(f) if f.bits.get().is_none() => f.factor.write_bits(f.transposed, out),
-            _ => out.write_all(self),
-        }
-    }
-
-    /// A part of these bytes with the same owner; `None` when it does not lie inside.
-    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
-        if range.start > range.end || range.end > self.len() {
-            return None;
-        }
-        let start = self.range.start + range.start;
-        Some(Bytes { owner: self.owner.clone(), range: start..start + range.len() })
-    }
-
-    /// True when the bytes are pages of a mapped file.
-    pub fn is_mapped(&self) -> bool {
-        matches!(self.owner, Owner::Map(_))
-    }
-
-    /// The same bytes in memory of their own, so that a large owner can go.
-    pub fn detach(&self) -> Self {
-        Bytes::from(self.to_vec())
-    }
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match &self.owner {
-            Owner::Memory(v) => &v[self.range.clone()],
-            Owner::Map(m) => &m[self.range.clone()],
-            Owner::Factor(f) => &f.bits.get_or_init(|| f.factor.to_bits(f.transposed))[self.range.clone()],
-        }
-    }
-}
-
-impl From<Vec<u8>> for Bytes {
-    fn from(data: Vec<u8>) -> Self {
-        let range = 0..data.len();
-        Bytes { owner: Owner::Memory(Arc::new(data)), range }
-    }
-}
-
-impl PartialEq for Bytes {
-    fn eq(&self, other: &Self) -> bool {
-        **self == **other
-    }
-}
-
-impl Eq for Bytes {}
-
-impl fmt::Debug for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Bytes({}{})", self.len(), if self.is_mapped() { ", mapped" } else { "" })
-    }
-}
+/// Columns from which rows padded to 16 take at most a quarter more.
+const NARROW: usize = 64;
 
 /// One named tensor, row-major and little-endian as in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,10 +57,28 @@ impl Tensor {
         factor_dtype(self.dtype)
     }
 
+    /// Puts a matrix, or its transpose, in the kernels' order; false when a number is not finite. Its bits are made
+    /// again when somebody looks at them. Where padding would weigh more than the numbers it stays as it lies.
+    ///
+    /// # Errors
+    /// Those of reading what was not read; a shape or dtype that no factor has is left as it is.
+    pub(super) fn pack(&mut self, transposed: bool) -> io::Result<bool> {
+        let (Some(dtype), &[rows, columns]) = (self.factor_dtype(), &self.shape[..]) else {
+            self.data.settle()?;
+            return Ok(self.is_finite());
+        };
+        let (rank, len) = if transposed { (columns, rows) } else { (rows, columns) };
+        if len < NARROW || self.data.as_factor().is_some() {
+            self.data.settle()?;
+            return Ok(self.is_finite());
+        }
+        self.data.pack([rank, len], dtype, transposed)
+    }
+
     /// True when no number is NaN or infinite. Meant for f32, f16 and bf16; others are taken as finite.
     pub fn is_finite(&self) -> bool {
-        if let Some(f) = self.data.factor() {
-            return f.factor.is_finite();
+        if let Some(f) = self.data.as_factor() {
+            return f.is_finite();
         }
         let half = |mask: u16| {
             let exponent = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]) & mask;
@@ -226,15 +126,6 @@ pub fn byte_len(dtype: TensorDtype, shape: &[usize]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn slices_share_and_compare_by_content() {
-        let all = Bytes::from(vec![1, 2, 3, 1, 2]);
-        assert_eq!(all.slice(0..2), all.slice(3..5));
-        assert_eq!(all.slice(1..4).unwrap().slice(1..2).unwrap().to_vec(), vec![3]);
-        assert!(all.slice(4..6).is_none());
-        assert_eq!(all.slice(1..3).unwrap().detach().len(), 2);
-    }
 
     #[test]
     fn factor_dtypes_go_both_ways() {

@@ -51,7 +51,7 @@ impl Geometry {
 
 /// Bytes between the prefetch and the load: about one page and a half, so that the next page's translation
 /// is under way in time. Measured on cold adapters: 4 to 6 KiB is best, for f16 most of all.
-const AHEAD: usize = 6144;
+pub(super) const AHEAD: usize = 6144;
 
 /// Factors from this size on are read with prefetches; smaller ones live in L1 when they are warm.
 pub(super) const PREFETCH_FROM: usize = 24 << 10;

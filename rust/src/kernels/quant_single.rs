@@ -2,6 +2,7 @@
 
 use std::mem::MaybeUninit;
 
+use super::geometry::AHEAD;
 use super::quant::ROWS;
 use super::quant_blocks::{Block, SPAN, Scales};
 use super::vector::Vector;
@@ -55,6 +56,18 @@ impl Run {
     pub unsafe fn one_head<V: Vector, B: Block>(self, block: usize) -> [B::Head; 1] {
         // SAFETY: the caller gives block < blocks.
         unsafe { B::heads::<V, 1>(self.heads.add(block * self.step), &[1.0]) }
+    }
+
+    /// Asks for the column of blocks that lies [`AHEAD`] of this one: vector units are what the bodies wait for when
+    /// the matrix is warm, and a prefetch needs none.
+    #[inline(always)]
+    unsafe fn prefetch<V: Vector>(self, codes: *const u8) {
+        let mut line = 0;
+        while line < self.step {
+            // SAFETY: a prefetch reads nothing and never faults; the address is formed by wrapping arithmetic.
+            unsafe { V::prefetch(codes.wrapping_add(AHEAD + line)) };
+            line += 64;
+        }
     }
 
     /// Codes of one column of blocks.
@@ -144,6 +157,7 @@ unsafe fn dots_run<V: Vector, B: Block, const R: usize>(run: Run, x: *const f32)
             for (j, heads) in some.iter().enumerate().take(n) {
                 let (block, heads) = (from + j, heads.assume_init_ref());
                 let codes = run.codes(block);
+                run.prefetch::<V>(codes);
                 dots_block::<V, B, R>(codes, heads, x.add(block * B::ELEMENTS), &mut acc);
             }
             from += n;
@@ -244,6 +258,7 @@ unsafe fn combine_run<V: Vector, B: Block, const R: usize>(
             for (j, heads) in some.iter().enumerate().take(n) {
                 let (block, heads) = (from + j, heads.assume_init_ref());
                 let codes = run.codes(block);
+                run.prefetch::<V>(codes);
                 combine_block::<V, B, R>(codes, heads, y.add(block * B::ELEMENTS), add);
             }
             from += n;

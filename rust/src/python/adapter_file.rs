@@ -93,7 +93,7 @@ impl PyAdapterFile {
         orientation: Option<&str>,
     ) -> PyResult<Self> {
         let orientation = orientation_of(orientation)?;
-        let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
+        let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: false };
         let inner = py.detach(|| format::read(&path, &opts))?;
         let inner = py.detach(|| inner.expanded())?;
         Ok(PyAdapterFile { inner, file: path.display().to_string() })

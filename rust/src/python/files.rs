@@ -11,14 +11,14 @@ use super::adapter_file::{LimitsTuple, limits_of, orientation_of};
 use super::array::input;
 use crate::adapter::Adapter;
 use crate::dtype::Dtype;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::factor::Factor;
 use crate::format::{self, LoadOptions, PeftOptions};
 use crate::layer::Layer;
 
 type Loaded = (PyAdapter, Vec<String>, Vec<String>);
 
-fn wrap(loaded: format::Loaded) -> PyResult<Loaded> {
+fn packed(loaded: format::Loaded) -> Result<Loaded> {
     Ok((PyAdapter::from(Adapter::from_parts(&loaded.parts)?), loaded.unused, loaded.notes))
 }
 
@@ -44,14 +44,15 @@ pub(super) fn load(
     allow: Option<Vec<String>>,
 ) -> PyResult<Loaded> {
     let orientation = orientation_of(orientation)?;
-    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
-    wrap(py.detach(|| format::load_without(&path, &opts, &allow.unwrap_or_default()))?)
+    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: false };
+    let allow = allow.unwrap_or_default();
+    Ok(py.detach(|| format::load_without(&path, &opts, &allow).and_then(packed))?)
 }
 
 /// The same from the bytes of a single file.
 #[pyfunction]
 pub(super) fn from_bytes(py: Python<'_>, data: &[u8], strict: bool) -> PyResult<Loaded> {
-    wrap(py.detach(|| format::from_bytes(data, strict))?)
+    Ok(py.detach(|| format::from_bytes(data, strict).and_then(packed))?)
 }
 
 /// name, A (rank, in), B (out, rank), alpha.

@@ -265,7 +265,7 @@ pub(super) fn load_any(
     allow: Option<Vec<String>>,
 ) -> PyResult<(AnyAdapter, Vec<String>, Vec<String>)> {
     let orientation = orientation_of(orientation)?;
-    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation };
+    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: false };
     let (value, loaded) = py.detach(|| {
         let loaded = format::read(&path, &opts)?;
         any_of(loaded, &path.display().to_string(), &allow.unwrap_or_default())

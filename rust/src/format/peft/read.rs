@@ -9,7 +9,9 @@ use super::super::fingerprint::KEY as HEADER_SHA256;
 use super::super::json::{show, show_list};
 use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
-use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, check_factors, source};
+use super::super::{
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, source, take_factors, unread,
+};
 use super::config::{self, PeftConfig};
 use super::names::{Factor, Key, classify, split_prefix, stored_name};
 use super::variants::{self, Use};
@@ -68,7 +70,7 @@ pub(crate) fn from_dir(dir: &Path, opts: &LoadOptions) -> Result<Loaded> {
     // configuration is the same file after the weights were opened.
     for _ in 0..3 {
         let text = source::Text::read(&config)?;
-        let bytes = source::open(&weights, opts.mmap, &opts.limits)?;
+        let bytes = source::open_lazily(&weights, opts)?;
         if text.is_still(&config) {
             let names = [config.display().to_string(), weights.display().to_string()];
             return build(&text.text, &bytes, [&names[0], &names[1]], opts);
@@ -127,7 +129,9 @@ type Place = (String, bool);
 
 fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadOptions) -> Result<Loaded> {
     let config = settings(text, config_file, opts)?;
-    source::sniff(&bytes[..bytes.len().min(64)], file)?;
+    let head = bytes.prefix(64).map_err(|e| Error::io(file, e))?;
+    source::sniff(&head, file)?;
+    drop(head);
     of_container(
         text,
         &config,
@@ -188,7 +192,7 @@ fn of_container(
     }
     let mut modules = Vec::with_capacity(pairs.len());
     for ((path, embedding), pair) in pairs {
-        let module = module(path, embedding, pair, config, file)?;
+        let module = module(path, embedding, pair, config, file, opts)?;
         opts.limits.check_rank(module.rank, &module.path, file)?;
         modules.push(module);
     }
@@ -227,6 +231,10 @@ fn sort_out(tensors: Vec<Tensor>, config: &PeftConfig, file: &str) -> Result<Sor
     let mut parts: BTreeMap<String, String> = BTreeMap::new();
     for mut tensor in tensors {
         let key = tensor.name.clone();
+        let is_matrix = |path: &str| config.raw_kind(path).is_none() && tensor.shape.len() == 2;
+        if !matches!(classify(&key), Key::Factor { path, embedding: false, .. } if is_matrix(&path)) {
+            tensor.data.settle().map_err(|e| unread(&key, &e, file))?;
+        }
         let Key::Factor { prefix, path, factor, embedding } = classify(&key) else {
             match variants::use_of(&key, Some(config)) {
                 Use::Training => {}
@@ -345,15 +353,22 @@ fn check_raw(path: &str, pair: Pair, config: &PeftConfig, file: &str) -> Result<
     Err(Error::format(file, reason))
 }
 
-fn module(path: String, embedding: bool, pair: Pair, config: &PeftConfig, file: &str) -> Result<ModuleParts> {
-    let (a, b) = pair.both(&path, embedding, file)?;
+fn module(
+    path: String,
+    embedding: bool,
+    pair: Pair,
+    config: &PeftConfig,
+    file: &str,
+    opts: &LoadOptions,
+) -> Result<ModuleParts> {
+    let (mut a, mut b) = pair.both(&path, embedding, file)?;
     let convolution = !embedding && [&a, &b].iter().any(|s| (3..=5).contains(&s.tensor.shape.len()));
     let kind = match (embedding, convolution) {
         (true, _) => ModuleKind::Embedding,
         (_, true) => ModuleKind::Conv,
         _ => ModuleKind::Linear,
     };
-    let rank = check_factors(kind, &a.tensor, &b.tensor, [&a.key, &b.key], file)?;
+    let rank = take_factors(kind, &mut a.tensor, &mut b.tensor, [&a.key, &b.key], file, opts)?;
     let (want, source) = config.rank_for(&path);
     if rank != want {
         return Err(Error::format(

@@ -14,6 +14,7 @@ from microlora import cli
 from microlora.cli.quantize import calibration_of
 from microlora.cli.words import in_flags
 from microlora.exceptions import ConfigError
+from styles_support import factors, kohya
 
 
 @pytest.fixture
@@ -199,7 +200,8 @@ def test_verify_and_sign(run, tmp_path):
     path = tmp_path / "a.safetensors"
     ml.create_lora("coder", 64).save(path)
     code, out, _ = run("verify", path)
-    assert (code, "weights in order" in out) == (0, True)
+    assert (code, "the weights have the fingerprint of the file's own header" in out) == (0, True)
+    assert "nothing from elsewhere was compared (--sha256, --manifest, --public-key)" in out
     code, out, _ = run("sign", path, "--key", tmp_path / "key.pem")
     assert (code, out.strip()) == (0, str(path) + ".sig")
     assert run("sign", path, "--key", tmp_path / "key.pem")[0] == 2
@@ -249,11 +251,83 @@ def test_messages_name_flags_and_not_arguments_of_python(run, sound, tmp_path):
     assert "no --sha256, --manifest or --public-key" in err
 
 
+def test_what_is_not_there_is_named_with_its_flag(run, sound, tmp_path):
+    pytest.importorskip("cryptography")
+    convert = ("convert", sound, tmp_path / "a.gguf", "--format", "gguf")
+    quantize = ("quantize", sound, tmp_path / "q.safetensors", "--type", "q8_0")
+    for words, flag, want in (
+        ((*convert, "--base-config", "nobase"), "--base-config", "the base's config.json or its directory"),
+        (
+            (*convert, "--module-names", "nobase"),
+            "--module-names",
+            "dotted names of modules, or a model on disk",
+        ),
+        ((*quantize, "--base-config", "nobase"), "--base-config", "the base's config.json or its directory"),
+        ((*quantize, "--calibration", "nobase"), "--calibration", "an .npz of float arrays"),
+        (("inspect", sound, "--base", "nobase"), "--base", "the base's directory, config.json"),
+        (
+            ("verify", sound, "--public-key", "nobase"),
+            "--public-key",
+            "a PEM file, or a key as 64 hex digits",
+        ),
+        (("verify", sound, "--manifest", "nobase"), "--manifest", "a mapping {file: sha256} or the path"),
+        (("sign", sound, "--key", "nobase"), "--key", "a PEM file, or a key as 64 hex digits"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"microlora: {flag}: got 'nobase', which is not there, expected {want}"), err
+        assert "Errno" not in err
+    for words in (
+        ("inspect", "nofile"),
+        ("convert", "nofile", tmp_path / "x", "--format", "peft"),
+        ("quantize", "nofile", tmp_path / "q.safetensors", "--type", "q8_0"),
+        ("verify", "nofile"),
+        ("sign", "nofile", "--manifest"),
+    ):
+        assert run(*words) == (2, "", "microlora: nofile: No such file or directory\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sound"]
+
+
+def test_a_picture_is_refused_before_a_repair_is_made(run, broken, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, want in (
+        ("x.jpg", "a name that ends in .png"),
+        ("no/x.png", "a place in a folder that exists"),
+    ):
+        code, out, err = run("inspect", broken, "--fix", tmp_path / "fixed", "--plot", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"microlora: --plot: got '{tmp_path / name}', expected {want}")
+    assert not (tmp_path / "fixed").exists()
+
+
+def test_unknown_kinds_and_orientations_are_refused(run, sound, tmp_path):
+    for words in (
+        ("convert", sound, tmp_path / "x", "--format", "peft"),
+        ("quantize", sound, tmp_path / "q.safetensors", "--type", "q8_0"),
+    ):
+        code, _, err = run(*words, "--allow", "drop:dorra")
+        assert code == 2
+        assert err.startswith("microlora: --allow: got 'drop:dorra', expected 'drop:' and one of ")
+        assert "did you mean 'dora'" in err
+        assert ": --orientation: got" in run(*words, "--orientation", "rank_first")[2]
+        assert ": --alpha: got 4, expected none" in run(*words, "--alpha", "4")[2]
+        assert run(*words, "--orientation", "up")[2].startswith("microlora: --orientation: got 'up'")
+        assert run(*words, "--allow", "drop:dora")[0] == 0
+
+
+def test_notes_speak_of_flags(run, tmp_path):
+    kohya(tmp_path / "k.safetensors", factors(["lora_unet_a_to_q"]), alpha=3.0)
+    code, out, _ = run("convert", tmp_path / "k.safetensors", tmp_path / "p", "--format", "peft")
+    assert code == 0
+    assert "pass --module-names for the base's own" in out
+
+
 def test_words_of_the_command_line():
     options = {"run": 1, "path": 1, "allow": 1, "overwrite": 1, "base_config": 1}
     assert in_flags('allow=["drop:a", "drop:b"] leaves', options) == "--allow drop:a --allow drop:b leaves"
     assert in_flags("pass base_config= for it", options) == "pass --base-config for it"
     assert in_flags("path: got 1; alpha= too", options) == "path: got 1; alpha= too"
+    assert in_flags("f.npz: allow: got 1", options) == "f.npz: --allow: got 1"
     assert in_flags("x_overwrite=True", options) == "x_overwrite=True"
 
 
@@ -265,7 +339,7 @@ def test_quantize_reads_what_convert_reads(run, tmp_path):
     assert "pass --alpha" in err
     assert run("quantize", tmp_path / "a.npz", to, "--type", "q8_0", "--alpha", "8")[0] == 0
     code, out, _ = run("verify", to)
-    assert (code, "weights in order" in out) == (0, True)
+    assert (code, "weights" in out) == (0, True)
     code, out, _ = run("inspect", to)
     assert (code, "Q8_0" in out) == (0, True)
     code, out, _ = run("convert", to, tmp_path / "plain", "--format", "peft")

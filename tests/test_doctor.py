@@ -222,12 +222,37 @@ def test_blocks_are_looked_at_as_the_numbers_they_stand_for(format, tmp_path):
     assert (report.modules[0].dtype, report.data_bytes) == stored[format]
 
 
+def test_a_report_says_what_was_compared(tmp_path):
+    write_peft(tmp_path / "a")
+    weights = {f"{p}.weight": (WIDTH, WIDTH) for p in paths()}
+    alone = ml.inspect(tmp_path / "a")
+    assert (alone.compared, "compared" in str(alone)) == ("", False)
+    told = ml.inspect(tmp_path / "a", base=weights)
+    assert (told.findings, told.compared) == ((), "base: 10 of 10 names, 10 of 10 shapes")
+    assert "compared with base: 10 of 10 names, 10 of 10 shapes" in str(told)
+    assert json.loads(told.to_json())["compared"] == told.compared
+    packed = {**weights, f"{paths()[0]}.weight": (WIDTH, WIDTH, 1)}
+    assert ml.inspect(tmp_path / "a", base=packed).compared == "base: 10 of 10 names, 9 of 10 shapes"
+    llama = {
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
+    told = ml.inspect(tmp_path / "a", base=llama)
+    assert told.compared == "base: 10 of 10 names, 10 of 10 shapes, 5 layers"
+    other = {"model_type": "strange", "hidden_size": WIDTH}
+    assert "nothing, it does not tell" in ml.inspect(tmp_path / "a", base=other).compared
+    assert ml.inspect(tmp_path / "a", base=other | {"num_hidden_layers": 5}).compared == "base: 5 layers"
+
+
 @pytest.mark.parametrize("format", sorted(WRITERS))
 def test_every_format_that_is_written_is_looked_at(format, tmp_path):
     if format == "gguf":
         pytest.importorskip("gguf")
     adapter = ml.load(write_peft(tmp_path / "a"))
-    ml.convert(adapter, tmp_path / "b", format=format, base_config=CONFIG)
+    ml.convert(adapter, tmp_path / "b", format=format, base_config=CONFIG if format == "gguf" else None)
     want, report = ml.inspect(tmp_path / "a"), ml.inspect(tmp_path / "b", base=CONFIG)
     assert (report.ok, report.format) == (True, format), str(report)
     norms = [sorted(m.norm_delta for m in r.modules) for r in (want, report)]

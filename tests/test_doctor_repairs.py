@@ -154,6 +154,19 @@ def test_names_follow_the_base_when_asked(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("kind", ["peft", "safetensors"])
+def test_a_copy_of_what_needs_no_repair_says_so(kind, tmp_path):
+    ending = ".safetensors" if kind == "safetensors" else ""
+    ml.convert(write_peft(tmp_path / "sound"), tmp_path / f"a{ending}", format=kind)
+    report = ml.inspect(tmp_path / f"a{ending}", fix=tmp_path / f"b{ending}")
+    assert (report.repairs, report.fixed) == ((), str(tmp_path / f"b{ending}"))
+    assert str(report).endswith(
+        f"nothing was to be repaired: {report.fixed} is a copy of the tensors and settings"
+    )
+    assert "repaired copy" not in str(report)
+    assert ml.fingerprint(report.fixed) == ml.fingerprint(report.path)
+
+
 def test_our_single_file_is_repaired_too(tmp_path):
     adapter = ml.load(write_peft(tmp_path / "a", bfloats()))
     ml.save(adapter, tmp_path / "one.safetensors")

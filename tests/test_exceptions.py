@@ -29,6 +29,7 @@ BUILTIN = {
     "UnrepairableError": ValueError,
     "VerificationError": ValueError,
     "DestinationExistsError": FileExistsError,
+    "MissingPathError": FileNotFoundError,
     "DeviceError": RuntimeError,
     "SwapError": RuntimeError,
     "MissingExtraError": ImportError,

@@ -109,12 +109,14 @@ def test_shapes_and_scalings_of_every_kind_come_back(
 
 def test_the_format_follows_the_name_unless_it_is_given(tmp_path):
     lora = rich()
-    ml.save(lora, tmp_path / "one.safetensors", format="peft")
-    assert (tmp_path / "one.safetensors" / "adapter_config.json").is_file()
-    ml.save(lora.adapter(), str(tmp_path / "two.bin"), "safetensors")
-    assert (tmp_path / "two.bin").is_file()
-    same_weights(ml.load(str(tmp_path / "two.bin")), ml.load(tmp_path / "one.safetensors"))
-    same_weights(lora.adapter(), ml.load(tmp_path / "one.safetensors" / "adapter_model.safetensors"))
+    ml.save(lora, tmp_path / "one.v1", format="peft")
+    assert (tmp_path / "one.v1" / "adapter_config.json").is_file()
+    ml.save(lora.adapter(), str(tmp_path / "two.lora"), "safetensors")
+    assert (tmp_path / "two.lora").is_file()
+    same_weights(ml.load(str(tmp_path / "two.lora")), ml.load(tmp_path / "one.v1"))
+    same_weights(lora.adapter(), ml.load(tmp_path / "one.v1" / "adapter_model.safetensors"))
+    ml.save(lora, tmp_path / "three.SAFETENSORS")
+    assert (tmp_path / "three.SAFETENSORS").is_file()
 
 
 def test_ranks_and_alphas_of_single_modules_come_back(tmp_path):
@@ -324,7 +326,10 @@ def test_saving_over_an_older_file_replaces_it_whole(tmp_path):
 @pytest.mark.parametrize("suffix", [".gguf", ".npz", ".bin", ".pt"])
 def test_a_name_of_another_format_is_no_name_of_a_directory(tmp_path, suffix):
     adapter = ml.Adapter.from_factors({"q": (np.ones((2, 4)), np.ones((4, 2)))}, alpha=2.0)
-    with pytest.raises(ConfigError, match=rf"path: got .*a\{suffix}', expected a name that ends in"):
+    want = "the name of a directory.*single file ends in .safetensors"
+    if suffix in (".gguf", ".npz"):
+        want = "a name that ends in .safetensors, or that of a directory"
+    with pytest.raises(ConfigError, match=rf"path: got .*a\{suffix}', expected {want}"):
         ml.save(adapter, tmp_path / f"a{suffix}")
     with pytest.raises(ConfigError, match="convert writes other formats"):
         ml.save(adapter, tmp_path / f"a{suffix}", "gguf")

@@ -129,6 +129,27 @@ def test_an_architecture_without_reordering_keeps_llama_s_names(tmp_path):
     np.testing.assert_array_equal(loaded.factors("blk.0.attn_q")[1], np.arange(64.0).reshape(32, 2))
 
 
+def test_names_of_llama_s_that_no_model_has_are_said(tmp_path):
+    said = "keep llama.cpp's names, such as 'blk.0.attn_q'"
+    kept = hand_written(tmp_path, "llama")
+    for source, options in ((hand_written(tmp_path), {}), (kept, {"names": "gguf"})):
+        for i, format in enumerate(("peft", "mlx", "npz", "safetensors")):
+            place = tmp_path / f"{format}-{i}-{len(options)}"
+            done = ml.convert(source, place, format=format, **options)
+            assert [n for n in done.notes if said in n and "base_config=" in n], (format, done.notes)
+    done = ml.convert(kept, tmp_path / "b.gguf", format="gguf")
+    assert not any(said in note for note in done.notes)
+    again = ml.convert(tmp_path / "peft-0-1", tmp_path / "again.npz", format="npz")
+    assert any(said in note for note in again.notes)  # whatever file brought them
+
+
+def test_names_that_were_given_back_are_not_spoken_of(tmp_path, names):
+    path = hand_written(tmp_path, "llama")
+    done = ml.convert(path, tmp_path / "p", format="peft", base_config=LLAMA)
+    assert not any("llama.cpp" in note for note in done.notes)
+    assert ml.load(tmp_path / "p").modules() == [Q]
+
+
 def test_a_file_is_written_again_without_its_base(tmp_path):
     path = hand_written(tmp_path, "llama")
     for dtype, size in (("f32", 4), ("f16", 2)):

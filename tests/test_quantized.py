@@ -278,9 +278,9 @@ def test_save_and_load(tmp_path, mmap):
     with pytest.raises(ex.ConfigError, match="layer_paths"):
         ml.save(q, tmp_path / "c", layer_paths={"x": "y"})
     for save in (ml.save, ml.QuantizedAdapter.save):
-        with pytest.raises(ex.ConfigError, match=r"c\.npz.*safetensors.*format='npz'"):
+        with pytest.raises(ex.ConfigError, match=r"c\.npz.*ends in \.safetensors"):
             save(q, tmp_path / "c.npz")
-    with pytest.raises(ex.ConfigError, match=r"c\.gguf.*format='gguf'"):
+    with pytest.raises(ex.ConfigError, match=r"c\.gguf.*format gguf"):
         ml.save(q, tmp_path / "c.gguf")
     assert not list(tmp_path.glob("c*"))
 

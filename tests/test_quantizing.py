@@ -333,6 +333,21 @@ def test_progress_and_cancel():
 
 
 @pytest.mark.parametrize(
+    ("names", "field"),
+    [
+        (("mobile", "intent_classifier"), "adapter_type"),
+        (("Desktop", "ContentGenerator"), "adapter_type"),
+        (("server", "server"), "adapter_type"),
+        (("poet", "workflow-builder"), "device"),
+    ],
+)
+def test_a_profile_s_names_in_each_other_s_place_are_refused(names, field):
+    value = names[field == "device"]
+    with pytest.raises(ConfigError, match=f"^{field}: got '{value}', expected .*the other way round"):
+        ml.quantization_profile(*names)
+
+
+@pytest.mark.parametrize(
     ("names", "recipe", "figures"),
     [
         (("intent_classifier", "mobile"), "q4_k_m", (0.85, 0.75, 2.0)),

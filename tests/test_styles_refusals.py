@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import microlora as ml
+import reference_gguf as ref
 from microlora.exceptions import (
     ConfigError,
     DestinationExistsError,
@@ -120,6 +121,57 @@ def test_mlx_files_alone_do_not_say_their_scale(tmp_path):
     mlx(tmp_path / "b", F, **{"model.layers.0.norm.weight": z(3)})
     with pytest.raises(FormatError, match="unused"):
         ml.load(tmp_path / "b")
+
+
+def test_checkpoints_of_mlx_are_said_with_the_way_to_load_one(tmp_path):
+    place = mlx(tmp_path / "a", F, scale=2.0, name="0000100_adapters.safetensors")
+    for n in range(2, 6):
+        (place / f"0000{n}00_adapters.safetensors").write_bytes(
+            (place / "0000100_adapters.safetensors").read_bytes()
+        )
+    want = (
+        r"no adapters\.safetensors.*5 checkpoints \(.0000100_adapters\.safetensors.*\.\.\.\): pass the path"
+    )
+    for read in (ml.load, ml.AdapterFile.read):
+        with pytest.raises(FormatError, match=want + r".*0000500_adapters\.safetensors"):
+            read(place)
+    report = ml.inspect(place)
+    assert (report.format, report.codes) == ("mlx", ("no_weights",))  # and nothing of PEFT's settings
+    assert "0000500_adapters.safetensors" in report.findings[0].message
+    same_deltas(ml.load(place / "0000500_adapters.safetensors"), twins(F, 6.0))
+    done = ml.convert(place / "0000300_adapters.safetensors", tmp_path / "b", format="peft")
+    assert (done.source, done.modules) == ("mlx", len(F))
+    for old in place.glob("0*"):
+        old.unlink()
+    with pytest.raises(FormatError, match=r"so there are no weights$"):
+        ml.load(place)
+
+
+@pytest.mark.parametrize("style", ["mlx", "peft", "safetensors", "kohya", "diffusers", "gguf"])
+def test_an_orientation_without_effect_is_refused(tmp_path, style):
+    if style == "gguf":
+        path = tmp_path / "a.gguf"
+        path.write_bytes(ref.adapter_file("qwen2", {"blk.0.attn_q": (np.ones((2, 8)), np.ones((8, 2)))}))
+    else:
+        path = tmp_path / "a"
+        ml.convert(ml.Adapter.from_factors(F, alpha=6.0), path, format=style)
+    want = rf"orientation: got \W*rank_last\W+, expected none: this file \({style}\) carries its own"
+    for read in (ml.load, ml.AdapterFile.read):
+        with pytest.raises(FormatError, match=want):
+            read(path, orientation="rank_last")
+    with pytest.raises(FormatError, match=want):
+        ml.convert(path, tmp_path / "b.npz", format="npz", orientation="rank_last")
+    assert not (tmp_path / "b.npz").exists()
+
+
+@pytest.mark.parametrize("style", ["flat", "npz"])
+def test_an_orientation_that_contradicts_the_file_is_refused(tmp_path, style):
+    fs = factors(["m"], rank=4, n_in=4, n_out=4)
+    ml.convert(ml.Adapter.from_factors(fs, alpha=6.0), tmp_path / "a", format=style)
+    said, other = ("rank_last", "rank_first") if style == "flat" else ("rank_first", "rank_last")
+    same_deltas(ml.load(tmp_path / "a", orientation=said), twins(fs, 6.0))
+    with pytest.raises(FormatError, match=rf"orientation: got \W*{other}\W+, expected none: this file says"):
+        ml.load(tmp_path / "a", orientation=other)
 
 
 def test_writers_refuse(tmp_path):

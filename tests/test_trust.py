@@ -163,12 +163,19 @@ def test_each_thing_that_is_given_is_checked(tmp_path):
     )
     assert result.checked == ("sha256", "manifest", "weights")
     assert result.fingerprint == twin(adapter())
-    assert "in order" in str(result)
+    said = str(result)
+    assert "the file has the SHA-256 that was given" in said
+    assert "all files are those of the manifest" in said
+    assert f"the fingerprint of the file's own header ({result.fingerprint[:16]}" in said
     with pytest.raises(VerificationError, match=r"one\.safetensors: SHA-256 is"):
         ml.verify(tmp_path / "one.safetensors", sha256="0" * 64)
     write_peft(tmp_path / "plain")
     with pytest.raises(VerificationError, match="nothing to verify it against"):
         ml.verify(tmp_path / "plain")
+    said = str(ml.verify(tmp_path / "plain", manifest=trust.manifest(tmp_path / "plain")))
+    assert said.endswith("those of the manifest; no fingerprint of the weights was there to compare with")
+    said = str(ml.verify(tmp_path / "one.safetensors"))
+    assert said.endswith("nothing from elsewhere was compared (sha256=, manifest=, public_key=)")
 
 
 @pytest.mark.parametrize("kind", ["one.safetensors", "dir"])

@@ -16,7 +16,13 @@ BASE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20,
 }  # fmt: skip
 PATH = "model.layers.0.self_attn.q_proj"
+ENDINGS = {"gguf": ".gguf", "npz": ".npz", "safetensors": ".safetensors"}
 FORMATS = ("safetensors", "peft", "gguf", "mlx", "kohya", "diffusers", "flat", "npz")
+
+
+def of(format):
+    """What only GGUF asks for."""
+    return {"base_config": BASE} if format == "gguf" else {}
 
 
 def small(seed=0, alpha=8.0):
@@ -44,14 +50,15 @@ def experts(tmp_path):
 
 def written(kind, tmp_path, source=None):
     """A file of that kind, and where its weights lie: the file, and first and last byte of them."""
-    path = tmp_path / f"x.{kind}"
+    path = tmp_path / ("x" + ENDINGS.get(kind.removeprefix("blocks."), ""))
     if kind == "packed":
         ml.AdapterFile.read(experts(tmp_path)).unpack_experts().save(path, "peft")
     elif kind.startswith("blocks."):
-        ml.convert(source or blocks(), path, format=kind.removeprefix("blocks."), base_config=BASE)
+        to = kind.removeprefix("blocks.")
+        ml.convert(source or blocks(), path, format=to, **of(to))
     else:
         pytest.importorskip("gguf") if kind == "gguf" else None
-        ml.convert(source or small(), path, format=kind, base_config=BASE)
+        ml.convert(source or small(), path, format=kind, **of(kind))
     place = path if path.is_file() else next(path.glob("*.safetensors"))
     data = place.read_bytes()
     if "gguf" in kind:
@@ -114,8 +121,8 @@ def test_the_hash_of_another_file_is_never_carried_over(kind, to, tmp_path):
         [(m.path, "linear", m.alpha, False, *pair)], [], None, None, file.peft_config
     )
     changed = tmp_path / "changed"
-    ml.convert(ml.AdapterFile.wrap(core), changed, format=to, base_config=BASE)
-    ml.convert(file, tmp_path / "same", format=to, base_config=BASE)
+    ml.convert(ml.AdapterFile.wrap(core), changed, format=to, **of(to))
+    ml.convert(file, tmp_path / "same", format=to, **of(to))
     for place in (changed, tmp_path / "same"):
         again = place if place.is_file() else next(place.glob("*.safetensors"))
         assert again.read_bytes().count(ml.verify(place).fingerprint.encode()) == 1
@@ -135,7 +142,7 @@ def test_a_hash_that_came_with_other_entries_of_a_header_stays_out(to, tmp_path)
     path = safetensors(tmp_path / "a.safetensors", tensors, header)
     with pytest.raises(VerificationError, match="its header says abab"):
         ml.verify(path)
-    ml.convert(path, tmp_path / "b", format=to, base_config=BASE)
+    ml.convert(path, tmp_path / "b", format=to, **of(to))
     place = tmp_path / "b"
     ml.verify(place)
     data = b"".join(f.read_bytes() for f in place.iterdir()) if place.is_dir() else place.read_bytes()

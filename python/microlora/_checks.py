@@ -209,21 +209,3 @@ def layer_paths(value: object) -> dict[str, list[str]] | None:
                 raise wrong(f"layer_paths[{key!r}]", path, "the path of the module, without .weight")
         out[text("layer_paths: name", key, empty=False)] = several
     return out
-
-
-def check_allow(allow: Iterable[str], also: Iterable[str] = ()) -> list[str]:
-    """The losses that a caller accepts by name, checked; ``also`` names what a format takes besides.
-
-    Raises:
-        ConfigError: Not a list of names of the form ``drop:<kind>``.
-    """
-    if isinstance(allow, str):
-        raise ConfigError(f"allow: got {allow!r}, expected a list of names such as ['drop:dora']")
-    names = list(allow)
-    for name in names:
-        if name in also:
-            continue
-        if not isinstance(name, str) or not name.startswith("drop:") or name == "drop:":
-            want = " or ".join(["names of the form 'drop:<kind>'", *map(repr, also)])
-            raise ConfigError(f"allow: got {name!r}, expected {want}")
-    return names

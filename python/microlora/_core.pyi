@@ -44,6 +44,7 @@ __all__ = [
     "Target",
     "__version__",
     "adapter_file_formats",
+    "adapter_file_kinds",
     "adapter_from_factors",
     "available_isas",
     "block_types",
@@ -1897,6 +1898,9 @@ def adapter_from_factors(
     modules: Sequence[tuple[str, ArrayLike, ArrayLike, float]], use_rslora: bool, dtype: str
 ) -> Adapter:
     """An adapter from (name, A (rank, in), B (out, rank), alpha); see `microlora.Adapter.from_factors`."""
+
+def adapter_file_kinds() -> list[str]:
+    """Every kind of variant that can be given up by name (`drop:<kind>`)."""
 
 def adapter_file_formats() -> list[tuple[str, str]]:
     """Every format that is read: name, and what it is known by."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import microlora._core as _core
+from microlora._checks import flag, real, text, wrong
 from microlora.config import LoraConfig
-from microlora.exceptions import FormatError
+from microlora.exceptions import DTypeError, FormatError
 from microlora.metadata import AdapterMetadata
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ class Adapter(_core.Adapter):
         Raises:
             ShapeError: Factors of different ranks.
             NonFiniteError: NaN or infinity.
-            ConfigError: Unknown dtype, alpha out of range.
+            ConfigError: Unknown dtype, alpha that is no number or that a module lacks, no modules.
+            DTypeError: Factors that are no pairs of arrays of numbers.
         """
-        of = alpha if isinstance(alpha, Mapping) else dict.fromkeys(factors, alpha)
-        rows = [(name, a, b, float(of[name])) for name, (a, b) in factors.items()]
-        plain = cls(_core.adapter_from_factors(rows, use_rslora, dtype))
+        rows = _rows(factors, alpha)
+        plain = cls(_core.adapter_from_factors(rows, flag("use_rslora", use_rslora), text("dtype", dtype)))
         return cls(plain.with_json(config_of(plain).to_json(), None))
 
     @property
@@ -92,7 +93,13 @@ class Adapter(_core.Adapter):
         return AdapterMetadata.from_json(self.metadata_json) if self.metadata_json else AdapterMetadata()
 
     def with_metadata(self, metadata: AdapterMetadata) -> Adapter:
-        """The same weights (shared) with other metadata."""
+        """The same weights (shared) with other metadata.
+
+        Raises:
+            ConfigError: No metadata.
+        """
+        if not isinstance(metadata, AdapterMetadata):
+            raise wrong("metadata", metadata, "an AdapterMetadata")
         return Adapter(self.with_json(self.config_json, metadata.to_json()))
 
     def info(self, module: str) -> ModuleInfo:
@@ -166,6 +173,27 @@ class Snapshot(_core.Snapshot, Adapter):
     """
 
     __hash__ = _core.Snapshot.__hash__
+
+
+def _rows(factors: object, alpha: object) -> list[tuple[str, Any, Any, float]]:
+    """Name, A, B and alpha of each module that :meth:`Adapter.from_factors` was given."""
+    if not isinstance(factors, Mapping) or not factors:
+        raise wrong("factors", factors, "a mapping {module: (lora_a, lora_b)} of at least one module")
+    alphas = alpha if isinstance(alpha, Mapping) else dict.fromkeys(factors, alpha)
+    for name in alphas:
+        if name not in factors:
+            raise wrong("alpha: module", name, f"modules of factors: {', '.join(map(str, factors))}")
+    rows = []
+    for name, pair in factors.items():
+        text("factors: module", name, empty=False)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            got = type(pair).__name__
+            raise DTypeError(f"factors[{name!r}]: got {got}, expected a pair (lora_a, lora_b) of arrays")
+        if name not in alphas:
+            raise wrong("alpha", alpha, f"a number for module {name!r} too")
+        field = f"alpha[{name!r}]" if isinstance(alpha, Mapping) else "alpha"
+        rows.append((name, *pair, real(field, alphas[name], "a finite number, or one per module by name")))
+    return rows
 
 
 def _is_number(value: object) -> bool:

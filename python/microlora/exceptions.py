@@ -90,6 +90,10 @@ class DestinationExistsError(MicroLoraError, FileExistsError):
     """Something lies where a file was to be written, and ``overwrite`` was not given; it was not touched."""
 
 
+class MissingPathError(MicroLoraError, FileNotFoundError):
+    """A file that an argument names is not there, nor the folder of one that is to be written."""
+
+
 class DeviceError(MicroLoraError, RuntimeError):
     """The device asked for cannot be had; the message says what to install."""
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
-from microlora._checks import check_allow
 from microlora._checks import layer_paths as check_layer_paths
+from microlora._destinations import check_destination, format_of_name, remove_other_weights
+from microlora._file_checks import check_allow, check_kinds, check_reading, path_text, unknown_kinds
 from microlora.adapter import Adapter
 from microlora.exceptions import (
     ConfigError,
@@ -27,17 +28,9 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+_Bounds = tuple[int, int, int, int]
+
 _log = logging.getLogger(__name__)
-
-
-# Names that ask for another format than :func:`save` writes, and what writes that.
-_NOT_OURS = {
-    ".gguf": "microlora.convert(..., format='gguf') writes GGUF",
-    ".npz": "microlora.convert(..., format='npz') writes .npz",
-    ".bin": "pickles are not written",
-    ".pt": "pickles are not written",
-    ".pth": "pickles are not written",
-}
 
 
 def save(
@@ -51,14 +44,19 @@ def save(
 
     Args:
         adapter: What to save; a learner is saved as it stands now, a quantised adapter as one file.
-        path: A file name for ``"safetensors"``, a directory for ``"peft"``.
+        path: A file name for ``"safetensors"``, a directory for ``"peft"``, in a folder that exists.
         format: ``"safetensors"`` (one file with settings and metadata), ``"peft"`` (a directory that Hugging
             Face PEFT loads), or ``None``: safetensors where the name ends in ``.safetensors``, else peft.
+            Weights of another format that lie in the directory (MLX's, a pickle) are removed.
         layer_paths: With ``"peft"``: the model's module paths of each short name, one or several
             (``{"q_proj": "model.layers.0.self_attn.q_proj"}``). Without it names are written as they are.
 
     Raises:
-        ConfigError: An unknown format, a name of another one (``.gguf``), or ``layer_paths`` that do not fit.
+        ConfigError: An unknown format, a name of another one (``.gguf``, ``.safetensors`` for a directory),
+            or ``layer_paths`` that do not fit.
+        DTypeError: No adapter, or no path.
+        MissingPathError: The folder of ``path`` is not there.
+        DestinationExistsError: A file where a directory is written, or the other way round.
         OSError: The system refused; an older file at ``path`` is left whole.
     """
     if isinstance(adapter, _core.MicroLora):
@@ -68,20 +66,21 @@ def save(
         return
     if not isinstance(adapter, _core.Adapter):
         raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter or a MicroLoRA")
-    value = adapter
     if format is None:
-        check_name(path, "a name that ends in .safetensors, or that of a directory for PEFT")
-        format = "safetensors" if os.fspath(path).endswith(".safetensors") else "peft"
+        format = _by_name(path)
     if format == "safetensors":
         if layer_paths is not None:
             raise ConfigError(
                 "layer_paths: got names for a single file, expected none (they belong to format='peft')"
             )
-        _core.save_single(value, os.fspath(path))
+        _core.save_single(adapter, os.fspath(check_destination("path", path, format, overwrite=None)))
     elif format == "peft":
         paths = check_layer_paths(layer_paths)
-        base = Adapter(value).metadata.base_model or None
-        _core.save_peft(value, os.fspath(path), paths, base)
+        base = Adapter(adapter).metadata.base_model or None
+        place = check_destination("path", path, format, overwrite=None)
+        _core.save_peft(adapter, os.fspath(place), paths, base)
+        for note in remove_other_weights(place, format):
+            _log.info("%s: %s", place, note)
     else:
         raise ConfigError(
             f"format: got {format!r}, expected 'safetensors' or 'peft' "
@@ -89,15 +88,16 @@ def save(
         )
 
 
-def check_name(path: PathLike, want: str) -> None:
-    """Refuses a name that asks for a format which is not written under it.
-
-    Raises:
-        ConfigError: Such a name.
-    """
-    suffix = os.path.splitext(os.fspath(path))[1].lower()
-    if suffix in _NOT_OURS:
-        raise ConfigError(f"path: got {os.fspath(path)!r}, expected {want} ({_NOT_OURS[suffix]})")
+def _by_name(path: PathLike) -> str:
+    """One of the two formats of :func:`save`; a name of another one is refused."""
+    where = path_text("path", path)
+    format = format_of_name(where)
+    if format not in ("safetensors", "peft"):
+        raise ConfigError(
+            f"path: got {where!r}, expected a name that ends in .safetensors, or that of a directory for "
+            f"PEFT (microlora.convert(..., format={format!r}) writes others)"
+        )
+    return format
 
 
 def _save_quantized(
@@ -109,9 +109,8 @@ def _save_quantized(
             f"format: got {got} for a quantised adapter, expected 'safetensors' alone "
             "(microlora.convert and its own save() write other formats)"
         )
-    if format is None:
-        check_name(path, "a name that ends in .safetensors")
-    adapter.save_single(os.fspath(path))
+    place = check_destination("path", path, "safetensors", overwrite=None)
+    adapter.save_single(os.fspath(place))
 
 
 def load(
@@ -153,6 +152,8 @@ def load(
     Raises:
         FormatError: The file is broken: it names the file, the tensor or key, and the reason.
         UnsupportedVariantError: The file is of a kind that must not be applied as plain LoRA.
+        ConfigError: A setting of another type, or ``allow`` with a kind that there is not.
+        DTypeError: ``path`` is none.
         OSError: The file cannot be read.
     """
     bounds = None
@@ -160,12 +161,13 @@ def load(
         from microlora.formats.limits import Limits
 
         bounds = Limits.of(limits).as_tuple()
+    where, number = check_reading(path, mmap, strict, alpha, orientation, names)
     left_out = check_allow(allow)
+    if unknown_kinds(left_out):
+        check_kinds(left_out, _kinds_in(where, bounds, number, orientation))
     adapter: _core.Adapter | _core.QuantizedAdapter
     if base_config is None and names is None:
-        adapter, unused, notes = _core.load_any(
-            os.fspath(path), mmap, strict, bounds, alpha, orientation, left_out
-        )
+        adapter, unused, notes = _core.load_any(where, mmap, strict, bounds, number, orientation, left_out)
     else:
         from microlora.formats import AdapterFile
 
@@ -197,6 +199,15 @@ def load(
     except ConfigError as e:
         raise FormatError(f"{os.fspath(path)}: {e}") from e
     return value
+
+
+def _kinds_in(path: str, bounds: _Bounds | None, alpha: float | None, orientation: str | None) -> list[str]:
+    """Kinds of variants of a file, which may name some of its own; none where it cannot be read whole."""
+    try:
+        file = _core.AdapterFile.open(path, False, False, bounds, alpha, orientation)
+    except FormatError:
+        return []
+    return [kind for kind, _, _ in file.variant_rows()]
 
 
 def load_plain(path: PathLike, **options: Any) -> Adapter:

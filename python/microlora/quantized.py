@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
+from microlora._checks import flag, text, wrong
 from microlora.adapter import Adapter, ModuleInfo, check_config, config_of
 from microlora.config import LoraConfig
+from microlora.exceptions import DTypeError
 from microlora.metadata import AdapterMetadata
 
 if TYPE_CHECKING:
@@ -49,9 +51,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
             ShapeError: A width that is not a multiple of the type's block (32, or 256 for ``*_k``).
             NonFiniteError: Numbers too large for the type's scales.
             ConfigError: An unknown type, or a module without types.
+            DTypeError: No adapter.
             UnknownModuleError: Types for a module that the adapter does not have.
         """
-        return cls(_core.QuantizedAdapter.quantize(adapter, dict(types), b_along_rank))
+        if not isinstance(adapter, _core.Adapter):
+            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter")
+        turned = flag("b_along_rank", b_along_rank)
+        return cls(_core.QuantizedAdapter.quantize(adapter, _pairs(types), turned))
 
     def dequantize(self) -> Adapter:
         """The plain adapter: float32 where a factor was quantised, in four to eight times the memory."""
@@ -59,7 +65,7 @@ class QuantizedAdapter(_core.QuantizedAdapter):
 
     def save(
         self,
-        path: PathLike,
+        dst: PathLike,
         format: str | None = None,
         *,
         base_config: Mapping[str, Any] | PathLike | None = None,
@@ -75,30 +81,27 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         unless ``allow=["drop:blocks"]`` lets their numbers be written.
 
         Args:
-            path: File or directory to write.
+            dst: File or directory to write.
             format: Name of the format; by default ``"gguf"`` where the name ends so, else ``"safetensors"``.
             base_config: As for :func:`microlora.convert`; GGUF needs it.
             allow: Losses that are accepted by name.
-            overwrite: Replace what lies at ``path``.
+            overwrite: Replace what lies at ``dst``.
             progress: As for :func:`microlora.convert`.
             cancel: As for :func:`microlora.convert`.
 
         Raises:
             UnsupportedVariantError: Blocks that the format cannot hold; the message has the name to allow.
-            DestinationExistsError: ``path`` exists and ``overwrite`` is false.
+            DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
             ConfigError: An unknown format, or one that needs more than was given.
-            OSError: The system refused; what was at ``path`` is left whole.
+            OSError: The system refused; what was at ``dst`` is left whole.
         """
-        from microlora.files import check_name
         from microlora.formats.conversion import convert
 
         if format is None:
-            format = "gguf" if os.fspath(path).lower().endswith(".gguf") else "safetensors"
-            if format != "gguf":
-                check_name(path, "a name that ends in .safetensors or .gguf")
+            format = "gguf" if str(dst).lower().endswith(".gguf") else "safetensors"
         return convert(
             self,
-            path,
+            dst,
             format=format,
             base_config=base_config,
             allow=allow,
@@ -145,7 +148,13 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         return AdapterMetadata.from_json(self.metadata_json) if self.metadata_json else AdapterMetadata()
 
     def with_metadata(self, metadata: AdapterMetadata) -> QuantizedAdapter:
-        """The same weights (shared) with other metadata."""
+        """The same weights (shared) with other metadata.
+
+        Raises:
+            ConfigError: No metadata.
+        """
+        if not isinstance(metadata, AdapterMetadata):
+            raise wrong("metadata", metadata, "an AdapterMetadata")
         return QuantizedAdapter(self.with_json(self.config_json, metadata.to_json()))
 
     def __repr__(self) -> str:
@@ -158,3 +167,16 @@ class QuantizedAdapter(_core.QuantizedAdapter):
 
     # Defining __eq__ anywhere in a class body would drop the core's hash; both come from the core.
     __hash__ = _core.QuantizedAdapter.__hash__
+
+
+def _pairs(types: object) -> dict[str, tuple[str, str]]:
+    """The types of both factors of each module."""
+    if not isinstance(types, Mapping):
+        raise wrong("types", types, "a mapping {module: (type of A, type of B)}")
+    out = {}
+    for module, pair in types.items():
+        name = text("types: module", module)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise wrong(f"types[{name!r}]", pair, "a pair of names, of A and of B")
+        out[name] = (text(f"types[{name!r}]", pair[0]), text(f"types[{name!r}]", pair[1]))
+    return out

@@ -54,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except (MicroLoraError, OSError) as err:
-        print(f"microlora: {in_flags(str(err), options)}", file=sys.stderr)
+        print(f"microlora: {in_flags(_told(err), options)}", file=sys.stderr)
         return EXIT_ERROR
     return code
+
+
+def _told(err: Exception) -> str:
+    """The message; of the system's errors the file first and no number."""
+    if isinstance(err, OSError) and err.filename is not None and err.errno is not None:
+        return f"{os.fsdecode(err.filename)}: {os.strerror(err.errno)}"
+    return str(err)

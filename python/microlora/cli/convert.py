@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from microlora.cli.words import in_flags
+
 if TYPE_CHECKING:
     from microlora.progress import Progress
 
@@ -82,5 +84,5 @@ def run(args: argparse.Namespace) -> int:
     for kind, at in done.dropped.items():
         print(f"dropped {kind}: {at}")
     for note in done.notes:
-        print(f"note: {note}")
+        print(f"note: {in_flags(note, vars(args))}")
     return 0

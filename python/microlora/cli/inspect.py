@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.also and args.fix is None:
         args.fail("--also says what --fix repairs; give --fix too")
     if args.plot is not None:
+        from microlora.doctor.plot import check_picture
+
         require("matplotlib", "plot", "--plot")
+        check_picture("plot", args.plot)
     report = inspect(args.path, base=args.base, fix=args.fix, also=args.also)
     if args.plot is not None:
         report.plot(args.plot)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from microlora.cli.convert import add_reading, progress
-from microlora.exceptions import ConfigError, DestinationExistsError
+from microlora.exceptions import ConfigError
 
 __all__ = ["add_parser", "calibration_of", "run"]
 
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("quantize", help="store an adapter in few bits", description=_TEXT)
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a file or directory of any format")
-    add("target", type=Path, metavar="DST", help="single file to write")
+    add("target", type=Path, metavar="DST", help="single file to write (.safetensors)")
     add("--type", metavar="T", help="q8_0, q6_k, q5_k, q4_k, q4_1, q4_0, q4_k_m, f16, bf16")
     add("--target-error", type=float, metavar="E", help="take the smallest types within this relative error")
     add(
@@ -40,10 +40,14 @@ def calibration_of(path: Path) -> Any:
 
     Raises:
         ConfigError: Not an archive of arrays.
+        MissingPathError: There is no such file.
         OSError: It cannot be read.
     """
     import numpy as np
 
+    from microlora._file_checks import there
+
+    there("calibration", path, "an .npz of float arrays")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -59,11 +63,13 @@ def run(args: argparse.Namespace) -> int:
     """Quantise; the exit code."""
     if (args.type is None) == (args.target_error is None):
         args.fail("give one of --type and --target-error")
-    if args.target.exists() and not args.overwrite:
-        raise DestinationExistsError(f"{args.target}: exists; pass --overwrite to replace it")
     import microlora as ml
+    from microlora._destinations import check_destination
     from microlora.files import load_plain
 
+    check_destination("dst", args.target, "safetensors", overwrite=args.overwrite)
+
+    calibration = None if args.calibration is None else calibration_of(args.calibration)
     source = load_plain(
         args.source,
         base_config=args.base_config,
@@ -71,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         alpha=args.alpha,
         orientation=args.orientation,
     )
-    calibration = None if args.calibration is None else calibration_of(args.calibration)
     with progress() as tell:
         made = ml.quantize(
             source, args.type, calibration=calibration, target_error=args.target_error, progress=tell

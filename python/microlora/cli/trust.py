@@ -63,7 +63,7 @@ def run_verify(args: argparse.Namespace) -> int:
     except VerificationError as err:
         print(f"microlora: {in_flags(str(err), vars(args))}", file=sys.stderr)
         return EXIT_DIFFERS
-    print(done)
+    print(in_flags(str(done), vars(args)))
     return 0
 
 

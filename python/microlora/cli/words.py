@@ -9,6 +9,10 @@ __all__ = ["in_flags"]
 
 # Arguments without a flag of their own.
 _POSITIONAL = ("run", "fail", "path", "source", "target")
+# What the library calls an argument that the command line calls otherwise.
+_OTHERWISE = {"key": "private_key"}
+# Positional arguments as the help shows them.
+_SHOWN = {"src": "SRC", "dst": "DST"}
 
 
 def in_flags(text: str, options: Iterable[str]) -> str:
@@ -28,5 +32,7 @@ def in_flags(text: str, options: Iterable[str]) -> str:
         text = re.sub(rf"\b{name}=True\b", flag, text)
         text = re.sub(rf"\b{name}=\"([^\"]*)\"", rf"{flag} \1", text)
         text = re.sub(rf"(?<![\w-]){name}=(?=[\s,;)]|$)", flag, text)
-        text = re.sub(rf"^{name}: got ", f"{flag}: got ", text)
+        text = re.sub(rf"(^|: )(?:{name}|{_OTHERWISE.get(name, name)}): got ", rf"\1{flag}: got ", text)
+    for name, shown in _SHOWN.items():
+        text = re.sub(rf"^{name}: got ", f"{shown}: got ", text)
     return text

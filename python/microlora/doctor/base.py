@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from microlora._checks import wrong
+from microlora._file_checks import there
 from microlora.doctor.names import template
 from microlora.exceptions import FormatError
 from microlora.formats.limits import Limits
@@ -64,13 +66,14 @@ def read_base(base: object, limits: Limits) -> Base:
     Raises:
         FormatError: None of these.
         ConfigError: Not a path or a mapping.
+        MissingPathError: There is no such file or directory.
         OSError: It cannot be read.
     """
     if isinstance(base, Mapping):
         return _of_mapping(base, "base")
-    if not isinstance(base, str | Path):
+    if not isinstance(base, str | os.PathLike):
         raise wrong("base", base, "a path, a config.json as a mapping, or {tensor name: shape}")
-    path = Path(base)
+    path = Path(there("base", base, f"the base's directory, {CONFIG}, safetensors file or index"))
     if not path.is_dir():
         return _of_file(path, limits)
     config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}

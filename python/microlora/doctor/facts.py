@@ -231,8 +231,15 @@ class Facts:
     def _scan_read(self) -> None:
         if self.file is not None:
             self.scan = _core.Scan.of(self.file)
-        elif self.folder is not None:
+        elif self.folder is not None and not self._is_mlx():
             self.kind = "peft"
+
+    def _is_mlx(self) -> bool:
+        """Whether the settings are MLX's, whose weights have another name."""
+        config = self.config or {}
+        return "peft_type" not in config and not config.keys().isdisjoint(
+            ("fine_tune_type", "lora_parameters")
+        )
 
     def _read_config(self, path: Path) -> None:
         if not path.is_file() or path.stat().st_size > MOST_TEXT:
@@ -324,7 +331,8 @@ class Facts:
         """Name of the format, as far as it can be told."""
         if self.file is not None:
             return self.file.format or self.expanded
-        return {"peft": "peft", "single": "safetensors"}.get(self.kind, "unknown")
+        known = {"peft": "peft", "single": "safetensors"}
+        return known.get(self.kind, "mlx" if self._is_mlx() else "unknown")
 
     @cached_property
     def factors(self) -> list[Tensor]:

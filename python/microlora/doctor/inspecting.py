@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import microlora._core as _core
-from microlora._checks import choice
+from microlora._checks import choice, texts
+from microlora._destinations import check_destination, check_folder
+from microlora._file_checks import path_text
 from microlora.doctor.base import read_base
 from microlora.doctor.checks import CHECKS, examine
 from microlora.doctor.facts import Facts, Module, Tensor
+from microlora.doctor.on_base import compared
 from microlora.doctor.repair import Draft, Place
 from microlora.doctor.report import SEVERITIES, ModuleRow, Report
 from microlora.exceptions import ConfigError, DestinationExistsError, MicroLoraError, UnrepairableError
@@ -45,8 +48,9 @@ def inspect(
             index, or one of these as a mapping (``config.json``, or ``{tensor name: shape}``). Names and
             shapes are then compared, and the nearest names proposed.
         limits: What the file may ask for.
-        fix: Where to write a repaired copy: a directory for PEFT's files, a file for ours. Everything that
-            is an error is taken out, and whatever else can be without changing what the adapter does.
+        fix: Where to write a repaired copy, in a folder that exists: a directory for PEFT's files, a file
+            for ours. Everything that is an error is taken out, and whatever else can be without changing
+            what the adapter does. Where there is nothing to repair, it is a copy, and the report says so.
         also: Codes of findings that are repaired only when asked for: ``"nonfinite"`` (switches the layer
             off), ``"upcast"`` (stores F32 as 16 bits, exactly), ``"unknown_setting"``, ``"base_names"``,
             ``"weights_changed"``.
@@ -57,19 +61,27 @@ def inspect(
     Raises:
         UnrepairableError: With ``fix``: an error is left that no repair takes out; nothing was written.
         DestinationExistsError: ``fix`` exists.
-        ConfigError: ``also`` names a code without a repair of that kind, or ``base`` is not one.
+        ConfigError: ``also`` names a code without a repair of that kind, ``base`` is not one, or ``fix`` is
+            a name for another format.
+        DTypeError: ``path`` or ``fix`` is no path.
+        MissingPathError: ``base`` or the folder of ``fix`` is not there.
         FormatError: ``base`` cannot be understood.
         OSError: A file cannot be read or written.
     """
-    place = Path(path)
+    place = Path(path_text("path", path))
     asked = _asked(also, fix)
     limits = Limits.of(limits)
-    if fix is not None and Path(fix).exists():
-        raise DestinationExistsError(
-            f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it"
-        )
+    if fix is not None:
+        if os.path.lexists(path_text("fix", fix)):
+            raise DestinationExistsError(
+                f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it"
+            )
+        check_folder("fix", fix)
     known = None if base is None else read_base(base, limits)
     facts = Facts(place, limits, known)
+    if fix is not None and facts.kind in ("peft", "single"):
+        written = "peft" if facts.kind == "peft" else "safetensors"
+        check_destination("fix", fix, written, overwrite=False)
     report = _report(facts)
     if fix is None:
         return report
@@ -81,7 +93,7 @@ def _asked(also: Iterable[str], fix: PathLike | None) -> set[str]:
     codes = tuple(c.code for c in CHECKS if c.way == "asked")
     if isinstance(also, str):
         also = (also,)
-    asked = {choice("also", code, codes) for code in also}
+    asked = {choice("also", code, codes) for code in texts("also", also)}
     if asked and fix is None:
         raise ConfigError(f"also: got {sorted(asked)}, expected none without fix=")
     return asked
@@ -114,6 +126,7 @@ def _report(facts: Facts) -> Report:
         weights_sha256=_claimed(facts),
         parents=metadata.parents,
         recipe=metadata.recipe,
+        compared=compared(facts),
     )
 
 

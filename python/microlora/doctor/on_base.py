@@ -13,15 +13,50 @@ from microlora.exceptions import UnrepairableError
 Said = Iterator[tuple[str, tuple[str, ...]]]
 
 
-def _unknown(facts: Facts) -> list[str]:
+def _judged(facts: Facts) -> list[str]:
+    """Modules of whose names the base can tell whether it has them."""
     if facts.base is None or not facts.base.modules:
         return []
     every = facts.base.modules
     if facts.base.complete:
-        return [path for path in facts.modules if path not in every]
+        return list(facts.modules)
     # A configuration tells the decoder's layers only: what lies elsewhere is not judged.
     known = {template(path)[0].rpartition(".")[2] for path in every}
-    return [p for p in facts.modules if p not in every and p.rpartition(".")[2] in known]
+    return [p for p in facts.modules if p in every or p.rpartition(".")[2] in known]
+
+
+def _unknown(facts: Facts) -> list[str]:
+    every = facts.base.modules if facts.base is not None else {}
+    return [path for path in _judged(facts) if path not in every]
+
+
+def _sized(facts: Facts) -> dict[str, tuple[int, ...]]:
+    """Modules whose shapes are compared, with the base's shape of each."""
+    base, out = facts.base, {}
+    for path, m in facts.modules.items() if base is not None else ():
+        want = base.modules.get(path) if base is not None else None
+        if want is None and base is not None and base.widths is not None and not base.modules:
+            want = base.widths.get(path.rpartition(".")[2])
+        if want is not None and m.rank is not None and m.kind == "linear" and len(want) == 2:
+            out[path] = tuple(want)
+    return out
+
+
+def compared(facts: Facts) -> str:
+    """What of an adapter could be held against the base, in one line; empty without a base."""
+    base = facts.base
+    if base is None:
+        return ""
+    n = len(facts.modules)
+    parts = [
+        f"{len(found)} of {n} {what}"
+        for found, what in ((_judged(facts), "names"), (_sized(facts), "shapes"))
+        if found
+    ]
+    if base.layers is not None:
+        parts.append(f"{base.layers} layers")
+    said = ", ".join(parts) if n else ""
+    return f"{base.source}: {said or 'nothing, it does not tell what its layers are'}"
 
 
 def names(facts: Facts) -> Said:
@@ -71,14 +106,10 @@ def shapes(facts: Facts) -> Said:
     if base is None:
         return
     wrong = []
-    for path, m in facts.modules.items():
-        want = base.modules.get(path)
-        if want is None and base.widths is not None and not base.modules:
-            want = base.widths.get(path.rpartition(".")[2])
-        if want is not None and m.rank is not None and m.kind == "linear" and len(want) == 2:
-            got = _size(m)
-            if got not in (tuple(want), tuple(reversed(want))):
-                wrong.append(f"{path} {list(got)} for {list(want)}")
+    for path, want in _sized(facts).items():
+        got = _size(facts.modules[path])
+        if got not in (want, tuple(reversed(want))):
+            wrong.append(f"{path} {list(got)} for {list(want)}")
     if wrong:
         yield f"deltas (out, in) that do not fit the layers of {base.source}", tuple(wrong)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from microlora._checks import wrong
+from microlora._destinations import check_folder
+from microlora._file_checks import path_text
 from microlora.cli.extras import require
 from microlora.doctor.names import template
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from microlora.doctor.report import Report
 
-__all__ = ["draw", "grid"]
+__all__ = ["check_picture", "draw", "grid"]
 
 ENDINGS = ("png", "svg", "pdf")
 
@@ -41,12 +43,25 @@ def grid(report: Report) -> tuple[list[str], list[int], NDArray[np.float64], NDA
     return kinds, layers, values, bad
 
 
+def check_picture(arg: str, path: object) -> Path:
+    """Where a picture can be written.
+
+    Raises:
+        DTypeError: No path.
+        ConfigError: Another ending.
+        MissingPathError: Its folder is not there.
+    """
+    target = Path(path_text(arg, path))
+    if target.suffix.lower().lstrip(".") not in ENDINGS:
+        raise wrong(arg, os.fspath(target), f"a name that ends in .{', .'.join(ENDINGS)}")
+    check_folder(arg, target)
+    return target
+
+
 def draw(report: Report, path: str | os.PathLike[str]) -> None:
     """See :meth:`Report.plot`."""
-    target = Path(path)
+    target = check_picture("path", path)
     ending = target.suffix.lower().lstrip(".")
-    if ending not in ENDINGS:
-        raise wrong("path", os.fspath(path), f"a name that ends in .{', .'.join(ENDINGS)}")
     if not report.modules:
         raise wrong("report", "no modules", "at least one")
     require("matplotlib", "plot", "plot()")

@@ -101,8 +101,9 @@ class Report:
         weights_sha256: Fingerprint that the header claims; ``weights_changed`` is a finding where it lies.
         parents: Adapters that it was made from, where the metadata names them.
         recipe: How it was made of them, where the metadata says it.
+        compared: What of it was held against the base model, and what that is; empty without one.
         fixed: Where the repaired copy lies; empty without ``fix=``.
-        repairs: What the copy differs in.
+        repairs: What the copy differs in; empty where nothing was to be repaired.
     """
 
     path: str
@@ -115,6 +116,7 @@ class Report:
     weights_sha256: str = ""
     parents: tuple[str, ...] = ()
     recipe: str = ""
+    compared: str = ""
     fixed: str = ""
     repairs: tuple[str, ...] = ()
 
@@ -155,12 +157,16 @@ class Report:
         ]
         if self.modules:
             lines += ["", *_table(self.modules)]
+        if self.compared:
+            lines += ["", *_wrapped(f"compared with {self.compared}", "")]
         lines.append("")
         lines += [str(f) for f in self.findings] or ["nothing was found"]
         counts = ", ".join(_many(self.count(s), s) for s in SEVERITIES if self.count(s))
         if counts:
             lines += ["", f"{'sound' if self.ok else 'broken'}: {counts}"]
-        if self.fixed:
+        if self.fixed and not self.repairs:
+            lines += ["", f"nothing was to be repaired: {self.fixed} is a copy of the tensors and settings"]
+        elif self.fixed:
             lines += [
                 "",
                 f"repaired copy: {self.fixed}",
@@ -179,6 +185,7 @@ class Report:
         Raises:
             MissingExtraError: matplotlib is not installed.
             ConfigError: Another ending, or no module to draw.
+            MissingPathError: The folder of ``path`` is not there.
             OSError: The file cannot be written.
         """
         from microlora.doctor.plot import draw

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from microlora._file_checks import there
 from microlora.exceptions import FormatError
 
 __all__ = ["read_base_config"]
+
+WANT = "the base's config.json or its directory"
 
 
 def read_base_config(
@@ -19,20 +21,21 @@ def read_base_config(
     """A base model's configuration from its path (file, or the model's directory) or as it is.
 
     Raises:
+        DTypeError: Neither a path nor a mapping.
+        MissingPathError: There is no such file.
         FormatError: Not JSON, or not an object.
         OSError: It cannot be read.
     """
     if config is None or isinstance(config, Mapping):
         return config
-    path = Path(config)
-    if path.is_dir():
-        path = path / "config.json"
+    path = there("base_config", config, WANT)
+    if os.path.isdir(path):
+        path = there("base_config", os.path.join(path, "config.json"), WANT)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FormatError(
-            f"{path}: base_config is not JSON ({e}), expected the base's config.json or its directory"
-        ) from e
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"{path}: base_config is not JSON ({e}), expected {WANT}") from e
     if not isinstance(value, dict):
         raise FormatError(f"{path}: base_config is {type(value).__name__}, expected an object")
     return value

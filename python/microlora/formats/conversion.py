@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from microlora._checks import check_allow, near
+import microlora._core as _core
+from microlora._checks import choice, flag, near
+from microlora._destinations import check_destination, remove_other_weights
+from microlora._file_checks import check_allow, check_calls, check_kinds, path_text
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, DestinationExistsError, UnsupportedVariantError
+from microlora.exceptions import ConfigError, DTypeError, UnsupportedVariantError
 from microlora.formats import gguf
 from microlora.formats.base_config import read_base_config
 from microlora.formats.file import AdapterFile, PathLike
@@ -162,7 +164,9 @@ def convert(
     Args:
         src: A path of any format that is read, what was read from one, or an adapter. Factors in blocks stay
             blocks in ``"gguf"`` and ``"safetensors"``, and become float32 elsewhere; a note names them.
-        dst: File or directory to write.
+        dst: File or directory to write, in a folder that exists. Its ending must not be that of another
+            format: ``.safetensors`` is for single files, ``.gguf`` and ``.npz`` for those, none of them for
+            the directories of ``"peft"`` and ``"mlx"``.
         format: One of the names of :data:`WRITERS`.
         base_config: The base model's ``config.json`` (its path, or its content), for formats that need its
             architecture and head counts.
@@ -171,7 +175,9 @@ def convert(
             rounded into B (without it only where that is exact). Blocks that GGUF cannot hold as they are (of
             B along out_features, of other types than ``dtype``) are written as their numbers, in ``dtype``,
             under ``"drop:blocks"``; with it ``"safetensors"`` has no blocks either.
-        overwrite: Replace what lies at ``dst``; other files of a directory stay.
+        overwrite: Replace what lies at ``dst``. Of a directory the files of an adapter are replaced, with
+            the weights of another format; other files stay. A file is not replaced by a directory, nor a
+            directory by a file.
         dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as they are),
             ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``,
             ``"q4_0"`` (blocks where a row is a whole number of them, f16 elsewhere). Other formats keep
@@ -190,9 +196,12 @@ def convert(
     Raises:
         UnsupportedVariantError: The format cannot hold what the file has; the message has the names to allow.
         DestinationExistsError: ``dst`` exists and ``overwrite`` is false, or it is a pipe, a socket
-            or a device.
-        ConfigError: An unknown format or dtype, ``base_config`` is needed and missing, or ``alpha`` or
-            ``orientation`` for what is no path.
+            or a device, a file where the format is a directory, or the other way round.
+        MissingPathError: The folder of ``dst`` is not there.
+        ConfigError: An unknown format or dtype, a name of ``dst`` that is for another format,
+            ``base_config`` is needed and missing or of no use, ``alpha`` or ``orientation`` for what is no
+            path, or ``allow`` with a kind that there is not.
+        DTypeError: ``src`` is no path and no adapter.
         MissingExtraError: GGUF names need the gguf package.
         ShapeError: A module that does not fit the base.
         NonFiniteError: A number that ``dtype`` cannot hold.
@@ -200,18 +209,24 @@ def convert(
         FormatError: The source is broken.
         OSError: The system refused; what was at ``dst`` is left whole.
     """
-    writer = WRITERS.get(format)
+    writer = WRITERS.get(format) if isinstance(format, str) else None
     if writer is None:
         hint = near(str(format).lower(), WRITERS)
         raise ConfigError(f"format: got {format!r}, expected one of {', '.join(sorted(WRITERS))}{hint}")
     if dtype is not None and dtype not in writer.dtypes:
         want = f"one of {', '.join(writer.dtypes)}" if writer.dtypes else f"None ({format} keeps every type)"
         raise ConfigError(f"dtype: got {dtype!r}, expected {want}")
+    if names is not None:
+        choice("names", names, ("gguf",))
+    check_calls(progress, cancel)
     config = read_base_config(base_config)
     options = Options(config, tuple(check_allow(allow, writer.also)), dtype, progress, cancel)
-    target = Path(dst)
-    _check_target(target, overwrite)
+    target = check_destination("dst", dst, format, overwrite=flag("overwrite", overwrite))
     file = read_source(src, alpha=alpha, orientation=orientation)
+    check_kinds(options.allow, ("blocks", *(v.kind for v in file.variants)))
+    if config is not None and format != "gguf" and not gguf.has_own_names(file):
+        was = file.format or "an adapter"
+        raise ConfigError(f"base_config: got one for {was} to {format}, expected None (it is for GGUF files)")
     if names is not None or (config is not None and gguf.has_own_names(file)):
         file = AdapterFile.wrap(gguf.named(file, config, names))
     if module_names is not None:
@@ -230,6 +245,7 @@ def convert(
     if cancel is not None:
         cancel.raise_if_cancelled("converting")
     notes = [*file.notes, *_on_names(file, format), *writer.write(file, target, options)]
+    notes += remove_other_weights(target, format)
     return Conversion(
         source=file.format,
         format=format,
@@ -240,25 +256,22 @@ def convert(
     )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuses what must not be replaced; a link to nowhere is something too."""
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
-    if target.exists() and not (stat.S_ISREG(mode := target.stat().st_mode) or stat.S_ISDIR(mode)):
-        raise DestinationExistsError(f"{target}: exists and is neither a regular file nor a directory")
-
-
 def _on_names(file: AdapterFile, format: str) -> list[str]:
-    """Names of Kohya's that no other program finds in a model."""
-    flat = [row[0] for row in file.rows() if file.format == "kohya" and row[0].startswith("lora_")]
-    if not flat or format == "kohya":
-        return []
-    return [
-        f"{len(flat)} modules keep Kohya's names, such as {flat[0]!r}, which no model has: "
-        "pass module_names= for the base's own"
-    ]
+    """Names of Kohya's and of llama.cpp's that no other program finds in a model."""
+    paths = [row[0] for row in file.rows()]
+    flat = [path for path in paths if file.format == "kohya" and path.startswith("lora_")]
+    if flat and format != "kohya":
+        return [
+            f"{len(flat)} modules keep Kohya's names, such as {flat[0]!r}, which no model has: "
+            "pass module_names= for the base's own"
+        ]
+    blocks = [path for path in paths if gguf.is_own_name(path)]
+    if blocks and format != "gguf":
+        return [
+            f"{len(blocks)} modules keep llama.cpp's names, such as {blocks[0]!r}, which no model of other "
+            "programs has: read the GGUF file with base_config= for the model's own"
+        ]
+    return []
 
 
 def read_source(
@@ -266,9 +279,10 @@ def read_source(
     *,
     alpha: float | None = None,
     orientation: str | None = None,
+    arg: str = "src",
 ) -> AdapterFile:
     """The file of a path, of an adapter, or itself."""
-    if isinstance(src, (AdapterFile, Adapter, QuantizedAdapter)):
+    if isinstance(src, (AdapterFile, _core.Adapter, _core.QuantizedAdapter)):
         for name, value in (("alpha", alpha), ("orientation", orientation)):
             if value is not None:
                 raise ConfigError(
@@ -276,6 +290,10 @@ def read_source(
                 )
     if isinstance(src, AdapterFile):
         return src
-    if isinstance(src, (Adapter, QuantizedAdapter)):
-        return AdapterFile.from_adapter(src)
-    return AdapterFile.read(src, alpha=alpha, orientation=orientation)
+    if isinstance(src, _core.QuantizedAdapter):
+        return AdapterFile.from_adapter(QuantizedAdapter(src))
+    if isinstance(src, _core.Adapter):
+        return AdapterFile.from_adapter(Adapter(src))
+    if not isinstance(src, str | os.PathLike):
+        raise DTypeError(f"{arg}: got {type(src).__name__}, expected a path, an adapter or an AdapterFile")
+    return AdapterFile.read(path_text(arg, src), alpha=alpha, orientation=orientation)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 import microlora._core as _core
-from microlora._checks import check_allow, integer
+from microlora._checks import integer, wrong
+from microlora._destinations import format_of_name
+from microlora._file_checks import check_allow, check_kinds, check_reading, path_text, there
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError
+from microlora.exceptions import ConfigError, DTypeError
 from microlora.formats.limits import Limits
 
 if TYPE_CHECKING:
@@ -115,25 +117,39 @@ class AdapterFile(_core.AdapterFile):
         Raises:
             FormatError: The file is broken, ambiguous, beyond the limits, of no known format, or of another
                 architecture than ``base_config``.
-            ConfigError: ``base_config`` or ``names`` for a file of another format than GGUF.
+            ConfigError: ``base_config`` or ``names`` for a file of another format than GGUF, or a setting
+                of another type.
+            DTypeError: ``path`` is none.
             UnsupportedVariantError: A pickle, or a kind that cannot even be kept.
             OSError: The file cannot be read.
         """
         bounds = Limits.of(limits).as_tuple()
-        file = _core.AdapterFile.open(os.fspath(path), mmap, strict, bounds, alpha, orientation)
-        if base_config is not None or names is not None:
+        where, number = check_reading(path, mmap, strict, alpha, orientation, names)
+        wanted = None if module_names is None else _module_names(module_names)
+        config = None
+        if base_config is not None:
             from microlora.formats.base_config import read_base_config
+
+            config = read_base_config(base_config)
+        file = _core.AdapterFile.open(where, mmap, strict, bounds, number, orientation)
+        if config is not None or names is not None:
             from microlora.formats.gguf import named
 
-            file = named(file, read_base_config(base_config), names)
+            file = named(file, config, names)
         content = cls.wrap(file)
-        return content if module_names is None else content.with_module_names(module_names)
+        return content if wanted is None else cls.wrap(content.resolved(wanted))
 
     @classmethod
     def from_adapter(cls, adapter: Adapter | QuantizedAdapter) -> AdapterFile:
-        """An adapter as a file would hold it, blocks as blocks."""
+        """An adapter as a file would hold it, blocks as blocks.
+
+        Raises:
+            DTypeError: No adapter.
+        """
         if isinstance(adapter, _core.QuantizedAdapter):
             return cls.wrap(_core.AdapterFile.of_quantized(adapter))
+        if not isinstance(adapter, _core.Adapter):
+            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an adapter")
         return cls.wrap(_core.AdapterFile.of(adapter))
 
     @classmethod
@@ -180,17 +196,10 @@ class AdapterFile(_core.AdapterFile):
             FormatError: A module that the base lacks, that several of its names may mean, or that another
                 has too.
             ConfigError: Not names.
+            MissingPathError: There is no such model.
             OSError: The model cannot be read.
         """
-        if isinstance(module_names, (str, os.PathLike)):
-            tensors = _core.list_tensors(os.fspath(module_names), "module_names")
-            names = sorted({name.rpartition(".")[0] or name for name, _, _ in tensors})
-        else:
-            names = list(module_names)
-            for name in names:
-                if not isinstance(name, str) or not name:
-                    raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
-        return self.wrap(self.resolved(names))
+        return self.wrap(self.resolved(_module_names(module_names)))
 
     def to_arrays(
         self,
@@ -218,8 +227,11 @@ class AdapterFile(_core.AdapterFile):
 
         Raises:
             UnsupportedVariantError: A variant is left; the message has the names to allow.
+            ConfigError: ``allow`` is no list of names, or has a kind that there is not.
         """
-        return Adapter(self.runnable(check_allow(allow)))
+        left_out = check_allow(allow)
+        check_kinds(left_out, (v.kind for v in self.variants))
+        return Adapter(self.runnable(left_out))
 
     def unpack_experts(self, experts: int | None = None) -> AdapterFile:
         """The same content with packed experts (PEFT's ``target_parameters``) as modules of their own.
@@ -253,9 +265,9 @@ class AdapterFile(_core.AdapterFile):
         """Writes all of it: :func:`microlora.convert` of this content.
 
         Args:
-            dst: File or directory to write.
-            format: Name of the format; by default the one it was read from, else by the name as
-                :func:`microlora.save` does.
+            dst: File or directory to write, in a folder that exists.
+            format: Name of the format; by default the one it was read from, else by the ending of the name
+                (``.safetensors``, ``.gguf``, ``.npz``), else a PEFT directory.
             base_config: As for :func:`microlora.convert`.
             allow: Losses that are accepted by name.
             overwrite: Replace what lies at ``dst``.
@@ -265,14 +277,15 @@ class AdapterFile(_core.AdapterFile):
         Raises:
             UnsupportedVariantError: The format cannot hold what the file has; the message has the names.
             DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
-            ConfigError: An unknown format, or one that needs more than was given.
+            ConfigError: An unknown format, one that needs more than was given, or a name that is for
+                another one.
+            MissingPathError: The folder of ``dst`` is not there.
             OSError: The system refused; what was at ``dst`` is left whole.
         """
         from microlora.formats.conversion import convert
 
         if format is None:
-            single = os.fspath(dst).endswith(".safetensors")
-            format = self.format or ("safetensors" if single else "peft")
+            format = self.format or format_of_name(path_text("dst", dst))
         return convert(
             self,
             dst,
@@ -283,3 +296,18 @@ class AdapterFile(_core.AdapterFile):
             progress=progress,
             cancel=cancel,
         )
+
+
+def _module_names(value: object) -> list[str]:
+    """Names of a base's modules, from themselves or from a model on disk."""
+    want = "dotted names of modules, or a model on disk that has them"
+    if isinstance(value, str | os.PathLike):
+        tensors = _core.list_tensors(there("module_names", value, want), "module_names")
+        return sorted({name.rpartition(".")[0] or name for name, _, _ in tensors})
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        raise wrong("module_names", value, want)
+    names = list(value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"module_names: got {name!r}, expected names of modules, or a path")
+    return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from microlora.formats.conversion import Options
     from microlora.formats.file import AdapterFile, FileModule
 
-__all__ = ["DTYPES", "has_own_names", "losses", "named", "unplaced", "write"]
+__all__ = ["DTYPES", "has_own_names", "is_own_name", "losses", "named", "unplaced", "write"]
 
 DTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
 
 ARCHITECTURE = "general.architecture"
 TOKENS = "adapter.alora.invocation_tokens"
+_OWN = re.compile(r"blk\.\d+\..+|token_embd|output")
 # Kinds that the format has room for.
 _HELD = ("row_order", "embedding", "experts", "alora", "linear")
 
@@ -30,6 +32,11 @@ _HELD = ("row_order", "embedding", "experts", "alora", "linear")
 def has_own_names(file: _core.AdapterFile) -> bool:
     """Whether modules have llama.cpp's names."""
     return ARCHITECTURE in file.header
+
+
+def is_own_name(path: str) -> bool:
+    """Whether a module's path is a tensor of llama.cpp's."""
+    return _OWN.fullmatch(path) is not None
 
 
 def unplaced(file: AdapterFile) -> dict[str, str]:
@@ -58,7 +65,7 @@ def named(
     if base_config is None:
         return _core.gguf_keep_names(file)
     if names is not None:
-        raise ConfigError("names: got 'gguf' with a base_config, expected one of the two")
+        raise ConfigError("names: got 'gguf' with base_config=, expected one of the two")
     base = Base.from_config(base_config)
     architecture = file.header.get(ARCHITECTURE)
     if architecture != base.architecture:

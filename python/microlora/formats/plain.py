@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 import microlora._core as _core
+from microlora._checks import flag
+from microlora._file_checks import path_text
 from microlora.adapter import Adapter
 from microlora.exceptions import ConfigError, NonFiniteError, ShapeError, UnsupportedVariantError
 from microlora.formats.conversion import read_source
@@ -58,7 +60,10 @@ def convert_to_plain(
         FormatError: A file is broken.
         DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
     """
-    trained = read_source(file)
+    replace = flag("overwrite", overwrite)
+    if dst is not None:
+        path_text("dst", dst)
+    trained = read_source(file, arg="file")
     config = _config(trained)
     start = _initial(initial, trained)
     modules = []
@@ -86,7 +91,7 @@ def convert_to_plain(
         )
     )
     if dst is not None:
-        plain.save(dst, overwrite=overwrite)
+        plain.save(dst, overwrite=replace)
     return plain
 
 
@@ -125,7 +130,7 @@ def _initial(initial: object, trained: AdapterFile) -> dict[str, tuple[Array, Ar
     if isinstance(initial, Mapping):
         _same_modules(initial, modules)
         return {path: _pair(path, value) for path, value in initial.items()}
-    source = read_source(initial)  # type: ignore[arg-type]
+    source = read_source(initial, arg="initial")  # type: ignore[arg-type]
     have = {m.path: (i, m) for i, m in enumerate(source.modules)}
     _same_modules(have, modules)
     for path, (_, m) in have.items():

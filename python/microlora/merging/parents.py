@@ -10,6 +10,7 @@ from typing import Any
 
 import microlora._core as _core
 from microlora._checks import text, wrong
+from microlora._file_checks import path_text
 from microlora.adapter import Adapter, config_of
 from microlora.exceptions import ConfigError, DTypeError, ShapeError
 from microlora.files import load_plain
@@ -38,7 +39,7 @@ def as_adapter(name: str, source: object) -> Adapter:
     if isinstance(source, _core.Adapter):
         return Adapter(source)
     if isinstance(source, str | os.PathLike):
-        return load_plain(source)
+        return load_plain(path_text(name, source))
     raise DTypeError(f"{name}: got {type(source).__name__}, expected an Adapter, a MicroLoRA or a path")
 
 

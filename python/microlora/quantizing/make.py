@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from numpy.typing import ArrayLike
 
 from microlora._checks import flag, real, wrong
+from microlora._file_checks import check_calls
 from microlora.exceptions import ConfigError, DTypeError
 from microlora.gram import Gram
 from microlora.merging.parents import Source, as_adapter
@@ -72,25 +73,23 @@ def quantize(
             reach (the message has the least error that some do).
         NonFiniteError: Numbers that a type cannot hold, or NaN or infinity in the calibration.
         ShapeError: Calibration of another width.
-        DTypeError: Calibration that is not floating point, or no adapter.
+        DTypeError: Calibration that is not floating point, no adapter, or a type that is no name.
         CancelledError: The token was set.
     """
     if isinstance(adapter, QuantizedAdapter):
         raise DTypeError("adapter: is quantised already, expected the adapter that it was made of")
-    value = as_adapter("adapter", adapter)
     if (type is None) == (target_error is None):
         got = "neither" if type is None else "both"
         raise ConfigError(f"type, target_error: got {got}, expected one of them")
     turned = flag("b_along_rank", b_along_rank)
+    check_calls(progress, cancel)
+    target = None if target_error is None else _target(target_error)
+    value = as_adapter("adapter", adapter)
     moments = inputs_of(calibration, value.dims)
     modules = [Measured.of(value, name, moments.get(name), b_along_rank=turned) for name in value.modules()]
     wanted: dict[str, Pair] | None = None
     facts: dict[str, Any] = {}
-    if target_error is not None:
-        want = "a number above 0 and below 1"
-        target = real("target_error", target_error, want)
-        if not 0.0 < target < 1.0:
-            raise wrong("target_error", target_error, want)
+    if target is not None:
         found = smallest(modules, target, progress, cancel)
         types = found.types
         facts = {"target_error": target, "reached_error": found.error, "measure": found.measure}
@@ -118,6 +117,14 @@ def quantize(
         **facts,
     )
     return Quantization(made, report)
+
+
+def _target(value: object) -> float:
+    want = "a number above 0 and below 1"
+    target = real("target_error", value, want)
+    if not 0.0 < target < 1.0:
+        raise wrong("target_error", value, want)
+    return target
 
 
 def _fitted(module: Measured, pair: Pair) -> Pair:

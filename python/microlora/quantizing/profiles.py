@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from microlora._checks import text
+from microlora._checks import text, wrong
 from microlora.quantizing.types import RECIPES, Pair
 
 __all__ = ["QuantizationProfile", "quantization_profile"]
@@ -59,8 +59,12 @@ def quantization_profile(adapter_type: str, device: str) -> QuantizationProfile:
         ``q6_k``, with both names empty.
 
     Raises:
-        ConfigError: A name that is no text, or empty.
+        ConfigError: A name that is no text, or empty, or the two in each other's place.
     """
+    for field, value, of in (("adapter_type", adapter_type, "device"), ("device", device, "adapter_type")):
+        if _name(field, value) in {_name(of, getattr(row, of)) for row in _ROWS}:
+            want = f"no {of}: quantization_profile(adapter_type, device) has the two the other way round"
+            raise wrong(field, value, want)
     names = (_name("adapter_type", adapter_type), _name("device", device))
     for row in _ROWS:
         if (row.adapter_type.replace("_", ""), row.device) == names:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import microlora._core as _core
 from microlora._checks import read_json, wrong
+from microlora._file_checks import path_text, there
 from microlora.adapter import Adapter
 from microlora.exceptions import DTypeError, FormatError, VerificationError
 from microlora.formats.file import AdapterFile
@@ -47,8 +48,9 @@ def fingerprint(
         DTypeError: Something else.
         OSError: It cannot be read.
     """
+    Limits.of(limits)
     if isinstance(source, str | os.PathLike):
-        source = AdapterFile.read(source, strict=False, limits=limits)
+        source = AdapterFile.read(path_text("source", source), strict=False, limits=limits)
     if isinstance(source, _core.MicroLora):
         source = source.adapter()
     if isinstance(source, _core.Adapter):
@@ -69,7 +71,7 @@ def file_sha256(path: PathLike) -> str:
         FormatError: Not a regular file.
         OSError: It cannot be read.
     """
-    place = Path(path)
+    place = Path(path_text("path", path))
     if not place.is_file():
         place.stat()
         raise FormatError(f"{place}: not a regular file")
@@ -87,7 +89,7 @@ def manifest(path: PathLike) -> Manifest:
         FormatError: A symbolic link or a special file in the directory, or more than 10,000 files.
         OSError: A file cannot be read.
     """
-    place = Path(path)
+    place = Path(path_text("path", path))
     if not place.is_dir():
         return {place.name: file_sha256(place)}
     out: Manifest = {}
@@ -118,12 +120,13 @@ def read_manifest(source: Mapping[str, str] | PathLike) -> Manifest:
     Raises:
         ConfigError: A name that leaves the directory, or a value that is no SHA-256.
         FormatError: Not JSON.
+        MissingPathError: There is no such file.
         OSError: The file cannot be read.
     """
     if not isinstance(source, Mapping):
         if not isinstance(source, str | os.PathLike):
             raise wrong("manifest", source, "a mapping {file: sha256} or the path of its JSON")
-        path = Path(source)
+        path = Path(there("manifest", source, "a mapping {file: sha256} or the path of its JSON"))
         if path.stat().st_size > 64 << 20:
             raise FormatError(f"{path}: manifest of {path.stat().st_size} bytes")
         try:

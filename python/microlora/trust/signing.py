@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
-from microlora._checks import read_json, wrong
+from microlora._checks import flag, read_json, wrong
+from microlora._destinations import check_folder
+from microlora._file_checks import path_text, there
 from microlora.cli.extras import require
 from microlora.exceptions import ConfigError, DestinationExistsError, FormatError, VerificationError
 from microlora.trust.hashing import Manifest, PathLike, compare, manifest, read_manifest
@@ -55,16 +57,22 @@ def sign(
     Raises:
         MissingExtraError: The ``cryptography`` package is missing (extra ``signing``).
         ConfigError: Not an Ed25519 key.
+        DTypeError: ``path`` or ``out`` is no path.
+        MissingPathError: There is no such key file, or the folder of ``out`` is not there.
         DestinationExistsError: There is a signature already.
         OSError: A file cannot be read or written.
     """
     require("cryptography", "signing", "sign()")
-    place = Path(path)
+    place = Path(path_text("path", path))
+    replace = flag("overwrite", overwrite)
+    if password is not None and not isinstance(password, bytes):
+        raise wrong("password", "something that is no bytes", "bytes, or None")
+    target = signature_path(place) if out is None else Path(path_text("out", out))
+    check_folder("out", target)
     key = _private(private_key, password)
-    target = signature_path(place) if out is None else Path(out)
     if place.is_dir() and target.absolute().is_relative_to(place.absolute()):
         raise wrong("out", os.fspath(target), "a place outside of the directory that is signed")
-    if target.exists() and not overwrite:
+    if target.exists() and not replace:
         raise DestinationExistsError(f"{target}: exists; pass overwrite=True to replace it")
     files = manifest(place)
     document = {
@@ -125,13 +133,18 @@ def _raw(key: Ed25519PublicKey) -> bytes:
     return key.public_bytes_raw()
 
 
-def _bytes(value: Any) -> bytes | None:
+def _bytes(arg: str, value: Any) -> bytes | None:
     """PEM from bytes or a path, raw from hex; None for anything else."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str) and len(value) == 64 and all(c in "0123456789abcdefABCDEF" for c in value):
         return bytes.fromhex(value)
-    return Path(value).read_bytes() if isinstance(value, str | os.PathLike) else None
+    if not isinstance(value, str | os.PathLike):
+        return None
+    path = Path(there(arg, value, "a PEM file, or a key as 64 hex digits"))
+    if not path.is_file():
+        raise wrong(arg, os.fspath(value), "a PEM file, or a key as 64 hex digits")
+    return path.read_bytes()
 
 
 def _private(value: Any, password: bytes | None) -> Ed25519PrivateKey:
@@ -139,7 +152,7 @@ def _private(value: Any, password: bytes | None) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    data = _bytes(value)
+    data = _bytes("private_key", value)
     try:
         if data is not None:
             value = (
@@ -161,7 +174,7 @@ def _public(value: Any) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    data = _bytes(value)
+    data = _bytes("public_key", value)
     try:
         if data is not None:
             value = Ed25519PublicKey.from_public_bytes(data) if len(data) == 32 else load_pem_public_key(data)

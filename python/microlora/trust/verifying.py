@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from microlora._checks import wrong
+from microlora._file_checks import path_text
 from microlora.exceptions import FormatError, VerificationError
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
@@ -24,8 +25,9 @@ class Verification:
 
     Attributes:
         path: What was verified.
-        checked: Of ``"sha256"``, ``"manifest"``, ``"signature"`` and ``"weights"``, those that were checked.
-        fingerprint: SHA-256 of the weights; empty where they were not looked at.
+        checked: Of ``"sha256"``, ``"manifest"``, ``"signature"`` and ``"weights"``, those that were checked;
+            the last against the fingerprint that the file's own header has.
+        fingerprint: SHA-256 of the weights; empty where the header has none to compare with.
         signer: Public key of the signature, 64 hex digits; empty without one.
     """
 
@@ -35,10 +37,20 @@ class Verification:
     signer: str = ""
 
     def __str__(self) -> str:
-        """One line."""
-        signer = f", signed by {self.signer[:16]}..." if self.signer else ""
-        weights = f", weights {self.fingerprint[:16]}..." if self.fingerprint else ""
-        return f"{self.path}: {', '.join(self.checked)} in order{weights}{signer}"
+        """What was compared with what, in one line."""
+        said = {
+            "sha256": "the file has the SHA-256 that was given",
+            "manifest": "all files are those of the manifest",
+            "signature": f"signed by {self.signer[:16]}...",
+            "weights": "the weights have the fingerprint of the file's own header "
+            f"({self.fingerprint[:16]}...)",
+        }
+        lines = [said[what] for what in self.checked]
+        if self.checked == ("weights",):
+            lines.append("nothing from elsewhere was compared (sha256=, manifest=, public_key=)")
+        elif "weights" not in self.checked:
+            lines.append("no fingerprint of the weights was there to compare with")
+        return f"{self.path}: {'; '.join(lines)}"
 
 
 def verify(
@@ -71,11 +83,16 @@ def verify(
     Raises:
         VerificationError: Something differs (the message names the file), or nothing can be checked.
         ConfigError: An argument that is no hash, manifest or key.
+        DTypeError: ``path`` or ``signature`` is no path.
+        MissingPathError: There is no such manifest or key.
         FormatError: A file that cannot be read as what it should be.
         MissingExtraError: ``public_key`` without the ``cryptography`` package.
         OSError: A file cannot be read.
     """
-    place = Path(path)
+    place = Path(path_text("path", path))
+    Limits.of(limits)
+    if signature is not None:
+        path_text("signature", signature)
     place.stat()
     checked: list[str] = []
     signer = ""

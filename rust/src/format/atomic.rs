@@ -44,7 +44,8 @@ impl Growing {
             use std::os::unix::fs::PermissionsExt;
             fs::Permissions::from_mode(0o666) // less the umask, as any new file
         });
-        let temp = builder.tempfile_in(parent(path)).map_err(at)?;
+        check_parent(path)?;
+        let temp = builder.tempfile_in(parent(path)).map_err(|e| at(own(e)))?;
         Ok(Growing { temp, path: path.to_owned() })
     }
 
@@ -177,6 +178,25 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
+/// The folder of a file must be there; the error names it, not the temporary file that cannot be made.
+fn check_parent(path: &Path) -> Result<()> {
+    let folder = parent(path);
+    match fs::metadata(folder) {
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(_) => {
+            let what = "not a folder, expected the one that the file is to lie in";
+            Err(Error::io(folder, io::Error::new(io::ErrorKind::NotADirectory, what)))
+        }
+        Err(e) => Err(Error::io(folder, e)),
+    }
+}
+
+/// What the system said, without the name of the temporary file around it.
+fn own(e: io::Error) -> io::Error {
+    let inner = e.get_ref().and_then(|e| e.source()).and_then(|e| e.downcast_ref::<io::Error>());
+    inner.and_then(io::Error::raw_os_error).map_or(e, io::Error::from_raw_os_error)
+}
+
 /// Makes a rename durable where the system can; where it cannot, the file is still whole.
 pub(crate) fn sync_dir(dir: &Path) {
     if cfg!(unix) {
@@ -218,7 +238,16 @@ mod tests {
     fn refuses_directories_and_missing_parents() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(write(dir.path(), |_| Ok(())), Err(Error::Io { .. })));
-        assert!(matches!(write(&dir.path().join("no/such"), |_| Ok(())), Err(Error::Io { .. })));
+        let missing = write(&dir.path().join("no/such"), |_| Ok(())).unwrap_err();
+        assert!(matches!(&missing, Error::Io { path, source } if path.ends_with("no")
+            && source.raw_os_error().is_some()));
+        assert!(!missing.to_string().contains(".microlora-"));
+        fs::write(dir.path().join("file"), b"").unwrap();
+        let file = write(&dir.path().join("file/a"), |_| Ok(())).unwrap_err();
+        assert!(matches!(&file, Error::Io { path, .. } if path.ends_with("file")), "{file}");
+        fs::remove_file(dir.path().join("file")).unwrap();
+        let long = write(&dir.path().join("a".repeat(300)).join("b"), |_| Ok(())).unwrap_err();
+        assert!(!long.to_string().contains(".microlora-"));
         assert!(matches!(write(Path::new("/"), |_| Ok(())), Err(Error::Io { .. })));
         assert!(names(dir.path()).is_empty());
     }

@@ -113,6 +113,12 @@ pub(super) fn build(
         both.insert(path.clone(), (slot.both(&path, file)?, alpha));
     }
     let shapes = both.iter().map(|(path, ([a, b], _))| (path.as_str(), &a.1, &b.1));
+    if let (Some(given), Some(said)) = (opts.orientation.filter(|o| Some(*o) != said), said) {
+        let [given, said] = [given, said].map(name_of);
+        let reason =
+            format!("orientation: got {}, expected none: this file says {}", show(given), show(said));
+        return Err(Error::format(file, reason));
+    }
     let orientation = decide(shapes, opts.orientation.or(said), file)?;
     for (path, (both, stored)) in both {
         let both = match orientation {

@@ -77,6 +77,14 @@ const COMPONENTS: [(&str, &str); 8] = [
     ("text_encoder_3.", "lora_te3_"),
 ];
 
+/// Every kind that a file of this style can show.
+pub(super) fn kinds() -> impl Iterator<Item = &'static str> {
+    MARKS.iter().filter_map(|(_, mark)| match mark {
+        Mark::Other(kind, _) | Mark::Beside(kind, _) => Some(*kind),
+        Mark::Down | Mark::Up | Mark::Alpha => None,
+    })
+}
+
 fn split(key: &str) -> Option<(&str, Mark)> {
     let end = |(suffix, mark): &(&str, Mark)| {
         let base = key.strip_suffix(suffix)?.strip_suffix('.')?;

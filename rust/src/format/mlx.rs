@@ -146,7 +146,8 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         if !path.exists() {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let what = if path == &config { "the scale is unknown" } else { "there are no weights" };
-            return Err(Error::format(&source.file, format!("no {name} in this directory, so {what}")));
+            let reason = format!("no {name} in this directory, so {what}{}", checkpoints(&source));
+            return Err(Error::format(&source.file, reason));
         }
     }
     // The pair belongs together when the configuration is the same file after the weights were opened.
@@ -161,6 +162,28 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         }
     }
     Err(Error::format(&source.file, format!("{CONFIG_FILE} changed while the adapter was being read")))
+}
+
+/// The numbered checkpoints that training left in a directory, and how one of them is read.
+fn checkpoints(source: &Source) -> String {
+    const MOST: usize = 3;
+    if !matches!(source.content, Kind::Directory) {
+        return String::new();
+    }
+    let names = fs::read_dir(&source.path).into_iter().flatten().flatten();
+    let names = names.map(|e| e.file_name().to_string_lossy().into_owned());
+    let mut found: Vec<String> =
+        names.filter(|n| n.ends_with(WEIGHTS_FILE) && n != WEIGHTS_FILE && !n.starts_with('.')).collect();
+    found.sort();
+    let Some(last) = found.last() else { return String::new() };
+    let shown: Vec<String> = found.iter().take(MOST).map(|n| show(n)).collect();
+    let more = if found.len() > MOST { ", ..." } else { "" };
+    let path = show(&source.path.join(last).display().to_string());
+    format!(
+        "; there are {} checkpoints ({}{more}): pass the path of one, such as {path}",
+        found.len(),
+        shown.join(", ")
+    )
 }
 
 fn build(config: &Config, content: container::Container, opts: &LoadOptions, file: &str) -> Result<Loaded> {

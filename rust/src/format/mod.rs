@@ -39,6 +39,7 @@ pub use limits::Limits;
 pub use peft::{PeftOptions, save_peft};
 pub use quantized::{Along, FactorParts, QUANTIZED_VERSION, QuantModuleParts};
 pub use quantized::{quantized_from_bytes, quantized_to_bytes, save_quantized};
+pub use runs::variant_kinds;
 pub use single::{
     FORMAT, FORMAT_VERSION, from_bytes, read_bytes, save_single, save_single_as_read, to_bytes,
 };

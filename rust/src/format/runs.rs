@@ -1,6 +1,6 @@
 //! What of a file is run: nothing is left out that the caller did not give up by name.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::json::show;
 use super::peft::variants::plain_config;
@@ -12,6 +12,15 @@ const NOTHING_ELSE: [&str; 4] = ["qalora", "bdlora", "kasa", "arrow"];
 
 /// Most kinds that one refusal names; only a made-up file has more.
 const MAX_NAMED: usize = 64;
+
+/// Tensors beside the factors that no format but their own has a place for.
+pub(super) const EXTRA: &str = "extra";
+
+/// Every kind that can be given up by name (`drop:<kind>`), sorted.
+pub fn variant_kinds() -> BTreeSet<String> {
+    let others = super::kohya::kinds().chain([EXTRA, super::gguf::ROW_ORDER]).map(str::to_owned);
+    super::peft::variants::kinds().chain(others).collect()
+}
 
 /// Words that a file may have brought, fit for a message.
 fn short(text: &str) -> String {
@@ -102,5 +111,23 @@ impl Loaded {
             parts.modules.retain(|m| !lost.iter().any(|v| v.kind == m.kind.as_str()));
         }
         Ok(parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_every_format_can_be_given_up() {
+        let kinds = variant_kinds();
+        for kind in
+            ["dora", "experts", "extra", "init:pissa", "init:unknown", "loha", "lokr", "norm", "row_order"]
+        {
+            assert!(kinds.contains(kind), "{kind}");
+        }
+        assert!(
+            NOTHING_ELSE.iter().chain(["conv", "embedding", "lora_bias"].iter()).all(|k| kinds.contains(*k))
+        );
     }
 }

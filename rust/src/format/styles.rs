@@ -81,7 +81,7 @@ pub fn losses(loaded: &Loaded, name: &str, allow: &[String]) -> Result<Vec<(Stri
     }
     if loaded.format != style.name && loaded.variants.is_empty() {
         let other = loaded.parts.extra.iter().find(|t| !is_only_for_training(&t.name));
-        lost.extend(other.map(|t| ("extra".to_owned(), t.name.clone())));
+        lost.extend(other.map(|t| (super::runs::EXTRA.to_owned(), t.name.clone())));
     }
     Ok(lost)
 }

@@ -15,6 +15,8 @@ pub struct Row {
     knows: fn(&Source) -> bool,
     /// For styles that share the safetensors container: whether a tensor's name is of this style.
     is_key: Option<fn(&str) -> bool>,
+    /// Whether the reader may have to be told which way the factors lie.
+    oriented: bool,
     read: fn(Source, &LoadOptions) -> Result<Loaded>,
     /// Whether `read` takes tensors that were not read yet.
     lazy: bool,
@@ -27,6 +29,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "safetensors with `format` = `microlora` in its header",
         knows: single::knows,
         is_key: None,
+        oriented: false,
         read: single::read,
         lazy: true,
     },
@@ -35,6 +38,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "adapter_config.json with `fine_tune_type` or `lora_parameters`, and adapters.safetensors",
         knows: mlx::knows,
         is_key: None,
+        oriented: false,
         read: mlx::read,
         lazy: false,
     },
@@ -43,6 +47,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "a directory with adapter_config.json (`peft_type`) and adapter_model.safetensors, or the latter",
         knows: peft::knows,
         is_key: Some(peft::is_key),
+        oriented: false,
         read: peft::read,
         lazy: true,
     },
@@ -51,6 +56,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "`GGUF` as its first four bytes",
         knows: gguf::knows,
         is_key: None,
+        oriented: false,
         read: gguf::read,
         lazy: false,
     },
@@ -59,6 +65,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "safetensors with `.lora_down.weight`, `.lora_up.weight` (LoHa `.hada_*`, LoKr `.lokr_*`)",
         knows: kohya::knows,
         is_key: Some(kohya::is_key),
+        oriented: false,
         read: kohya::read,
         lazy: false,
     },
@@ -68,6 +75,7 @@ pub static FORMATS: [Row; 8] = [
                    without PEFT's prefix",
         knows: diffusers::knows,
         is_key: Some(diffusers::is_key),
+        oriented: false,
         read: diffusers::read,
         lazy: false,
     },
@@ -76,6 +84,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "safetensors with `lora_a` and `lora_b`, bare or below a module's path",
         knows: flat::knows,
         is_key: Some(flat::is_key),
+        oriented: true,
         read: flat::read,
         lazy: false,
     },
@@ -84,6 +93,7 @@ pub static FORMATS: [Row; 8] = [
         known_by: "a zip archive of .npy members `<module>.lora_a`, `<module>.lora_b`",
         knows: npz::knows,
         is_key: None,
+        oriented: true,
         read: npz::read,
         lazy: false,
     },
@@ -129,6 +139,14 @@ pub(super) fn row_of(source: &Source) -> Result<&'static Row> {
     }
 }
 
+/// An orientation that is given to a format that says its own would be silently without effect.
+fn check_given_orientation(row: &Row, opts: &LoadOptions, file: &str) -> Result<()> {
+    let Some(given) = opts.orientation.filter(|_| !row.oriented) else { return Ok(()) };
+    let given = show(flat::name_of(given));
+    let reason = format!("orientation: got {given}, expected none: this file ({}) carries its own", row.name);
+    Err(Error::format(file, reason))
+}
+
 /// An alpha that is given and that no module takes would be silently without effect.
 fn check_given_alpha(loaded: &Loaded, opts: &LoadOptions, file: &str) -> Result<()> {
     let Some(given) = opts.alpha else { return Ok(()) };
@@ -147,6 +165,7 @@ pub(super) fn read(mut source: Source, opts: &LoadOptions) -> Result<Loaded> {
         source.settle()?;
     }
     let file = source.file.clone();
+    check_given_orientation(row, opts, &file)?;
     let mut loaded = (row.read)(source, opts)?;
     loaded.format = row.name;
     check_given_alpha(&loaded, opts, &file)?;

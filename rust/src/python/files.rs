@@ -28,6 +28,12 @@ pub(super) fn adapter_file_formats() -> Vec<(&'static str, &'static str)> {
     format::FORMATS.iter().map(|row| (row.name, row.known_by)).collect()
 }
 
+/// Every kind of variant that can be given up by name.
+#[pyfunction]
+pub(super) fn adapter_file_kinds() -> Vec<String> {
+    format::variant_kinds().into_iter().collect()
+}
+
 /// Reads any known format: the adapter without the variants that `allow` drops, the names of unused
 /// tensors, and notes.
 #[pyfunction]

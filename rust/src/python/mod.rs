@@ -58,7 +58,8 @@ mod _core {
     use super::feedback::{PyContrastive, PyFeedback, PyGradient, PyPreference, PyReward, PyTarget};
     #[pymodule_export]
     use super::files::{
-        adapter_file_formats, adapter_from_factors, from_bytes, load, save_peft, save_single, write_file,
+        adapter_file_formats, adapter_file_kinds, adapter_from_factors, from_bytes, load, save_peft,
+        save_single, write_file,
     };
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};

@@ -96,6 +96,12 @@ pub(super) fn is_setting(key: &str) -> bool {
     SETTINGS.iter().any(|(k, _)| *k == key)
 }
 
+/// Every kind that a PEFT file can show, those of initialisations too.
+pub(in super::super) fn kinds() -> impl Iterator<Item = String> {
+    let inits = CHANGING_INITS.iter().chain(["unknown"].iter()).map(|k| format!("init:{k}"));
+    KINDS.iter().map(|(kind, _)| (*kind).to_owned()).chain(inits)
+}
+
 fn variant(kind: &str, at: String) -> Variant {
     let why = KINDS.iter().find(|(k, _)| *k == kind).map_or("", |(_, why)| why);
     Variant { kind: kind.into(), at, why: why.into() }

@@ -1,5 +1,7 @@
 """GGUF adapters in a few lines of their own: what the tests hold the crate's reader and writer against."""
 
+import hashlib
+import json
 import struct
 
 import numpy as np
@@ -67,6 +69,23 @@ def adapter_file(architecture, modules, *, extra=None, **settings):
         n: tuple(None if t is None else np.asarray(t, np.float32) for t in p) for n, p in modules.items()
     }
     return encode(keys(architecture, **settings), rows(modules, extra))
+
+
+def weights_sha256(modules, alpha=8.0):
+    """The fingerprint of a file of these factors in float32, as docs/doctor.md states it."""
+    lines = {}
+    for name, (a, b) in modules.items():
+        scaling = np.array([alpha, 0.0], "<f8")
+        for end, kind, t in (
+            ("lora_a", "F32", np.asarray(a, "<f4")),
+            ("lora_b", "F32", np.asarray(b, "<f4")),
+            ("scaling", "F64", scaling),
+        ):
+            key = f"{name}.{end}"
+            digest = hashlib.sha256(np.ascontiguousarray(t).tobytes()).hexdigest()
+            lines[key] = f"{json.dumps(key)} {kind} {list(t.shape)} {digest}\n"
+    text = "microlora weights 1\n" + "".join(lines[key] for key in sorted(lines))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def interleaved(weight, heads):

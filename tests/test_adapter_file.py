@@ -13,7 +13,6 @@ import microlora as ml
 from microlora.exceptions import (
     ConfigError,
     DestinationExistsError,
-    DTypeError,
     FormatError,
     NonFiniteError,
     ShapeError,
@@ -243,8 +242,8 @@ def test_what_a_source_has_no_use_for_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=r"orientation: got"):
             ml.convert(source, tmp_path / "out", format="npz", orientation="rank_first")
     wide = ml.Adapter.from_factors({"q": (np.ones((4, 64)), np.ones((64, 4)))}, alpha=4.0)
-    with pytest.raises(DTypeError, match=r"\.dequantize\(\)"):
-        ml.convert(ml.quantize(wide, "q8_0").adapter, tmp_path / "out", format="npz")
+    with pytest.raises(ConfigError, match=r"alpha: got 3.0 for a QuantizedAdapter"):
+        ml.convert(ml.quantize(wide, "q8_0").adapter, tmp_path / "out", format="npz", alpha=3.0)
     assert not (tmp_path / "out").exists()
     for read in (ml.load, ml.AdapterFile.read, ml.inspect):
         with pytest.raises(ConfigError, match="limits: got 5"):

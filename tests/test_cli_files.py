@@ -338,9 +338,17 @@ def test_quantize_reads_what_convert_reads(run, tmp_path):
     assert code == 2
     assert "pass --alpha" in err
     assert run("quantize", tmp_path / "a.npz", to, "--type", "q8_0", "--alpha", "8")[0] == 0
-    code, _, err = run("verify", to)
-    assert code == 1
-    assert "a quantised file carries no fingerprint" in err
+    code, out, _ = run("verify", to)
+    assert (code, "weights" in out) == (0, True)
+    code, out, _ = run("inspect", to)
+    assert (code, "Q8_0" in out) == (0, True)
+    code, out, _ = run("convert", to, tmp_path / "plain", "--format", "peft")
+    assert code == 0
+    assert "note: in blocks, and float32 in formats that have none: q8_0:" in out
+    plain, blocks = ml.load(tmp_path / "plain"), ml.load(to).dequantize()
+    assert all((x == y).all() for x, y in zip(plain.factors("q"), blocks.factors("q"), strict=True))
+    code, _, err = run("quantize", to, tmp_path / "again.safetensors", "--type", "q4_0")
+    assert (code, "dequantize" in err) == (2, True)
 
 
 def test_a_manifest_goes_to_standard_output_alone(run, sound, tmp_path):

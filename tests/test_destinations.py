@@ -80,9 +80,10 @@ def test_every_way_to_write_has_the_rule(adapter, tmp_path, capsys):
         ml.save(adapter, tmp_path / "x.safetensors", "peft")
     with pytest.raises(ConfigError, match=r"path: got .*expected a name that ends in \.safetensors"):
         ml.save(adapter, tmp_path / "x.gguf", "safetensors")
-    for save in (ml.save, ml.QuantizedAdapter.save):
-        with pytest.raises(ConfigError, match=r"path: got .*ends in \.safetensors for safetensors \(\.gguf"):
-            save(quantised, tmp_path / "q.gguf")
+    with pytest.raises(ConfigError, match=r"path: got .*ends in \.safetensors for safetensors \(\.gguf"):
+        ml.save(quantised, tmp_path / "q.gguf")
+    with pytest.raises(ConfigError, match=r"dst: got .*ends in \.safetensors for safetensors \(\.npz"):
+        quantised.save(tmp_path / "q.npz")
     peft(tmp_path / "sound", {PATH: adapter.factors(PATH)})
     before = names(tmp_path)
     with pytest.raises(ConfigError, match=r"fix: got .*expected the name of a directory"):

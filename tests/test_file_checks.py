@@ -129,8 +129,19 @@ TABLE = {
         {"adapter_type": (5, b"x", None, [], ""), "device": (5, b"x", None, [], "")},
     ),
     "QuantizedAdapter.save": (
-        lambda p: (ml.quantize(ml.Adapter.from_factors(FACTORS, alpha=8), "q8_0").adapter.save, {}),
-        {"path": PATHS},
+        lambda p: (
+            ml.quantize(ml.Adapter.from_factors(FACTORS, alpha=8), "q8_0").adapter.save,
+            {"dst": p / "out"},
+        ),
+        {
+            "dst": PATHS,
+            "format": WORDS,
+            "base_config": CONFIGS,
+            "allow": (*LISTS, None),
+            "overwrite": FLAGS,
+            "progress": CALLS,
+            "cancel": CALLS,
+        },
     ),
     "QuantizedAdapter.from_adapter": (
         lambda p: (

@@ -74,8 +74,11 @@ def test_a_written_file_is_the_reference_s_bytes(tmp_path, names):
     assert (done.format, done.modules, done.dropped, done.notes) == ("gguf", 4, {}, ())
     heads = {Q: 4, K: 2}
     rows = {TENSORS[p]: (a, ref.interleaved(b, heads[p]) if p in heads else b) for p, (a, b) in parts.items()}
-    config = ("microlora.config", adapter(parts).config_json)
-    assert path.read_bytes() == ref.adapter_file("llama", rows, more=[config])
+    more = [
+        ("microlora.config", adapter(parts).config_json),
+        ("microlora.weights_sha256", ref.weights_sha256(rows)),
+    ]
+    assert path.read_bytes() == ref.adapter_file("llama", rows, more=more)
 
 
 def test_the_model_s_names_and_rows_come_back(tmp_path, names):
@@ -155,6 +158,9 @@ def test_a_file_is_written_again_without_its_base(tmp_path):
         assert len(back.factor_bytes(0)[1]) == 64 * size
         assert back.header["general.architecture"] == "llama"
     ml.convert(path, tmp_path / "c.gguf", format="gguf")
+    modules = {"blk.0.attn_q": (np.ones((2, 32)), np.arange(64.0).reshape(32, 2))}
+    named = ("microlora.weights_sha256", ref.weights_sha256(modules))
+    hand_written(tmp_path, "llama", more=[named])
     assert (tmp_path / "c.gguf").read_bytes() == path.read_bytes()
 
 
@@ -285,6 +291,16 @@ def test_a_base_that_does_not_fit_is_refused_before_writing(tmp_path, names, cha
     with pytest.raises(error, match=word):
         convert(adapter(), tmp_path, LLAMA | change)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_multimodal_base_names_the_way_out(tmp_path, names):
+    whole = {"model_type": "gemma3", "text_config": LLAMA | {"model_type": "gemma3_text"}}
+    with pytest.raises(ConfigError, match=r"'gemma3', expected .*pass text_config"):
+        convert(adapter(), tmp_path, whole)
+    _, done = convert(adapter(), tmp_path, whole["text_config"])
+    assert done.modules == 4
+    with pytest.raises(ConfigError, match=r"qwen3_moe, seed_oss, smollm3$"):
+        convert(adapter(), tmp_path, {"model_type": "clip", "text_config": {"model_type": "clip_text"}})
 
 
 def test_another_architecture_than_the_base_s(tmp_path, names):

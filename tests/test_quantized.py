@@ -266,16 +266,23 @@ def test_save_and_load(tmp_path, mmap):
     loaded = ml.load(path, mmap=mmap)
     assert isinstance(loaded, ml.QuantizedAdapter)
     assert loaded == q
-    assert path.read_bytes() == q.to_bytes()
+    header, tensors = read_tensors(q.to_bytes())
+    header["__metadata__"]["weights_sha256"] = ml.fingerprint(q)
+    assert read_tensors(path.read_bytes()) == (header, tensors)
     header, _ = read_tensors(path.read_bytes())
     assert header["__metadata__"]["format_version"] == "2"
     ml.save(loaded, tmp_path / "b", "safetensors")
     assert (tmp_path / "b").read_bytes() == path.read_bytes()
-    with pytest.raises(ex.ConfigError, match="dequantize"):
+    with pytest.raises(ex.ConfigError, match="its own save"):
         ml.save(q, tmp_path / "c", "peft")
     with pytest.raises(ex.ConfigError, match="layer_paths"):
         ml.save(q, tmp_path / "c", layer_paths={"x": "y"})
-    assert not (tmp_path / "c").exists()
+    for save in (ml.save, ml.QuantizedAdapter.save):
+        with pytest.raises(ex.ConfigError, match=r"c\.npz.*ends in \.safetensors"):
+            save(q, tmp_path / "c.npz")
+    with pytest.raises(ex.ConfigError, match=r"c\.gguf.*format gguf"):
+        ml.save(q, tmp_path / "c.gguf")
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_plain_adapters_stay_in_version_1(tmp_path):
@@ -294,7 +301,6 @@ def test_places_that_need_plain_weights_say_so(tmp_path):
         lambda: ml.MicroLoRA.load(path),
         lambda: ml.merge({"a": path, "b": path}),
         lambda: ml.Adapter(q.to_bytes()),
-        lambda: ml.AdapterFile.read(path),
         lambda: core.load(str(path), False, True),
         lambda: core.from_bytes(q.to_bytes(), True),
     ):

@@ -24,6 +24,7 @@ from microlora.exceptions import (
     MissingExtraError,
     VerificationError,
 )
+from styles_support import read_safetensors
 
 
 def adapter(seed=0, alpha=8.0, dtype="f32", use_rslora=False, names=("q_proj", "ü.v_proj")):
@@ -125,18 +126,28 @@ def test_layer_paths_are_in_the_hash_that_is_written(tmp_path):
     assert result.fingerprint == ml.fingerprint(tmp_path / "dir") != ml.fingerprint(value)
 
 
-def test_a_quantised_file_is_verified_by_its_bytes(tmp_path):
+def test_a_quantised_adapter_is_known_by_its_blocks(tmp_path):
     r = np.random.default_rng(0)
     factors = {"q": (r.standard_normal((4, 64), np.float32), r.standard_normal((64, 4), np.float32))}
-    made = ml.quantize(ml.Adapter.from_factors(factors, alpha=8.0), "q8_0").adapter
+    made = ml.quantize(
+        ml.Adapter.from_factors(factors, alpha=8.0), {"lora_a": "q8_0", "lora_b": "q4_0"}
+    ).adapter
     path = tmp_path / "q.safetensors"
     ml.save(made, path)
+    tensors = read_safetensors(path)[1]
+    rows = {"q.lora_a": "Q8_0/features [4, 64]", "q.lora_b": "Q4_0/features [4, 64]"}
+    lines = [
+        f'"{k}" {rows[k]} {hashlib.sha256(tensors[k][2]).hexdigest()}\n' for k in ("q.lora_a", "q.lora_b")
+    ]
+    scaling = hashlib.sha256(np.array([8.0, 0.0], "<f8").tobytes()).hexdigest()
+    text = "microlora weights 1\n" + "".join(lines) + f'"q.scaling" F64 [2] {scaling}\n'
+    want = hashlib.sha256(text.encode()).hexdigest()
+    assert ml.fingerprint(path) == ml.fingerprint(made) == want != ml.fingerprint(made.dequantize())
     whole = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert ml.verify(path, sha256=whole).checked == ("sha256",)
-    with pytest.raises(FormatError, match="dequantize"):
-        ml.fingerprint(path)
+    assert ml.verify(path, sha256=whole).checked == ("sha256", "weights")
     report = ml.inspect(path)
     assert (report.ok, report.format, report.modules[0].rank) == (True, "safetensors", 4)
+    assert report.weights_sha256 == want
 
 
 # -- verify ---------------------------------------

@@ -61,6 +61,8 @@ __all__ = [
     "gguf_alpha",
     "gguf_interleaves",
     "gguf_keep_names",
+    "gguf_lost_blocks",
+    "gguf_stack",
     "gguf_translate",
     "isa",
     "list_tensors",
@@ -543,6 +545,10 @@ class AdapterFile:
     def of(adapter: Adapter) -> AdapterFile:
         """An adapter as a file would hold it."""
 
+    @staticmethod
+    def of_quantized(adapter: QuantizedAdapter) -> AdapterFile:
+        """A quantised adapter as a file would hold it."""
+
     @property
     def format(self) -> str:
         """Name of the format it was read from; empty when it was built."""
@@ -575,6 +581,10 @@ class AdapterFile:
     @property
     def notes(self) -> list[str]:
         """What is worth knowing and no error."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """True where a factor or more is in blocks."""
 
     @property
     def peft_config(self) -> str | None:
@@ -633,8 +643,10 @@ class AdapterFile:
             UnsupportedVariantError: A variant is left.
         """
 
-    def save_single(self, path: str | PathLike[str], lost: Sequence[str]) -> None:
+    def save_single(self, path: str | PathLike[str], lost: Sequence[str], expand: bool) -> None:
         """Writes all of it to one file of ours; of variants of the kinds in `lost` it says nothing.
+
+        Blocks of linear layers stay blocks without ``expand``.
 
         Raises:
             OSError: The system refused; an older file is left whole.
@@ -745,7 +757,7 @@ class QuantizedAdapter:
         """The plain adapter: float32 where a factor was quantised."""
     def to_bytes(self) -> bytes:
         """The adapter as the bytes of a single safetensors file; the same content gives the same bytes."""
-    def save(self, path: str | PathLike[str]) -> None:
+    def save_single(self, path: str | PathLike[str]) -> None:
         """Writes the single file through a temporary sibling and a rename.
 
         Raises:
@@ -2007,12 +2019,24 @@ def gguf_translate(file: AdapterFile, places: Mapping[str, tuple[str, int | None
 def gguf_keep_names(file: AdapterFile) -> AdapterFile:
     """The file with llama.cpp's names and row order, as they are."""
 
+def gguf_lost_blocks(file: AdapterFile, modules: Sequence[str], dtype: str) -> list[str]:
+    """Factors of these modules whose blocks a GGUF file of that dtype cannot hold as they are, and why."""
+
+def gguf_stack(file: AdapterFile, groups: Mapping[str, Sequence[str]]) -> AdapterFile:
+    """The file with the modules of each group (experts, in order) as one module of kind ``"experts"``.
+
+    Raises:
+        UnsupportedVariantError: Modules of a group that differ in rank, alpha, sizes or types.
+        FormatError: A module that the file does not have.
+    """
+
 def save_gguf(
     file: AdapterFile,
     path: str | PathLike[str],
     architecture: str,
     targets: Mapping[str, tuple[str, int | None]],
     dtype: str,
+    drop_blocks: bool,
     tokens: Sequence[int] | None,
     config_json: str | None,
     progress: Progress | None,
@@ -2020,10 +2044,12 @@ def save_gguf(
 ) -> list[str]:
     """Writes the modules that have a target (base tensor, heads) as a GGUF adapter; returns notes.
 
-    ``config_json`` are our settings, as the weights in the file will be.
+    ``config_json`` are our settings, as the weights in the file will be. Blocks go out byte for byte; those
+    that do not fit as their numbers with ``drop_blocks``.
 
     Raises:
         ConfigError: An unknown dtype, a name that ggml does not hold, no modules.
+        UnsupportedVariantError: Blocks that do not fit, without ``drop_blocks``.
         NonFiniteError: A number that the dtype cannot hold.
         OSError: The system refused; an older file is left whole.
     """

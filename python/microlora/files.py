@@ -107,10 +107,10 @@ def _save_quantized(
         got = f"format={format!r}" + (" with layer_paths" if layer_paths else "")
         raise ConfigError(
             f"format: got {got} for a quantised adapter, expected 'safetensors' alone "
-            "(save adapter.dequantize() in other formats)"
+            "(microlora.convert and its own save() write other formats)"
         )
     place = check_destination("path", path, "safetensors", overwrite=None)
-    _core.QuantizedAdapter.save(adapter, os.fspath(place))
+    adapter.save_single(os.fspath(place))
 
 
 def load(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import microlora._core as _core
 from microlora._checks import flag, text, wrong
@@ -11,6 +12,12 @@ from microlora.adapter import Adapter, ModuleInfo, check_config, config_of
 from microlora.config import LoraConfig
 from microlora.exceptions import DTypeError
 from microlora.metadata import AdapterMetadata
+
+if TYPE_CHECKING:
+    from microlora.formats.conversion import Conversion
+    from microlora.progress import CancelToken, Progress
+
+PathLike = str | os.PathLike[str]
 
 
 class QuantizedAdapter(_core.QuantizedAdapter):
@@ -52,22 +59,56 @@ class QuantizedAdapter(_core.QuantizedAdapter):
         turned = flag("b_along_rank", b_along_rank)
         return cls(_core.QuantizedAdapter.quantize(adapter, _pairs(types), turned))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a single file of version 2, as :func:`microlora.save` does.
-
-        Raises:
-            ConfigError: A name that is for another format.
-            MissingPathError: The folder of ``path`` is not there.
-            DestinationExistsError: A directory lies there.
-            OSError: The system refused; an older file is left whole.
-        """
-        from microlora.files import save
-
-        save(self, path, "safetensors")
-
     def dequantize(self) -> Adapter:
         """The plain adapter: float32 where a factor was quantised, in four to eight times the memory."""
         return Adapter(super().dequantize())
+
+    def save(
+        self,
+        dst: PathLike,
+        format: str | None = None,
+        *,
+        base_config: Mapping[str, Any] | PathLike | None = None,
+        allow: Sequence[str] = (),
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Conversion:
+        """Writes it: :func:`microlora.convert` of this adapter.
+
+        ``"gguf"`` and ``"safetensors"`` hold blocks byte for byte, other formats float32. GGUF lays blocks of
+        B along the rank: those that lie along out_features (``b_along_rank=False``) are an error there,
+        unless ``allow=["drop:blocks"]`` lets their numbers be written.
+
+        Args:
+            dst: File or directory to write.
+            format: Name of the format; by default ``"gguf"`` where the name ends so, else ``"safetensors"``.
+            base_config: As for :func:`microlora.convert`; GGUF needs it.
+            allow: Losses that are accepted by name.
+            overwrite: Replace what lies at ``dst``.
+            progress: As for :func:`microlora.convert`.
+            cancel: As for :func:`microlora.convert`.
+
+        Raises:
+            UnsupportedVariantError: Blocks that the format cannot hold; the message has the name to allow.
+            DestinationExistsError: ``dst`` exists and ``overwrite`` is false.
+            ConfigError: An unknown format, or one that needs more than was given.
+            OSError: The system refused; what was at ``dst`` is left whole.
+        """
+        from microlora.formats.conversion import convert
+
+        if format is None:
+            format = "gguf" if str(dst).lower().endswith(".gguf") else "safetensors"
+        return convert(
+            self,
+            dst,
+            format=format,
+            base_config=base_config,
+            allow=allow,
+            overwrite=overwrite,
+            progress=progress,
+            cancel=cancel,
+        )
 
     def info(self, module: str) -> ModuleInfo:
         """Shape and scaling of one module; ``dtype_a`` and ``dtype_b`` are the types of its factors.

@@ -34,8 +34,14 @@ fn written_as(
 ) -> microlora::Result<(Loaded, Vec<String>)> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.gguf");
-    let opts =
-        GgufOptions { architecture: "qwen2", targets, encoding: dtype.parse::<Encoding>()?, tokens: None };
+    let opts = GgufOptions {
+        architecture: "qwen2",
+        targets,
+        encoding: dtype.parse::<Encoding>()?,
+        tokens: None,
+        quantized: &[],
+        drop_blocks: false,
+    };
     let notes = save_gguf(&path, parts, &opts)?;
     Ok((read(&path, &LoadOptions::default())?, notes))
 }
@@ -68,11 +74,21 @@ fn every_byte_of_a_written_file_is_known() {
         b: pair("up.lora_b", &[4, 2]),
     };
     let targets = BTreeMap::from([("up".to_owned(), target("blk.0.ffn_up.weight", None))]);
-    let opts =
-        GgufOptions { architecture: "qwen2", targets: &targets, encoding: Encoding::Auto, tokens: None };
+    let opts = GgufOptions {
+        architecture: "qwen2",
+        targets: &targets,
+        encoding: Encoding::Auto,
+        tokens: None,
+        quantized: &[],
+        drop_blocks: false,
+    };
     let parts = AdapterParts { modules: vec![m], ..AdapterParts::default() };
     save_gguf(&path, &parts, &opts).unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), Draft::good().build());
+    let mut draft = Draft::good();
+    let sha256 = draft.load().unwrap().fingerprint().unwrap();
+    draft.set("microlora.weights_sha256", text(&sha256));
+    assert_eq!(std::fs::read(&path).unwrap(), draft.build());
+    assert_eq!(read(&path, &STRICT).unwrap().weights_sha256, Some(sha256));
 }
 
 #[test]
@@ -149,7 +165,9 @@ fn blocks_are_read_and_rows_that_are_none_fall_back() {
         let (loaded, notes) = written(vec![m], dtype).unwrap();
         let got = &loaded.parts.modules[0];
         assert_eq!((got.a.dtype, got.b.dtype), (F32, TensorDtype::F16), "{dtype}");
-        assert!(loaded.notes.iter().any(|n| n.contains(dtype) && n.contains("blocks")), "{:?}", loaded.notes);
+        let note = loaded.block_note().unwrap();
+        assert!(note.contains(&format!("{dtype}: \"blk.0.ffn_up.lora_a\"")), "{note}");
+        assert_eq!(loaded.weights_sha256, Some(loaded.fingerprint().unwrap()));
         assert!(notes[0].contains("lora_b") && !notes[0].contains("lora_a"), "{notes:?}");
         let near = |t: &Tensor| {
             t.data.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect::<Vec<_>>()

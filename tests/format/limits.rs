@@ -31,6 +31,7 @@ fn files(dir: &Path) -> Vec<(&'static str, PathBuf, PathBuf)> {
     let plain: Vec<QuantModuleParts> = (parts.modules.iter())
         .map(|m| QuantModuleParts {
             path: m.path.clone(),
+            kind: m.kind,
             alpha: m.alpha,
             rank: m.rank,
             use_rslora: false,

@@ -66,7 +66,7 @@ fn variants_of_a_large_file_are_read_too() {
     let path = dir.path().join("adapter");
     let mut loaded = read_of(&parts, &path);
     loaded.parts = parts.clone();
-    save_single_as_read(&path, &loaded).unwrap();
+    save_single_as_read(&path, &loaded, false).unwrap();
     let again = read(&path, &LoadOptions { packed: true, ..LENIENT }).unwrap();
     assert_eq!(again.parts, parts);
     assert_eq!(again.variants.iter().map(|v| v.kind.as_str()).collect::<Vec<_>>(), ["conv"]);

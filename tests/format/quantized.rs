@@ -1,8 +1,8 @@
 //! Version 2 of the single file: quantised adapters, whole and damaged.
 
 use microlora::format::{
-    AdapterParts, Along, FactorParts, LoadOptions, QuantModuleParts, from_bytes, load, quantized_from_bytes,
-    quantized_to_bytes, read, save_quantized,
+    AdapterParts, Along, FactorParts, LoadOptions, ModuleKind, QuantModuleParts, from_bytes, load,
+    quantized_from_bytes, quantized_to_bytes, read, save_quantized,
 };
 use microlora::quant::{BlockType, QuantAdapter, quantize_rows};
 use microlora::{Adapter, Error};
@@ -18,7 +18,15 @@ fn blocks(kind: BlockType, along: Along, rows: usize, cols: usize) -> FactorPart
 }
 
 fn module_with(path: &str, rank: usize, a: FactorParts, b: FactorParts) -> QuantModuleParts {
-    QuantModuleParts { path: path.into(), alpha: 4.0, rank, use_rslora: rank == 3, a, b }
+    QuantModuleParts {
+        path: path.into(),
+        kind: ModuleKind::Linear,
+        alpha: 4.0,
+        rank,
+        use_rslora: rank == 3,
+        a,
+        b,
+    }
 }
 
 /// Every type, both directions, and plain sides.
@@ -51,13 +59,23 @@ fn what_is_written_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("any name");
     save_quantized(&path, &rest(), &modules()).unwrap();
-    let bytes = std::fs::read(&path).unwrap();
-    assert_eq!(bytes, quantized_to_bytes(&rest(), &modules()).unwrap());
+    let text = String::from_utf8_lossy(&std::fs::read(&path).unwrap()).into_owned();
+    let bytes = quantized_to_bytes(&rest(), &modules()).unwrap();
+    let twin = quantized_from_bytes(&bytes).unwrap();
+    assert_eq!(twin.weights_sha256, None);
+    assert!(text.contains(&format!("\"weights_sha256\":\"{}\"", twin.fingerprint().unwrap())));
     for mmap in [false, true] {
         let loaded = read(&path, &LoadOptions { mmap, ..STRICT }).unwrap();
         assert_eq!(loaded.quantized.as_deref().unwrap(), modules());
         assert_eq!(loaded.parts, rest());
+        assert_eq!(loaded.weights_sha256, Some(loaded.fingerprint().unwrap()));
+        let expanded = loaded.clone().expanded().unwrap();
+        for (m, plain) in modules().iter().zip(&expanded.parts.modules) {
+            assert_eq!((&m.path, m.rank, m.alpha), (&plain.path, plain.rank, plain.alpha));
+            assert_eq!((plain.a.shape[0], plain.b.shape[1]), (m.rank, m.rank));
+        }
         let adapter = QuantAdapter::from_parts(&loaded.parts, &loaded.quantized.unwrap()).unwrap();
+        assert_eq!(Adapter::from_parts(&expanded.parts).unwrap(), adapter.dequantize().unwrap());
         assert_eq!(adapter.to_parts(), modules());
         assert_eq!(quantized_to_bytes(&adapter.rest, &adapter.to_parts()).unwrap(), bytes);
         let plain = adapter.dequantize().unwrap();

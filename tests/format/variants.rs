@@ -167,7 +167,7 @@ fn every_kind_is_kept_refused_and_written_back_as_it_was() {
         assert_eq!(now, serde_json::from_str::<Value>(&config(&edit)).unwrap(), "{name}");
 
         // Through a single file nothing is lost, and it is refused the same way.
-        save_single_as_read(&at("one"), &loaded).unwrap();
+        save_single_as_read(&at("one"), &loaded, false).unwrap();
         let single = read(&at("one"), &STRICT).unwrap();
         assert_eq!(single.variants, loaded.variants, "{name}");
         save_peft(&at("again"), &single.parts, &PeftOptions::default()).unwrap();

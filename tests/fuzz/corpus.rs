@@ -81,7 +81,15 @@ fn write_corpus() {
         };
         let (rows, rank) = if along == Along::Rank { (7, b_cols) } else { (3, 3) };
         let (a, b) = (blocks(Along::Features, rank, kind.elements()), blocks(along, rows, b_cols));
-        vec![QuantModuleParts { path: "m.q".into(), alpha: 4.0, rank, use_rslora: false, a, b }]
+        vec![QuantModuleParts {
+            path: "m.q".into(),
+            kind: ModuleKind::Linear,
+            alpha: 4.0,
+            rank,
+            use_rslora: false,
+            a,
+            b,
+        }]
     };
     for (name, modules) in [
         ("q8_0", quantized(BlockType::Q8_0, Along::Rank, 32)),
@@ -110,7 +118,14 @@ fn write_corpus() {
         let targets = targets.iter().filter(|(k, _)| parts.modules.iter().any(|m| m.path == **k));
         let targets = targets.map(|(k, v)| (k.clone(), v.clone())).collect();
         let encoding = encoding.parse().unwrap();
-        let opts = GgufOptions { architecture: "qwen2", targets: &targets, encoding, tokens: None };
+        let opts = GgufOptions {
+            architecture: "qwen2",
+            targets: &targets,
+            encoding,
+            tokens: None,
+            quantized: &[],
+            drop_blocks: false,
+        };
         save_gguf(&path, parts, &opts).unwrap();
         let bytes = fs::read(&path).unwrap();
         put("gguf", name, &bytes);

@@ -222,7 +222,7 @@ class Facts:
             if isinstance(loaded, Adapter):
                 self.file = AdapterFile.from_adapter(loaded)
             else:
-                self.file, self.blocks = AdapterFile.from_adapter(loaded.dequantize()), loaded
+                self.file, self.blocks = self.file or AdapterFile.from_adapter(loaded), loaded
         except MicroLoraError as e:
             self.file, self.refusal = None, e
         else:

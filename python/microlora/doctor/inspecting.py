@@ -103,7 +103,6 @@ def _report(facts: Facts) -> Report:
     found = examine(facts)
     found.sort(key=lambda f: SEVERITIES.index(f.severity))
     metadata = _metadata(facts)
-    header = facts.header
     sizes = {
         "F64": 8,
         "I64": 8,
@@ -124,11 +123,18 @@ def _report(facts: Facts) -> Report:
         data_bytes=sum(_bytes(t.elements, kind, sizes) for t, kind in _stored(facts)),
         modules=tuple(_row(m, facts.blocks) for m in facts.modules.values()),
         findings=tuple(found),
-        weights_sha256=header.get("weights_sha256") or header.get("microlora.weights_sha256") or "",
+        weights_sha256=_claimed(facts),
         parents=metadata.parents,
         recipe=metadata.recipe,
         compared=compared(facts),
     )
+
+
+def _claimed(facts: Facts) -> str:
+    """The fingerprint that the header claims."""
+    if facts.lenient is not None:
+        return facts.lenient.weights_sha256 or ""
+    return facts.header.get("weights_sha256") or facts.header.get("microlora.weights_sha256") or ""
 
 
 def _stored(facts: Facts) -> list[tuple[Tensor, str]]:

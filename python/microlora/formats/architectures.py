@@ -20,6 +20,9 @@ __all__ = ["FAMILIES", "Base", "Family", "Place"]
 
 _LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens")
 _FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens")
+# One expert of several, as transformers names them.
+_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # MLX calls stacked experts switch layers.
 _SWITCH = re.compile(r"\.(mlp|block_sparse_moe)\.switch_mlp\.")
 
@@ -107,6 +110,7 @@ class Base:
         inner: Width of the feed-forward part, 0 where it is not one number.
         vocabulary: Rows of the embedding, 0 where it is not known.
         tied: The output layer is the embedding.
+        experts: Experts of a mixture, 0 where the configuration has none.
     """
 
     family: Family
@@ -118,6 +122,7 @@ class Base:
     inner: int
     vocabulary: int
     tied: bool
+    experts: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Base:
@@ -129,8 +134,14 @@ class Base:
         kind = config.get("model_type")
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
         if family is None:
+            text = config.get("text_config")
+            way = (
+                "; of a multimodal model pass text_config, and modules under the names of the text model"
+                if isinstance(text, Mapping) and text.get("model_type") in FAMILIES
+                else ""
+            )
             raise ConfigError(
-                f"base_config.model_type: got {kind!r}, expected one of {', '.join(sorted(FAMILIES))}"
+                f"base_config.model_type: got {kind!r}, expected one of {', '.join(sorted(FAMILIES))}{way}"
             )
 
         def number(name: str, default: int | None = None) -> int:
@@ -156,6 +167,7 @@ class Base:
             inner=number("intermediate_size") if "intermediate_size" in config else 0,
             vocabulary=number("vocab_size") if "vocab_size" in config else 0,
             tied=family.tied if not isinstance(tied, bool) else tied,
+            experts=next((number(name) for name in _EXPERT_COUNTS if name in config), 0),
         )
 
     @property
@@ -171,6 +183,15 @@ class Base:
         if found is None or (self.family.leaves is _FUSED and _split(found[1])):
             return None
         return (f"{found[1]}.weight", self._rotated(found[1]))
+
+    def expert(self, path: str) -> tuple[str, int] | None:
+        """The module of all experts that a module of one belongs to, and its number; None of any other."""
+        found = _EXPERT.fullmatch(path)
+        if found is None:
+            return None
+        stacked = f"{found[1]}.{found[3]}"
+        place = self.tensor(stacked)
+        return None if place is None or not place[0].endswith("_exps.weight") else (stacked, int(found[2]))
 
     def module(self, name: str) -> Place | None:
         """The path in ``transformers`` of a GGUF name without ``.weight``, with its heads; None if none."""

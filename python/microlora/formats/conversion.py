@@ -18,6 +18,7 @@ from microlora.formats import gguf
 from microlora.formats.base_config import read_base_config
 from microlora.formats.file import AdapterFile, PathLike
 from microlora.progress import CancelToken, Progress
+from microlora.quantized import QuantizedAdapter
 
 __all__ = ["WRITERS", "Conversion", "Options", "Writer", "convert"]
 
@@ -93,9 +94,13 @@ def _tell_all(file: AdapterFile, options: Options) -> None:
 
 
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
-    file.save_single(os.fspath(path), list(gguf.unplaced(file)))
+    expand = "drop:blocks" in options.allow
+    file.save_single(os.fspath(path), list(gguf.unplaced(file)), expand)
     _tell_all(file, options)
-    return []
+    others = sorted({m.kind for m in file.modules} - {"linear"})
+    if not file.has_blocks or not (expand or others):
+        return []
+    return ["blocks were written as float32" + (f": the file has {', '.join(others)}" if others else "")]
 
 
 def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
@@ -139,7 +144,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def convert(
-    src: PathLike | AdapterFile | Adapter,
+    src: PathLike | AdapterFile | Adapter | QuantizedAdapter,
     dst: PathLike,
     *,
     format: str,
@@ -157,7 +162,8 @@ def convert(
     """Writes an adapter in another format.
 
     Args:
-        src: A path of any format that is read, or what was read from one.
+        src: A path of any format that is read, what was read from one, or an adapter. Factors in blocks stay
+            blocks in ``"gguf"`` and ``"safetensors"``, and become float32 elsewhere; a note names them.
         dst: File or directory to write, in a folder that exists. Its ending must not be that of another
             format: ``.safetensors`` is for single files, ``.gguf`` and ``.npz`` for those, none of them for
             the directories of ``"peft"`` and ``"mlx"``.
@@ -166,11 +172,13 @@ def convert(
             architecture and head counts.
         allow: Losses that are accepted by name, such as ``"drop:dora"``. An MLX adapter has one rank and
             one scale: ``"pad:rank"`` pads smaller ranks with zeros, ``"round:scale"`` lets other scales be
-            rounded into B (without it only where that is exact).
+            rounded into B (without it only where that is exact). Blocks that GGUF cannot hold as they are (of
+            B along out_features, of other types than ``dtype``) are written as their numbers, in ``dtype``,
+            under ``"drop:blocks"``; with it ``"safetensors"`` has no blocks either.
         overwrite: Replace what lies at ``dst``. Of a directory the files of an adapter are replaced, with
             the weights of another format; other files stay. A file is not replaced by a directory, nor a
             directory by a file.
-        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as f32),
+        dtype: Element type of ``"gguf"``: ``"auto"`` (the default: as the tensors are, blocks as they are),
             ``"f32"``, ``"f16"``, ``"bf16"``, ``"q8_0"``, ``"q6_k"``, ``"q5_k"``, ``"q4_k"``, ``"q4_1"``,
             ``"q4_0"`` (blocks where a row is a whole number of them, f16 elsewhere). Other formats keep
             every tensor's type.
@@ -193,7 +201,7 @@ def convert(
         ConfigError: An unknown format or dtype, a name of ``dst`` that is for another format,
             ``base_config`` is needed and missing or of no use, ``alpha`` or ``orientation`` for what is no
             path, or ``allow`` with a kind that there is not.
-        DTypeError: ``src`` is a quantised adapter, or no path and no adapter.
+        DTypeError: ``src`` is no path and no adapter.
         MissingExtraError: GGUF names need the gguf package.
         ShapeError: A module that does not fit the base.
         NonFiniteError: A number that ``dtype`` cannot hold.
@@ -215,7 +223,7 @@ def convert(
     options = Options(config, tuple(check_allow(allow, writer.also)), dtype, progress, cancel)
     target = check_destination("dst", dst, format, overwrite=flag("overwrite", overwrite))
     file = read_source(src, alpha=alpha, orientation=orientation)
-    check_kinds(options.allow, (v.kind for v in file.variants))
+    check_kinds(options.allow, ("blocks", *(v.kind for v in file.variants)))
     if config is not None and format != "gguf" and not gguf.has_own_names(file):
         was = file.format or "an adapter"
         raise ConfigError(f"base_config: got one for {was} to {format}, expected None (it is for GGUF files)")
@@ -230,8 +238,9 @@ def convert(
     if left:
         names = ", ".join(f'"drop:{kind}"' for kind in left)
         what = "; ".join(f"{kind} ({at})" for kind, at in left.items())
+        numbers = " (of blocks their numbers stay)" if "blocks" in left else ""
         raise UnsupportedVariantError(
-            f"{file.file}: {format} cannot hold {what}; allow=[{names}] leaves it out"
+            f"{file.file}: {format} cannot hold {what}; allow=[{names}] leaves it out{numbers}"
         )
     if cancel is not None:
         cancel.raise_if_cancelled("converting")
@@ -266,16 +275,14 @@ def _on_names(file: AdapterFile, format: str) -> list[str]:
 
 
 def read_source(
-    src: PathLike | AdapterFile | Adapter,
+    src: PathLike | AdapterFile | Adapter | QuantizedAdapter,
     *,
     alpha: float | None = None,
     orientation: str | None = None,
     arg: str = "src",
 ) -> AdapterFile:
     """The file of a path, of an adapter, or itself."""
-    if isinstance(src, _core.QuantizedAdapter):
-        raise DTypeError(f"{arg}: got a quantised adapter, expected plain weights: .dequantize() gives them")
-    if isinstance(src, (AdapterFile, _core.Adapter)):
+    if isinstance(src, (AdapterFile, _core.Adapter, _core.QuantizedAdapter)):
         for name, value in (("alpha", alpha), ("orientation", orientation)):
             if value is not None:
                 raise ConfigError(
@@ -283,8 +290,10 @@ def read_source(
                 )
     if isinstance(src, AdapterFile):
         return src
+    if isinstance(src, _core.QuantizedAdapter):
+        return AdapterFile.from_adapter(QuantizedAdapter(src))
     if isinstance(src, _core.Adapter):
         return AdapterFile.from_adapter(Adapter(src))
     if not isinstance(src, str | os.PathLike):
-        raise DTypeError(f"{arg}: got {type(src).__name__}, expected a path, an Adapter or an AdapterFile")
+        raise DTypeError(f"{arg}: got {type(src).__name__}, expected a path, an adapter or an AdapterFile")
     return AdapterFile.read(path_text(arg, src), alpha=alpha, orientation=orientation)

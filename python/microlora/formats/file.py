@@ -20,6 +20,7 @@ from microlora.formats.limits import Limits
 if TYPE_CHECKING:
     from microlora.formats.conversion import Conversion
     from microlora.progress import CancelToken, Progress
+    from microlora.quantized import QuantizedAdapter
 
 __all__ = ["AdapterFile", "FileModule", "Variant"]
 
@@ -97,6 +98,8 @@ class AdapterFile(_core.AdapterFile):
     ) -> AdapterFile:
         """Reads any format that :func:`microlora.load` knows, variants that are not run included.
 
+        Factors in blocks are expanded to float32 beside their blocks; ``notes`` name them and their types.
+
         Args:
             path: A file or directory; the content decides what it is, not the name.
             mmap: As for :func:`microlora.load`.
@@ -137,14 +140,16 @@ class AdapterFile(_core.AdapterFile):
         return content if wanted is None else cls.wrap(content.resolved(wanted))
 
     @classmethod
-    def from_adapter(cls, adapter: Adapter) -> AdapterFile:
-        """An adapter as a file would hold it.
+    def from_adapter(cls, adapter: Adapter | QuantizedAdapter) -> AdapterFile:
+        """An adapter as a file would hold it, blocks as blocks.
 
         Raises:
             DTypeError: No adapter.
         """
+        if isinstance(adapter, _core.QuantizedAdapter):
+            return cls.wrap(_core.AdapterFile.of_quantized(adapter))
         if not isinstance(adapter, _core.Adapter):
-            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter")
+            raise DTypeError(f"adapter: got {type(adapter).__name__}, expected an adapter")
         return cls.wrap(_core.AdapterFile.of(adapter))
 
     @classmethod

@@ -97,6 +97,12 @@ def losses(file: AdapterFile, options: Options) -> dict[str, str]:
     for module in file.modules:
         if module.kind not in _HELD:
             lost.setdefault(module.kind, module.path)
+    if file.has_blocks:
+        held = [m.path for m in file.modules if m.kind in _HELD]
+        blocks = _core.gguf_lost_blocks(file, held, options.dtype or "auto")
+        if blocks:
+            more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
+            lost["blocks"] = blocks[0] + more
     return lost
 
 
@@ -106,13 +112,16 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
     Raises:
         ConfigError: No base_config, or one of a model type without a row.
         FormatError: A module that the base has no tensor for.
-        UnsupportedVariantError: A layer of a base whose output layer is its embedding.
+        UnsupportedVariantError: A layer of a base whose output layer is its embedding; experts that are not
+            all there, or that differ in rank, alpha or type.
         ShapeError: A module that does not fit the base's tensor.
     """
-    modules = [m for m in file.modules if m.kind in _HELD]
     architecture = file.header.get(ARCHITECTURE)
-    if options.base_config is not None:
-        base = Base.from_config(options.base_config)
+    base = None if options.base_config is None else Base.from_config(options.base_config)
+    if base is not None:
+        file = _stacked(file, base)
+    modules = [m for m in file.modules if m.kind in _HELD]
+    if base is not None:
         architecture, targets = base.architecture, _targets(file, modules, base)
     elif architecture is not None:
         targets = {m.path: (f"{m.path}.weight", None) for m in modules}
@@ -127,11 +136,33 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
         architecture,
         targets,
         dtype,
+        "drop:blocks" in options.allow,
         _tokens(file),
         _config(file, modules, dtype),
         options.progress,
         options.cancel,
     )
+
+
+def _stacked(file: AdapterFile, base: Base) -> AdapterFile:
+    """Experts that are modules of their own as the one that llama.cpp has."""
+    groups: dict[str, dict[int, str]] = {}
+    for m in file.modules:
+        place = base.expert(m.path) if m.kind == "linear" else None
+        if place is not None:
+            groups.setdefault(place[0], {})[place[1]] = m.path
+    for path, members in groups.items():
+        count = base.experts or max(members) + 1
+        left = [i for i in range(count) if i not in members]
+        over = [i for i in members if i >= count]
+        if left or over:
+            got = f"no expert {left[0]}" if left else f"expert {over[0]}"
+            raise UnsupportedVariantError(
+                f"{file.file}: {path}: got {got}, expected all of {count} (base_config): llama.cpp has one "
+                "tensor for all experts"
+            )
+    ordered = {path: [members[i] for i in sorted(members)] for path, members in groups.items()}
+    return file.wrap(_core.gguf_stack(file, ordered)) if ordered else file
 
 
 def _targets(file: AdapterFile, modules: list[FileModule], base: Base) -> dict[str, Place]:

@@ -15,6 +15,7 @@ from microlora.adapter import Adapter
 from microlora.exceptions import DTypeError, FormatError, VerificationError
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
+from microlora.quantized import QuantizedAdapter
 
 __all__ = ["Manifest", "PathLike", "digest", "file_sha256", "fingerprint", "manifest", "read_manifest"]
 
@@ -26,11 +27,14 @@ _CHUNK = 1 << 20
 _MOST_FILES = 10_000
 
 
-def fingerprint(source: PathLike | AdapterFile | _core.Adapter, *, limits: Limits | None = None) -> str:
+def fingerprint(
+    source: PathLike | AdapterFile | _core.Adapter | QuantizedAdapter, *, limits: Limits | None = None
+) -> str:
     """SHA-256 of an adapter's weights: names, shapes, dtypes, scaling and data, and nothing else.
 
     The same for the same adapter in memory, in our single file and in a PEFT directory; another with other
-    module names, another alpha or another dtype. docs/doctor.md states what is hashed.
+    module names, another alpha or another dtype. Factors in blocks count as their blocks. docs/doctor.md
+    states what is hashed.
 
     Args:
         source: A path of any format, what was read from one, or an adapter.
@@ -51,6 +55,8 @@ def fingerprint(source: PathLike | AdapterFile | _core.Adapter, *, limits: Limit
         source = source.adapter()
     if isinstance(source, _core.Adapter):
         source = AdapterFile.from_adapter(Adapter(source))
+    if isinstance(source, QuantizedAdapter):
+        source = AdapterFile.from_adapter(source)
     if not isinstance(source, AdapterFile):
         raise DTypeError(
             f"source: got {type(source).__name__}, expected a path, an AdapterFile or an Adapter"

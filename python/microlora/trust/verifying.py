@@ -11,7 +11,7 @@ from typing import Any
 
 from microlora._checks import wrong
 from microlora._file_checks import path_text
-from microlora.exceptions import FormatError, MicroLoraError, VerificationError
+from microlora.exceptions import FormatError, VerificationError
 from microlora.formats.file import AdapterFile
 from microlora.formats.limits import Limits
 from microlora.trust.hashing import PathLike, compare, digest, file_sha256, read_manifest
@@ -130,30 +130,14 @@ def _weights(place: Path, limits: Limits | None, *, needed: bool) -> str:
     try:
         file = AdapterFile.read(place, strict=False, limits=limits)
     except FormatError:
-        if needed and _quantised(place, limits):
-            raise VerificationError(
-                f"{place}: nothing to verify it against: a quantised file carries no fingerprint; check its "
-                "bytes with sha256=, manifest= or public_key="
-            ) from None
         if needed:
             raise
         return ""  # bytes were compared; whether they are an adapter is not asked
     if file.weights_sha256 is None:
         return ""
     found = file.fingerprint()
-    if not hmac.compare_digest(found, file.weights_sha256):
+    if not hmac.compare_digest(found.encode(), file.weights_sha256.encode()):
         raise VerificationError(
             f"{place}: the weights are {found}, its header says {file.weights_sha256[:64]}"
         )
     return found
-
-
-def _quantised(place: Path, limits: Limits | None) -> bool:
-    """Whether it is a file of ours with factors in blocks."""
-    from microlora.files import load
-    from microlora.quantized import QuantizedAdapter
-
-    try:
-        return isinstance(load(place, limits=limits), QuantizedAdapter)
-    except MicroLoraError:
-        return False

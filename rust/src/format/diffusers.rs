@@ -16,6 +16,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::container::Container;
 use super::json::{parse_object, show, show_value, to_sorted_pretty};
 use super::pairs::{self, Carried, Found, Pairs, Side, plain_alpha};
 use super::peft::config::PeftConfig;
@@ -23,7 +24,7 @@ use super::peft::{self, PREFIX};
 use super::source::{Content as Kind, Source};
 use super::styles::{Content, magnitude_key};
 use super::tensor::Tensor;
-use super::{LoadOptions, Loaded, ModuleParts, atomic, container};
+use super::{LoadOptions, Loaded, ModuleParts, fingerprint};
 use crate::error::{Error, Result};
 
 const METADATA: &str = "lora_adapter_metadata";
@@ -143,10 +144,14 @@ fn split(object: Map<String, Value>) -> BTreeMap<String, Map<String, Value>> {
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
-    let settings = Settings::parse(content.metadata.get(METADATA), &file)?;
-    let mut carried = Carried::take(content.metadata, &file)?;
+    build(content, opts, &file)
+}
+
+fn build(content: Container, opts: &LoadOptions, file: &str) -> Result<Loaded> {
+    let settings = Settings::parse(content.metadata.get(METADATA), file)?;
+    let mut carried = Carried::take(content.metadata, file)?;
     let mut found = Found::default();
-    let mut pairs = Pairs::new(&file);
+    let mut pairs = Pairs::new(file);
     let mut alphas = Vec::new();
     for mut t in content.tensors {
         match classify(&t.name) {
@@ -172,7 +177,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let (mut guessed, mut comfy) = (0, 0);
     for (path, mut slot) in pairs.slots {
         comfy += usize::from(path.starts_with("diffusion_model.") || path.starts_with("text_encoders."));
-        let both = slot.both(&path, &file)?;
+        let both = slot.both(&path, file)?;
         let key = both[0].0.clone();
         let said = settings.as_ref().and_then(|s| s.of(&path));
         let stored = slot.alpha.map(|(_, alpha)| alpha);
@@ -186,7 +191,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
                 rank as f64
             }
         };
-        let mut m = pairs::by_dims(&path, both, alpha, opts, &file)?;
+        let mut m = pairs::by_dims(&path, both, alpha, opts, file)?;
         guessed += usize::from(from_rank);
         if let Some((rest, config, rslora)) = said {
             let (want, place) = config.rank_for(rest);
@@ -197,7 +202,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
                     m.rank,
                     show(&path)
                 );
-                return Err(Error::format(&file, reason));
+                return Err(Error::format(file, reason));
             }
             m.use_rslora = rslora && stored.is_none();
         }
@@ -212,7 +217,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         found.notes.push(format!("{comfy} keys are of ComfyUI (diffusion_model., text_encoders.)"));
     }
     found.carried = carried;
-    found.finish(opts, &file)
+    found.finish(opts, file)
 }
 
 /// Writes PEFT's key style of diffusers, with the settings of each component in the header.
@@ -256,9 +261,7 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
     let carried = content.modules.iter().map(|m| (m.path.as_str(), *m));
     let mut header = Carried::give(parts, carried, "pt")?;
     header.insert(METADATA.into(), show_whole(&settings));
-    let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
-    let layout = container::lay_out(&header, named, &file)?;
-    atomic::write(path, |out| layout.write_to(out))?;
+    fingerprint::stage(path, header, &tensors, |c| build(c, &fingerprint::as_it_is(), &file))?.commit()?;
     Ok(Vec::new())
 }
 

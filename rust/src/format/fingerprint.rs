@@ -11,18 +11,30 @@
 //! "<path>.scaling" F64 [2] <SHA-256 of its bytes>
 //! "extra.<name>" ...
 //! ```
+//!
+//! A factor in blocks has their type, `/features` or `/rank` for the way that they lie, the shape in numbers
+//! as they lie, and the SHA-256 of the blocks: `"<path>.lora_a" Q4_K/features [8, 256] ...`. The header of a
+//! file has the fingerprint of what its reader gives, so that a writer asks the reader ([`stage`]).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
+use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use super::atomic::Staged;
+use super::container::{self, Container};
 use super::tensor::Bytes;
-use super::{ModuleParts, Tensor};
+use super::{Along, FactorParts, LoadOptions, Loaded, ModuleParts, QuantModuleParts, Tensor};
 use crate::error::{Error, Result};
 
 /// First line of what is hashed.
 const HEAD: &str = "microlora weights 1\n";
+
+/// Header entry of files whose format is not ours.
+pub(crate) const KEY: &str = "microlora.weights_sha256";
+/// Header entry of our single file: of a file, not of bytes in memory, which stand for it in comparisons.
+pub(crate) const OUR_KEY: &str = "weights_sha256";
 
 /// What a header says until its tensors are written and their hash is known.
 pub(crate) const UNKNOWN: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -65,25 +77,93 @@ pub(crate) fn fingerprint<'a>(
     extra: &[Tensor],
     digests: &mut Digests,
 ) -> Result<String> {
-    let mut lines: Vec<(String, String)> = Vec::new();
-    let mut add = |name: String, dtype: &str, shape: &[usize], digest: String| {
-        let quoted = serde_json::Value::String(name.clone());
-        lines.push((name, format!("{quoted} {dtype} {shape:?} {digest}\n")));
-    };
+    let mut lines = Lines { lines: Vec::new(), digests };
     for (path, m) in modules {
-        for (which, t) in [("lora_a", &m.a), ("lora_b", &m.b)] {
-            add(format!("{path}.{which}"), &t.dtype.to_string(), &t.shape, digests.of(&t.data)?);
+        lines.tensor(format!("{path}.lora_a"), &m.a)?;
+        lines.tensor(format!("{path}.lora_b"), &m.b)?;
+        lines.scaling(path, m.alpha, m.use_rslora);
+    }
+    lines.finish(extra)
+}
+
+/// [`fingerprint`] of modules of which a factor or more is blocks.
+pub(crate) fn of_blocks(modules: &[QuantModuleParts], extra: &[Tensor]) -> Result<String> {
+    let mut digests = Digests::default();
+    let mut lines = Lines { lines: Vec::new(), digests: &mut digests };
+    for m in modules {
+        for (which, factor) in [("lora_a", &m.a), ("lora_b", &m.b)] {
+            let name = format!("{}.{which}", m.path);
+            match factor {
+                FactorParts::Plain(t) => lines.tensor(name, t)?,
+                FactorParts::Blocks { kind, along, rows, cols, data } => {
+                    let way = if *along == Along::Features { "features" } else { "rank" };
+                    let dtype = format!("{}/{way}", kind.as_str().to_uppercase());
+                    let digest = lines.digests.of(data)?;
+                    lines.add(name, &dtype, &[*rows, *cols], &digest);
+                }
+            }
         }
-        let scaling = [m.alpha, f64::from(u8::from(m.use_rslora))].map(f64::to_le_bytes).concat();
-        add(format!("{path}.scaling"), "F64", &[2], hex(&Sha256::digest(scaling)));
+        lines.scaling(&m.path, m.alpha, m.use_rslora);
     }
-    for t in extra {
-        add(format!("extra.{}", t.name), &t.dtype.to_string(), &t.shape, digests.of(&t.data)?);
+    lines.finish(extra)
+}
+
+/// The text that is hashed, with what each line is sorted by.
+struct Lines<'a> {
+    lines: Vec<(String, String)>,
+    digests: &'a mut Digests,
+}
+
+impl Lines<'_> {
+    fn add(&mut self, name: String, dtype: &str, shape: &[usize], digest: &str) {
+        let quoted = serde_json::Value::String(name.clone());
+        self.lines.push((name, format!("{quoted} {dtype} {shape:?} {digest}\n")));
     }
-    lines.sort();
-    let mut all = Sha256::new_with_prefix(HEAD);
-    lines.iter().for_each(|(_, line)| all.update(line));
-    Ok(hex(&all.finalize()))
+
+    fn tensor(&mut self, name: String, t: &Tensor) -> Result<()> {
+        let digest = self.digests.of(&t.data)?;
+        self.add(name, &t.dtype.to_string(), &t.shape, &digest);
+        Ok(())
+    }
+
+    fn scaling(&mut self, path: &str, alpha: f64, use_rslora: bool) {
+        let scaling = [alpha, f64::from(u8::from(use_rslora))].map(f64::to_le_bytes).concat();
+        self.add(format!("{path}.scaling"), "F64", &[2], &hex(&Sha256::digest(scaling)));
+    }
+
+    fn finish(mut self, extra: &[Tensor]) -> Result<String> {
+        for t in extra {
+            self.tensor(format!("extra.{}", t.name), t)?;
+        }
+        self.lines.sort();
+        let mut all = Sha256::new_with_prefix(HEAD);
+        self.lines.iter().for_each(|(_, line)| all.update(line));
+        Ok(hex(&all.finalize()))
+    }
+}
+
+/// How a file is read for its fingerprint: as it is, whatever its size.
+pub(crate) fn as_it_is() -> LoadOptions {
+    let mut opts = LoadOptions { strict: false, ..LoadOptions::default() };
+    opts.limits.rank = usize::MAX;
+    opts
+}
+
+/// Stages a safetensors file with the fingerprint that `read` gives of it in its header.
+///
+/// # Errors
+/// Tensors that cannot lie in one file, what the reader refuses, the system's.
+pub(crate) fn stage(
+    path: &Path,
+    mut header: BTreeMap<String, String>,
+    tensors: &[Tensor],
+    read: impl FnOnce(Container) -> Result<Loaded> + Send,
+) -> Result<Staged> {
+    header.insert(KEY.into(), UNKNOWN.into());
+    let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
+    let layout = container::lay_out(&header, named, &path.display().to_string())?;
+    let content = Container { metadata: header, tensors: tensors.to_vec() };
+    layout.stage_named(path, KEY, move |_| read(content)?.fingerprint())
 }
 
 fn hex(digest: &[u8]) -> String {

@@ -7,12 +7,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::container::Container;
 use super::json::show;
 use super::pairs::{self, Carried, Found, Lie, Pairs, Side, plain_alpha, scalar_tensor, settled, transposed};
 use super::source::{Content as Kind, Source};
 use super::styles::Content;
 use super::tensor::Tensor;
-use super::{LoadOptions, Loaded, ModuleKind, Orientation, atomic, container};
+use super::{LoadOptions, Loaded, ModuleKind, Orientation, fingerprint};
 use crate::error::{Error, Result};
 
 /// Path of the module whose tensors have no path before them.
@@ -69,10 +70,14 @@ pub(super) fn orientation_of(name: &str, file: &str) -> Result<Orientation> {
 
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
-    let Kind::Safetensors(mut content) = source.content else { return Err(source.unknown()) };
-    let said = content.metadata.remove(ORIENTATION).map(|o| orientation_of(&o, &file)).transpose()?;
-    let carried = Carried::take(content.metadata, &file)?;
-    build(content.tensors, &BTreeMap::new(), carried, said, opts, &file)
+    let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
+    of_container(content, opts, &file)
+}
+
+fn of_container(mut content: Container, opts: &LoadOptions, file: &str) -> Result<Loaded> {
+    let said = content.metadata.remove(ORIENTATION).map(|o| orientation_of(&o, file)).transpose()?;
+    let carried = Carried::take(content.metadata, file)?;
+    build(content.tensors, &BTreeMap::new(), carried, said, opts, file)
 }
 
 /// An adapter from flat tensors; `lies` has those by name that lie otherwise than in safetensors, `said` is what
@@ -214,8 +219,8 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
     let carried = content.modules.iter().map(|m| (m.path.as_str(), *m));
     let mut header = Carried::give(&content.loaded.parts, carried, "pt")?;
     header.insert(ORIENTATION.into(), name_of(Orientation::RankLast).into());
-    let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
-    let layout = container::lay_out(&header, named, &path.display().to_string())?;
-    atomic::write(path, |out| layout.write_to(out))?;
+    let file = path.display().to_string();
+    fingerprint::stage(path, header, &tensors, |c| of_container(c, &fingerprint::as_it_is(), &file))?
+        .commit()?;
     Ok(Vec::new())
 }

@@ -7,12 +7,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use super::container::Container;
 use super::json::show;
 use super::pairs::{self, Carried, Found, Pairs, Side, plain_alpha, scalar_tensor};
 use super::source::{Content as Kind, Source};
 use super::styles::Content;
 use super::tensor::Tensor;
-use super::{LoadOptions, Loaded, atomic, container};
+use super::{LoadOptions, Loaded, fingerprint};
 use crate::error::{Error, Result};
 
 /// What a key's end says.
@@ -111,7 +112,11 @@ pub(super) fn knows(_: &Source) -> bool {
 pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
     let file = source.file.clone();
     let Kind::Safetensors(content) = source.content else { return Err(source.unknown()) };
-    let mut carried = Carried::take(content.metadata, &file)?;
+    build(content, opts, &file)
+}
+
+fn build(content: Container, opts: &LoadOptions, file: &str) -> Result<Loaded> {
+    let mut carried = Carried::take(content.metadata, file)?;
     let mut found = Found::default();
     let mut groups: BTreeMap<String, Vec<(Mark, Tensor)>> = BTreeMap::new();
     for t in content.tensors {
@@ -135,7 +140,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
             }
             continue;
         }
-        let mut pairs = Pairs::new(&file);
+        let mut pairs = Pairs::new(file);
         for (mark, t) in tensors {
             match mark {
                 Mark::Down => pairs.put(&base, Side::A, t)?,
@@ -152,7 +157,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         let stored = slot.alpha.take().map(|(_, alpha)| alpha);
         without_alpha += usize::from(stored.or(opts.alpha).is_none());
         let alpha = |rank| stored.or(opts.alpha).unwrap_or(rank as f64);
-        let mut m = pairs::by_dims(&base, slot.both(&base, &file)?, alpha, opts, &file)?;
+        let mut m = pairs::by_dims(&base, slot.both(&base, file)?, alpha, opts, file)?;
         let alpha = m.alpha;
         carried.restore(&base, &mut m, |own| own.to_bits() == alpha.to_bits());
         found.add(m);
@@ -164,7 +169,7 @@ pub(super) fn read(source: Source, opts: &LoadOptions) -> Result<Loaded> {
         found.notes.push(format!("{comfy} keys are of ComfyUI (diffusion_model., text_encoders.)"));
     }
     found.carried = carried;
-    found.finish(opts, &file)
+    found.finish(opts, file)
 }
 
 /// Gives modules that are known by Kohya's underscore names the dotted names of the base, and checks that
@@ -272,9 +277,8 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
     tensors.extend(content.extra.iter().map(|t| (*t).clone()));
     let carried = rows.iter().map(|(key, m)| (key.as_str(), *m));
     let header = Carried::give(&content.loaded.parts, carried, "pt")?;
-    let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
-    let layout = container::lay_out(&header, named, &path.display().to_string())?;
-    atomic::write(path, |out| layout.write_to(out))?;
+    let file = path.display().to_string();
+    fingerprint::stage(path, header, &tensors, |c| build(c, &fingerprint::as_it_is(), &file))?.commit()?;
     Ok(match plain {
         0 => Vec::new(),
         n => vec![format!("{n} modules name no component of a pipeline; they are written under lora_unet_")],

@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -18,7 +17,7 @@ use super::peft::CONFIG_FILE;
 use super::source::{self, Content as Kind, Source};
 use super::styles::{Content, magnitude_key};
 use super::tensor::{Tensor, TensorDtype};
-use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, container};
+use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, container, fingerprint};
 use crate::error::{Error, Result};
 
 /// The weights' file name.
@@ -274,12 +273,15 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
         parts.config_json = None; // it has the ranks and alphas that were
     }
     let header = Carried::give(&parts, carried, "mlx")?;
-    let named = tensors.iter().map(|t| (t.name.clone(), t)).collect();
-    let layout = container::lay_out(&header, named, &dir.join(WEIGHTS_FILE).display().to_string())?;
+    let file = dir.join(WEIGHTS_FILE).display().to_string();
+    let opts = fingerprint::as_it_is();
+    let settings = Config::parse(&config, &opts, &file)?;
 
     let made = !dir.exists();
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let done = replace(dir, &config, |out| layout.write_to(out));
+    let done = replace(dir, &config, |path| {
+        fingerprint::stage(path, header, &tensors, |c| build(&settings, c, &opts, &file))
+    });
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }
@@ -288,9 +290,9 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
 
 /// Both files are whole before either takes its place; the old configuration goes first, so that no crash
 /// leaves weights beside the scale of others.
-fn replace(dir: &Path, config: &str, fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+fn replace(dir: &Path, config: &str, weights: impl FnOnce(&Path) -> Result<Staged>) -> Result<()> {
     let place = dir.join(CONFIG_FILE);
-    let weights = Staged::new(&dir.join(WEIGHTS_FILE), fill)?;
+    let weights = weights(&dir.join(WEIGHTS_FILE))?;
     let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
     match fs::remove_file(&place) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&place, e)),

@@ -206,7 +206,8 @@ pub struct Loaded {
     pub format: &'static str,
     /// The content.
     pub parts: AdapterParts,
-    /// Modules of a quantised adapter, whose `parts` then have none (of GGUF the same ones, expanded).
+    /// Modules of which a factor or more is blocks: all of them, in order. `parts` then have the same ones,
+    /// expanded, or none before [`Loaded::expanded`].
     pub quantized: Option<Vec<QuantModuleParts>>,
     /// What is not plain LoRA on linear layers; an adapter without it is another one.
     pub variants: Vec<Variant>,
@@ -253,11 +254,15 @@ pub fn peft_variants(parts: &AdapterParts) -> Result<Vec<Variant>> {
 }
 
 impl Loaded {
-    /// SHA-256 of names, shapes, dtypes, scaling and data (64 hex digits), whatever the format.
+    /// SHA-256 of names, shapes, dtypes, scaling and data (64 hex digits), whatever the format; of factors in
+    /// blocks, that of the blocks.
     ///
     /// # Errors
     /// Never, as long as memory is not a file that shrinks.
     pub fn fingerprint(&self) -> Result<String> {
+        if let Some(modules) = &self.quantized {
+            return fingerprint::of_blocks(modules, &self.parts.extra);
+        }
         let modules = self.parts.modules.iter().map(|m| (m.path.as_str(), m));
         fingerprint(modules, &self.parts.extra, &mut Digests::default())
     }
@@ -432,6 +437,13 @@ impl AdapterParts {
             }
         }
         Ok(())
+    }
+
+    /// Header entries to write beside ours: what was read as the hash of these weights is none of others.
+    fn header_without_hash(&self) -> BTreeMap<String, String> {
+        let mut header = self.header.clone();
+        header.retain(|key, _| key != fingerprint::KEY && key != fingerprint::OUR_KEY);
+        header
     }
 
     /// Gives extra tensors memory of their own, so that they do not keep the whole file's alive.

@@ -13,7 +13,7 @@ use super::pairs::{Carried, Lie, plain_alpha, widened};
 use super::source::{self, Content as Kind, Source};
 use super::styles::Content;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
-use super::{LoadOptions, Loaded, MAX_DIMS, Orientation, atomic, flat, zip};
+use super::{LoadOptions, Loaded, MAX_DIMS, Orientation, atomic, fingerprint, flat, zip};
 use crate::error::{Error, Result};
 
 const NPY: &[u8] = b"\x93NUMPY";
@@ -239,7 +239,7 @@ fn npy_head(descr: &str, shape: &[usize]) -> Vec<u8> {
 }
 
 pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
-    let mut widths = Vec::new();
+    let (mut widths, mut tensors) = (Vec::new(), Vec::new());
     let mut wide = 0;
     for m in &content.modules {
         let leads = |s: &str| s == ".." || s == ".";
@@ -249,23 +249,30 @@ pub(super) fn save(path: &Path, content: &Content) -> Result<Vec<String>> {
             return Err(Error::config("module path", show(&m.path), want));
         }
         for (t, leaf) in [(&m.a, "lora_a"), (&m.b, "lora_b")] {
-            let (descr, data) = match t.dtype {
-                TensorDtype::F16 => ("<f2", t.data.clone()),
-                TensorDtype::F32 => ("<f4", t.data.clone()),
+            let (descr, dtype, data) = match t.dtype {
+                TensorDtype::F16 => ("<f2", t.dtype, t.data.clone()),
+                TensorDtype::F32 => ("<f4", t.dtype, t.data.clone()),
                 _ => {
                     wide += 1;
                     let wide: Vec<u8> = widened(t).iter().flat_map(|x| x.to_le_bytes()).collect();
-                    ("<f4", Bytes::from(wide))
+                    ("<f4", TensorDtype::F32, Bytes::from(wide))
                 }
             };
+            let name = format!("{}.{leaf}", m.path);
+            tensors.push(Tensor { name, dtype, shape: t.shape.clone(), data: data.clone() });
             widths.push((format!("{}.{leaf}.npy", m.path), npy_head(descr, &t.shape), data));
         }
         let alpha = Bytes::from(plain_alpha(m).to_le_bytes().to_vec());
+        tensors.push(Tensor::new(format!("{}.alpha", m.path), TensorDtype::F64, vec![], alpha.clone())?);
         widths.push((format!("{}.alpha.npy", m.path), npy_head("<f8", &[]), alpha));
     }
     let carried = content.modules.iter().map(|m| (m.path.as_str(), *m));
     let mut header = Carried::give(&content.loaded.parts, carried, "npz")?;
-    header.insert(ORIENTATION.into(), flat::name_of(Orientation::RankFirst).into());
+    let (file, as_is, said) = (path.display().to_string(), fingerprint::as_it_is(), Orientation::RankFirst);
+    let carried = Carried::take(header.clone(), &file)?;
+    let read = flat::build(tensors, &BTreeMap::new(), carried, Some(said), &as_is, &file)?;
+    header.insert(fingerprint::KEY.into(), read.fingerprint()?);
+    header.insert(ORIENTATION.into(), flat::name_of(said).into());
     let text = json!(header).to_string();
     widths.push((
         format!("{OURS}.npy"),

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::json::{parse_object, show, show_list};
 use super::styles::magnitude_path;
 use super::tensor::{Bytes, Tensor, TensorDtype};
-use super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors};
+use super::{
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors, fingerprint,
+};
 use crate::error::{Error, Result};
 
 /// Header entries of ours, beside those of the style.
@@ -269,6 +271,7 @@ pub(super) struct Carried {
     peft_config: Option<String>,
     prefix: Option<String>,
     modules: BTreeMap<String, CarriedModule>,
+    weights_sha256: Option<String>,
     pub header: BTreeMap<String, String>,
 }
 
@@ -290,6 +293,7 @@ impl Carried {
             peft_config: header.remove(PEFT_CONFIG),
             prefix: header.remove(PEFT_PREFIX),
             modules: modules.into_iter().map(|m| (m.key.clone(), m)).collect(),
+            weights_sha256: header.remove(fingerprint::KEY),
             header,
         })
     }
@@ -300,7 +304,7 @@ impl Carried {
         modules: impl Iterator<Item = (&'a str, &'a ModuleParts)>,
         format: &str,
     ) -> Result<BTreeMap<String, String>> {
-        let mut header = parts.header.clone();
+        let mut header = parts.header_without_hash();
         header.insert("format".into(), format.into());
         let rows: Vec<CarriedModule> = modules
             .map(|(key, m)| CarriedModule {
@@ -390,6 +394,7 @@ impl Found {
         if modules.is_empty() && variants.is_empty() {
             return Err(Error::format(file, "no factors of a LoRA"));
         }
+        let weights_sha256 = carried.weights_sha256;
         let mut parts = AdapterParts {
             modules,
             config_json: carried.config,
@@ -405,7 +410,7 @@ impl Found {
         if parts.extra.iter().any(|t| magnitude_path(&t.name).is_some()) {
             parts.peft_config = Some(with_dora(parts.peft_config.as_deref(), file)?);
         }
-        Ok(Loaded { parts, variants, unused, notes, ..Loaded::default() })
+        Ok(Loaded { parts, variants, unused, notes, weights_sha256, ..Loaded::default() })
     }
 
     /// Uses these settings of PEFT where the file carries none.

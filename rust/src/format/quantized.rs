@@ -4,17 +4,20 @@
 //! "along"}`; its tensor is then U8 of shape (rows, bytes per row). Blocks lie along the last dimension of
 //! `shape`: (rank, features) where `along` is `features`, (features, rank) where it is `rank`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::json::{parse_list, show};
+use super::fingerprint::{OUR_KEY, UNKNOWN};
+use super::json::{parse_list, show, show_list};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype};
-use super::{AdapterParts, LoadOptions, Loaded, atomic, check_name, single};
+use super::{
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_name, fingerprint, single,
+};
 use crate::error::{Error, Result};
-use crate::quant::BlockType;
+use crate::quant::{BlockType, dequantize_rows};
 
 /// The header's `format_version` of a quantised adapter.
 pub const QUANTIZED_VERSION: u32 = 2;
@@ -54,6 +57,8 @@ pub enum FactorParts {
 pub struct QuantModuleParts {
     /// Short name or full module path.
     pub path: String,
+    /// Kind of layer; a file of ours holds linear ones, one of GGUF experts and embeddings too.
+    pub kind: ModuleKind,
     /// Scaling numerator.
     pub alpha: f64,
     /// Rank.
@@ -92,8 +97,23 @@ struct ModuleEntry {
 /// # Errors
 /// Parts that do not fit together; the system's.
 pub fn save_quantized(path: &Path, rest: &AdapterParts, modules: &[QuantModuleParts]) -> Result<()> {
+    save_with(path, rest, modules, &[])
+}
+
+/// [`save_quantized`] of what was read, variants included.
+///
+/// # Errors
+/// Those of [`save_quantized`].
+pub(super) fn save_with(
+    path: &Path,
+    rest: &AdapterParts,
+    modules: &[QuantModuleParts],
+    variants: &[Variant],
+) -> Result<()> {
     let file = path.display().to_string();
-    with_layout(rest, modules, &file, |layout| atomic::write(path, |out| layout.write_to(out)))
+    with_layout(rest, modules, variants, Some(UNKNOWN), &file, |layout| {
+        layout.stage_named(path, OUR_KEY, |_| fingerprint::of_blocks(modules, &rest.extra))?.commit()
+    })
 }
 
 /// The file as bytes.
@@ -101,7 +121,7 @@ pub fn save_quantized(path: &Path, rest: &AdapterParts, modules: &[QuantModulePa
 /// # Errors
 /// Parts that do not fit together.
 pub fn quantized_to_bytes(rest: &AdapterParts, modules: &[QuantModuleParts]) -> Result<Vec<u8>> {
-    with_layout(rest, modules, "bytes", |layout| {
+    with_layout(rest, modules, &[], None, "bytes", |layout| {
         let mut out = Vec::with_capacity(layout.len());
         layout.write_to(&mut out).map_err(|e| Error::io("bytes", e))?;
         Ok(out)
@@ -123,6 +143,8 @@ pub fn quantized_from_bytes(bytes: &[u8]) -> Result<Loaded> {
 fn with_layout<R>(
     rest: &AdapterParts,
     modules: &[QuantModuleParts],
+    variants: &[Variant],
+    sha256: Option<&str>,
     file: &str,
     f: impl FnOnce(super::container::Layout<'_>) -> Result<R>,
 ) -> Result<R> {
@@ -133,6 +155,10 @@ fn with_layout<R>(
     let mut tensors = Vec::with_capacity(2 * modules.len());
     let mut entries = Vec::with_capacity(modules.len());
     for m in modules {
+        if m.kind != ModuleKind::Linear {
+            let got = format!("a module of kind {}", m.kind.as_str());
+            return Err(Error::config(&m.path, got, "linear layers in a file of blocks"));
+        }
         let mut entry = |which: &str, factor: &FactorParts| {
             let (tensor, entry) = to_file(format!("{}.{which}", m.path), factor)?;
             tensors.push(tensor);
@@ -146,7 +172,8 @@ fn with_layout<R>(
     }
     let text =
         serde_json::to_string(&entries).map_err(|e| Error::format(file, format!("header: modules: {e}")))?;
-    f(single::lay_out_with(&rest, tensors.iter().map(|t| (t.name.clone(), t)).collect(), text, file)?)
+    let tensors = tensors.iter().map(|t| (t.name.clone(), t)).collect();
+    f(single::lay_out_with(&rest, variants, tensors, text, sha256.map(str::to_owned), file)?)
 }
 
 /// The tensor that holds a factor, and the header's entry for blocks.
@@ -224,7 +251,7 @@ pub(super) fn modules(
             .map_err(|(name, got, want)| wrong(format!("tensor {}: {got}, expected {want}", show(&name))))?;
         let [ta, tb] = tensors;
         let (a, b) = (from_file(ta, a, file)?, from_file(tb, b, file)?);
-        out.push(QuantModuleParts { path, alpha, rank, use_rslora, a, b });
+        out.push(QuantModuleParts { path, kind: ModuleKind::Linear, alpha, rank, use_rslora, a, b });
     }
     check_names(&out).map_err(|e| wrong(e.to_string()))?;
     Ok(out)
@@ -243,4 +270,73 @@ fn from_file(t: Tensor, entry: Option<BlocksEntry>, file: &str) -> Result<Factor
         return Err(wrong(format!("the scale of block {block} is NaN or infinity")));
     }
     Ok(FactorParts::Blocks { kind, along, rows, cols, data: t.data })
+}
+
+impl FactorParts {
+    /// True for blocks.
+    pub fn is_blocks(&self) -> bool {
+        matches!(self, FactorParts::Blocks { .. })
+    }
+
+    /// The type of its numbers: a block type's name, or a dtype's.
+    fn type_name(&self) -> String {
+        match self {
+            FactorParts::Plain(t) => t.dtype.to_string().to_lowercase(),
+            FactorParts::Blocks { kind, .. } => kind.as_str().to_owned(),
+        }
+    }
+
+    /// The matrix of a linear layer in PEFT's orientation, `ranked` at which of its axes the rank is.
+    fn expanded(&self, name: &str, ranked: usize) -> Result<Tensor> {
+        let (kind, along, rows, cols, data) = match self {
+            FactorParts::Plain(t) => return Ok(Tensor { name: name.to_owned(), ..t.clone() }),
+            FactorParts::Blocks { kind, along, rows, cols, data } => (kind, along, rows, cols, data),
+        };
+        let numbers = dequantize_rows(*kind, name, data, *rows, *cols)?;
+        let lies = usize::from(*along == Along::Rank);
+        let turned = |i: usize| numbers[i % rows * cols + i / rows];
+        let (shape, bytes): (_, Vec<u8>) = match lies == ranked {
+            true => (vec![*rows, *cols], numbers.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            false => (vec![*cols, *rows], (0..numbers.len()).flat_map(|i| turned(i).to_le_bytes()).collect()),
+        };
+        Tensor::new(name, TensorDtype::F32, shape, bytes)
+    }
+}
+
+impl Loaded {
+    /// With the numbers of every module beside its blocks.
+    ///
+    /// # Errors
+    /// Blocks that are not those of their shape.
+    pub fn expanded(mut self) -> Result<Self> {
+        let Some(modules) = self.quantized.as_ref().filter(|_| self.parts.modules.is_empty()) else {
+            return Ok(self);
+        };
+        let module = |m: &QuantModuleParts| {
+            let a = m.a.expanded(&format!("{}.lora_a", m.path), 0)?;
+            let b = m.b.expanded(&format!("{}.lora_b", m.path), 1)?;
+            let QuantModuleParts { path, kind, alpha, rank, use_rslora, .. } = m.clone();
+            Ok(ModuleParts { path, kind, alpha, rank, use_rslora, a, b })
+        };
+        self.parts.modules = modules.iter().map(module).collect::<Result<_>>()?;
+        Ok(self)
+    }
+
+    /// Which factors are blocks, of which types; `None` where there are none.
+    pub fn block_note(&self) -> Option<String> {
+        let mut by_type: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for m in self.quantized.iter().flatten() {
+            for (which, factor) in [("lora_a", &m.a), ("lora_b", &m.b)] {
+                if factor.is_blocks() {
+                    by_type.entry(factor.type_name()).or_default().push(format!("{}.{which}", m.path));
+                }
+            }
+        }
+        if by_type.is_empty() {
+            return None;
+        }
+        let of = |(kind, names): (String, Vec<String>)| format!("{kind}: {}", show_list(&names));
+        let types: Vec<String> = by_type.into_iter().map(of).collect();
+        Some(format!("in blocks, and float32 in formats that have none: {}", types.join("; ")))
+    }
 }

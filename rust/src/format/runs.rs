@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use super::json::show;
 use super::peft::variants::plain_config;
-use super::{AdapterParts, Loaded, ModuleKind, Variant};
+use super::{AdapterParts, Loaded, ModuleKind, QuantModuleParts, Variant};
 use crate::error::{Error, Result};
 
 /// Kinds without which nothing is left that could run: their factors are no pair of one linear layer.
@@ -68,6 +68,11 @@ impl Loaded {
             return Ok(self);
         }
         self.parts.modules.retain(|m| m.kind == ModuleKind::Linear);
+        if let Some(modules) = &mut self.quantized {
+            modules.retain(|m| m.kind == ModuleKind::Linear);
+        }
+        let has_blocks = |m: &QuantModuleParts| m.a.is_blocks() || m.b.is_blocks();
+        self.quantized = self.quantized.filter(|modules| modules.iter().any(has_blocks));
         if self.parts.modules.is_empty() && self.quantized.is_none() {
             let reason = format!("no linear module is left without {}", show(&self.variants[0].kind));
             return Err(Error::unsupported(file, reason));

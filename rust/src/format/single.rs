@@ -12,7 +12,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::container::{self, Container, Layout};
-use super::fingerprint::UNKNOWN;
+use super::fingerprint::{OUR_KEY, UNKNOWN};
 use super::json::{StringMap, parse_list, show, show_list};
 use super::quantized::{self, QUANTIZED_VERSION};
 use super::source::{Content, Source};
@@ -30,8 +30,6 @@ pub const FORMAT_VERSION: u32 = 1;
 const EXTRA: &str = "extra.";
 /// Most variants that a header may list.
 const MAX_VARIANTS: usize = 1 << 14;
-/// Of a file, not of bytes in memory: these stand for the adapter in comparisons.
-const WEIGHTS_SHA256: &str = "weights_sha256";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,9 +48,15 @@ pub fn save_single(path: &Path, parts: &AdapterParts) -> Result<()> {
     save_named(path, parts, &[])
 }
 
-/// [`save_single`] of what was read, variants included: reading it back gives the same ones.
-pub fn save_single_as_read(path: &Path, loaded: &Loaded) -> Result<()> {
-    save_named(path, &loaded.parts, &loaded.variants)
+/// [`save_single`] of what was read, variants included: reading it back gives the same ones. Factors in blocks
+/// stay blocks (version 2) where all modules are linear layers and not `expand`.
+pub fn save_single_as_read(path: &Path, loaded: &Loaded, expand: bool) -> Result<()> {
+    match &loaded.quantized {
+        Some(modules) if !expand && modules.iter().all(|m| m.kind == ModuleKind::Linear) => {
+            quantized::save_with(path, &loaded.parts, modules, &loaded.variants)
+        }
+        _ => save_named(path, &loaded.parts, &loaded.variants),
+    }
 }
 
 fn save_named(path: &Path, parts: &AdapterParts, variants: &[Variant]) -> Result<()> {
@@ -60,7 +64,7 @@ fn save_named(path: &Path, parts: &AdapterParts, variants: &[Variant]) -> Result
     let named = |digests: &mut Digests| {
         fingerprint(parts.modules.iter().map(|m| (m.path.as_str(), m)), &parts.extra, digests)
     };
-    layout.stage_named(path, WEIGHTS_SHA256, named)?.commit()
+    layout.stage_named(path, OUR_KEY, named)?.commit()
 }
 
 /// The single file as bytes.
@@ -124,11 +128,13 @@ fn lay_out<'a>(
 /// Lays out a file of version 2: its modules' tensors, and their header entry.
 pub(super) fn lay_out_with<'a>(
     rest: &'a AdapterParts,
+    variants: &[Variant],
     tensors: Vec<(String, &'a Tensor)>,
     modules: String,
+    sha256: Option<String>,
     file: &str,
 ) -> Result<Layout<'a>> {
-    lay_out_parts(rest, &[], QUANTIZED_VERSION, tensors, modules, None, file)
+    lay_out_parts(rest, variants, QUANTIZED_VERSION, tensors, modules, sha256, file)
 }
 
 fn lay_out_parts<'a>(
@@ -147,6 +153,7 @@ fn lay_out_parts<'a>(
         ("format_version".to_owned(), version.to_string()),
         ("modules".to_owned(), modules),
     ]);
+    let other = parts.header_without_hash();
     let variants = match variants {
         [] => None,
         all => Some(serde_json::to_string(all).map_err(to_json)?),
@@ -157,8 +164,8 @@ fn lay_out_parts<'a>(
         ("metadata", parts.metadata_json.clone()),
         ("peft_config", parts.peft_config.clone()),
         ("prefix", parts.prefix.clone()),
-        (WEIGHTS_SHA256, sha256),
-        ("header", (!parts.header.is_empty()).then(|| serde_json::json!(parts.header).to_string())),
+        (OUR_KEY, sha256),
+        ("header", (!other.is_empty()).then(|| serde_json::json!(other).to_string())),
     ];
     metadata.extend(optional.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v?))));
     container::lay_out(&metadata, tensors, file)
@@ -184,7 +191,7 @@ pub(super) fn from_container(container: Container, file: &str, opts: &LoadOption
     header.remove("format");
     let version = check_version(header.remove("format_version"), file)?;
     let text = header.remove("modules").ok_or_else(|| wrong("header: no `modules`".into()))?;
-    let weights_sha256 = header.remove(WEIGHTS_SHA256);
+    let weights_sha256 = header.remove(OUR_KEY);
     let other = match header.remove("header") {
         Some(text) => {
             serde_json::from_str::<StringMap>(&text).map_err(|e| wrong(format!("header: header: {e}")))?.0

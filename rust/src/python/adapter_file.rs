@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::adapter::PyAdapter;
+use super::quantized::PyQuantizedAdapter;
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::format::{
@@ -94,7 +95,7 @@ impl PyAdapterFile {
         let orientation = orientation_of(orientation)?;
         let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: false };
         let inner = py.detach(|| format::read(&path, &opts))?;
-        inner.check_plain(&path.display().to_string())?;
+        let inner = py.detach(|| inner.expanded())?;
         Ok(PyAdapterFile { inner, file: path.display().to_string() })
     }
 
@@ -138,6 +139,13 @@ impl PyAdapterFile {
     fn of(adapter: &PyAdapter) -> Self {
         let parts = adapter.inner.to_parts();
         PyAdapterFile { inner: Loaded { parts, ..Loaded::default() }, file: "memory".into() }
+    }
+
+    /// A quantised adapter as a file would hold it.
+    #[staticmethod]
+    fn of_quantized(py: Python<'_>, adapter: &PyQuantizedAdapter) -> PyResult<Self> {
+        let inner = py.detach(|| adapter.loaded().expanded())?;
+        Ok(PyAdapterFile { inner, file: "memory".into() })
     }
 
     /// Name of the format it was read from; empty when it was built.
@@ -198,7 +206,13 @@ impl PyAdapterFile {
     /// What is worth knowing and no error.
     #[getter]
     fn notes(&self) -> Vec<String> {
-        self.inner.notes.clone()
+        self.inner.notes.iter().cloned().chain(self.inner.block_note()).collect()
+    }
+
+    /// True where a factor or more is in blocks.
+    #[getter]
+    fn has_blocks(&self) -> bool {
+        self.inner.quantized.is_some()
     }
 
     /// The text of `adapter_config.json`, where there was one.
@@ -249,11 +263,11 @@ impl PyAdapterFile {
     }
 
     /// Writes all of it to one file of ours, through a temporary sibling and a rename. Variants of the
-    /// kinds in `lost` are no longer said to be there.
-    fn save_single(&self, py: Python<'_>, path: PathBuf, lost: Vec<String>) -> PyResult<()> {
+    /// kinds in `lost` are no longer said to be there. Blocks of linear layers stay blocks without `expand`.
+    fn save_single(&self, py: Python<'_>, path: PathBuf, lost: Vec<String>, expand: bool) -> PyResult<()> {
         let mut loaded = self.inner.clone();
         loaded.variants.retain(|v| !lost.contains(&v.kind));
-        Ok(py.detach(|| format::save_single_as_read(&path, &loaded))?)
+        Ok(py.detach(|| format::save_single_as_read(&path, &loaded, expand))?)
     }
 
     /// `(kind, at)` of what a PEFT directory cannot hold of it.
@@ -287,6 +301,7 @@ impl PyAdapterFile {
     fn resolved(&self, names: Vec<String>) -> PyResult<Self> {
         let mut inner = self.inner.clone();
         format::resolve_names(&mut inner, &names, &self.file)?;
+        inner.weights_sha256 = None; // it is of the names in the file
         Ok(PyAdapterFile { inner, file: self.file.clone() })
     }
 
@@ -295,6 +310,7 @@ impl PyAdapterFile {
     fn unpacked(&self, experts: Option<usize>) -> PyResult<Self> {
         let parts = format::peft::unpack_experts(&self.inner.parts, experts)?;
         let variants = format::peft_variants(&parts)?;
-        Ok(PyAdapterFile { inner: Loaded { parts, variants, ..self.inner.clone() }, file: self.file.clone() })
+        let inner = Loaded { parts, variants, weights_sha256: None, ..self.inner.clone() };
+        Ok(PyAdapterFile { inner, file: self.file.clone() })
     }
 }

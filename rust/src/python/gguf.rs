@@ -32,6 +32,16 @@ pub(super) fn gguf_keep_names(file: &PyAdapterFile) -> PyAdapterFile {
     PyAdapterFile { inner: gguf::keep_names(file.inner.clone()), file: file.file.clone() }
 }
 
+/// The file with the modules of each group (experts, in order) as one module of kind "experts".
+#[pyfunction]
+pub(super) fn gguf_stack(
+    file: &PyAdapterFile,
+    groups: BTreeMap<String, Vec<String>>,
+) -> PyResult<PyAdapterFile> {
+    let inner = gguf::stack(file.inner.clone(), &groups, &file.file)?;
+    Ok(PyAdapterFile { inner, file: file.file.clone() })
+}
+
 /// The one alpha that a file of these modules gets; other scalings are folded into B.
 #[pyfunction]
 pub(super) fn gguf_alpha(file: &PyAdapterFile, modules: Vec<String>) -> PyResult<f64> {
@@ -39,9 +49,22 @@ pub(super) fn gguf_alpha(file: &PyAdapterFile, modules: Vec<String>) -> PyResult
     Ok(f64::from(gguf::common_alpha(chosen)? as f32))
 }
 
+/// Factors of these modules whose blocks a file of that dtype cannot hold as they are, each with the reason.
+#[pyfunction]
+pub(super) fn gguf_lost_blocks(
+    file: &PyAdapterFile,
+    modules: Vec<String>,
+    dtype: &str,
+) -> PyResult<Vec<String>> {
+    let Some(quantized) = &file.inner.quantized else { return Ok(Vec::new()) };
+    let chosen = file.inner.parts.modules.iter().filter(|m| modules.contains(&m.path));
+    let chosen: Vec<_> = chosen.cloned().collect();
+    Ok(gguf::lost_blocks(&chosen, quantized, dtype.parse()?)?)
+}
+
 /// Writes the modules that have a target (base tensor, heads); returns notes.
 #[pyfunction]
-#[pyo3(signature = (file, path, architecture, targets, dtype, tokens, config_json, progress, cancel))]
+#[pyo3(signature = (file, path, architecture, targets, dtype, drop_blocks, tokens, config_json, progress, cancel))]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn save_gguf(
     py: Python<'_>,
@@ -50,6 +73,7 @@ pub(super) fn save_gguf(
     architecture: &str,
     targets: BTreeMap<String, (String, Option<usize>)>,
     dtype: &str,
+    drop_blocks: bool,
     tokens: Option<Vec<u32>>,
     config_json: Option<String>,
     progress: Option<Py<PyAny>>,
@@ -57,7 +81,9 @@ pub(super) fn save_gguf(
 ) -> PyResult<Vec<String>> {
     let encoding: Encoding = dtype.parse()?;
     let targets = targets.into_iter().map(|(m, (tensor, heads))| (m, Target { tensor, heads })).collect();
-    let opts = GgufOptions { architecture, targets: &targets, encoding, tokens: tokens.as_deref() };
+    let quantized = file.inner.quantized.as_deref().unwrap_or_default();
+    let tokens = tokens.as_deref();
+    let opts = GgufOptions { architecture, targets: &targets, encoding, tokens, quantized, drop_blocks };
     let parts = AdapterParts { config_json, ..file.inner.parts.clone() };
     long_call(py, "convert", progress, cancel, |tick| gguf::save(&path, &parts, &opts, tick))
 }

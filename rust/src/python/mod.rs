@@ -64,7 +64,10 @@ mod _core {
     #[pymodule_export]
     use super::fuse::{fuse_model, unfuse_model};
     #[pymodule_export]
-    use super::gguf::{gguf_alpha, gguf_interleaves, gguf_keep_names, gguf_translate, save_gguf};
+    use super::gguf::{
+        gguf_alpha, gguf_interleaves, gguf_keep_names, gguf_lost_blocks, gguf_stack, gguf_translate,
+        save_gguf,
+    };
     #[pymodule_export]
     use super::handle::ModuleHandle;
     #[pymodule_export]

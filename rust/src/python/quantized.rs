@@ -54,6 +54,12 @@ impl PyQuantizedAdapter {
         Ok(&self.inner.modules[i].1)
     }
 
+    /// As a file would hold it, without its numbers.
+    pub fn loaded(&self) -> format::Loaded {
+        let quantized = Some(self.inner.to_parts());
+        format::Loaded { parts: self.inner.rest.clone(), quantized, ..format::Loaded::default() }
+    }
+
     fn bytes(&self) -> crate::Result<Vec<u8>> {
         format::quantized_to_bytes(&self.inner.rest, &self.inner.to_parts())
     }
@@ -120,7 +126,7 @@ impl PyQuantizedAdapter {
     }
 
     /// Writes the single file through a temporary sibling and a rename.
-    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+    fn save_single(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         Ok(py.detach(|| format::save_quantized(&path, &self.inner.rest, &self.inner.to_parts()))?)
     }
 
@@ -259,12 +265,13 @@ pub(super) fn load_any(
     allow: Option<Vec<String>>,
 ) -> PyResult<(AnyAdapter, Vec<String>, Vec<String>)> {
     let orientation = orientation_of(orientation)?;
-    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: false };
+    let opts = LoadOptions { mmap, strict, limits: limits_of(limits), alpha, orientation, packed: true };
     let (value, loaded) = py.detach(|| {
         let loaded = format::read(&path, &opts)?;
         any_of(loaded, &path.display().to_string(), &allow.unwrap_or_default())
     })?;
-    Ok((value, loaded.unused, loaded.notes))
+    let notes = loaded.notes.iter().cloned().chain(loaded.block_note()).collect();
+    Ok((value, loaded.unused, notes))
 }
 
 /// What a file's content runs as, and the rest of it.

@@ -7,7 +7,7 @@ use super::{QuantLayer, QuantMatrix, Side, SideType};
 use crate::adapter::{Adapter, unknown_module};
 use crate::error::{Error, Result};
 use crate::factor::Factor;
-use crate::format::{AdapterParts, Along, FactorParts, QuantModuleParts, Tensor};
+use crate::format::{AdapterParts, Along, FactorParts, ModuleKind, QuantModuleParts, Tensor};
 use crate::low_rank::LowRank;
 use crate::snapshot::LEARNER_PREFIX;
 
@@ -94,6 +94,7 @@ impl QuantAdapter {
     pub fn to_parts(&self) -> Vec<QuantModuleParts> {
         let module = |(path, layer): &(String, Arc<QuantLayer>)| QuantModuleParts {
             path: path.clone(),
+            kind: ModuleKind::Linear,
             alpha: layer.alpha,
             rank: layer.rank(),
             use_rslora: layer.rslora,

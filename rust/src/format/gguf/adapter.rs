@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use super::super::fingerprint::{KEY, as_it_is};
 use super::super::json::{StringMap, show};
 use super::super::tensor::{Bytes, Tensor, TensorDtype};
 use super::super::{AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, Variant, check_factors};
 use super::super::{Along, FactorParts, QuantModuleParts};
-use super::container::{self, BF16_TYPE, F16_TYPE, F32_TYPE, Info, Reader, Value};
+use super::container::{self, BF16_TYPE, F16_TYPE, F32_TYPE, Info, PutTensor, Reader, Value};
 use super::order::{self, Towards};
 use crate::error::{Error, Result};
 use crate::quant::{BlockType, dequantize_rows};
@@ -44,6 +45,7 @@ pub(crate) fn from_bytes(bytes: &Bytes, file: &str, opts: &LoadOptions) -> Resul
     };
     let mut loaded = Loaded::default();
     ours(&reader, &mut loaded.parts, file)?;
+    loaded.weights_sha256 = reader.text(KEY)?.map(str::to_owned);
     let header = &mut loaded.parts.header;
     header.insert(ARCHITECTURE.into(), architecture.clone());
     for key in TEXTS {
@@ -62,13 +64,8 @@ pub(crate) fn from_bytes(bytes: &Bytes, file: &str, opts: &LoadOptions) -> Resul
     if alpha == 0.0 {
         loaded.notes.push(format!("no {ALPHA}, so every scaling is 1"));
     }
-    let mut tensors = Tensors { bytes, file, opts, expanded: BTreeMap::new() };
-    tensors.modules(reader.infos()?, alpha, &mut loaded)?;
-    for (kind, count) in tensors.expanded {
-        loaded.notes.push(format!(
-            "{count} tensors in blocks of {kind}, run as they are and expanded to f32 elsewhere"
-        ));
-    }
+    let data = |info: &Info| bytes.slice(info.span.clone());
+    Tensors { data: &data, file, opts }.modules(reader.infos()?, alpha, &mut loaded)?;
     let rotated = loaded.parts.modules.iter().find(|m| order::is_rotated(&m.path));
     match (rotated, order::interleaves(&architecture)) {
         (Some(m), None | Some(true)) => loaded.variants.push(Variant {
@@ -130,15 +127,14 @@ fn ours(reader: &Reader, parts: &mut AdapterParts, file: &str) -> Result<()> {
 type Pair = [Option<Info>; 2];
 
 struct Tensors<'a> {
-    bytes: &'a Bytes,
+    /// The bytes of a tensor; none where they lie outside of the file.
+    data: &'a dyn Fn(&Info) -> Option<Bytes>,
     file: &'a str,
     opts: &'a LoadOptions,
-    /// Tensors of each block type that were expanded.
-    expanded: BTreeMap<&'static str, usize>,
 }
 
 impl Tensors<'_> {
-    fn modules(&mut self, infos: Vec<Info>, alpha: f64, loaded: &mut Loaded) -> Result<()> {
+    fn modules(&self, infos: Vec<Info>, alpha: f64, loaded: &mut Loaded) -> Result<()> {
         let mut quantized = Vec::new();
         let mut pairs: Vec<(String, Pair)> = Vec::new();
         let mut places: BTreeMap<String, usize> = BTreeMap::new();
@@ -185,13 +181,11 @@ impl Tensors<'_> {
                     at: module.path.clone(),
                     why: format!("LoRA on {} layers is kept in files and not run here", module.kind.as_str()),
                 });
-            } else {
-                quantized.push(quantised(&module, blocks));
             }
+            quantized.push(quantised(&module, blocks));
             loaded.parts.modules.push(module);
         }
-        let has_blocks =
-            |m: &QuantModuleParts| [&m.a, &m.b].into_iter().any(|f| matches!(f, FactorParts::Blocks { .. }));
+        let has_blocks = |m: &QuantModuleParts| m.a.is_blocks() || m.b.is_blocks();
         if quantized.iter().any(has_blocks) {
             loaded.quantized = Some(quantized);
         }
@@ -217,7 +211,7 @@ impl Tensors<'_> {
     }
 
     /// A module with its numbers, and the blocks that its factors lie in.
-    fn module(&mut self, path: String, a: Info, b: Info, alpha: f64) -> Result<(ModuleParts, Blocks)> {
+    fn module(&self, path: String, a: Info, b: Info, alpha: f64) -> Result<(ModuleParts, Blocks)> {
         let names = [a.name.clone(), b.name.clone()];
         let (mut a, blocks_a) = self.tensor(a, &path)?;
         let (b, blocks_b) = self.tensor(b, &path)?;
@@ -252,11 +246,11 @@ impl Tensors<'_> {
     fn data(&self, info: &Info) -> Result<Bytes> {
         let outside =
             || Error::format(self.file, format!("tensor {}: outside of the file", show(&info.name)));
-        self.bytes.slice(info.span.clone()).ok_or_else(outside)
+        (self.data)(info).ok_or_else(outside)
     }
 
     /// A factor; blocks are expanded to f32 beside them, and a vector is a matrix of one row.
-    fn tensor(&mut self, info: Info, path: &str) -> Result<(Tensor, Option<FactorParts>)> {
+    fn tensor(&self, info: Info, path: &str) -> Result<(Tensor, Option<FactorParts>)> {
         let data = self.data(&info)?;
         let name = info.name[info.name.len() - "lora_a".len()..].to_owned();
         let mut shape = info.shape;
@@ -280,12 +274,34 @@ impl Tensors<'_> {
         let rows = shape[..shape.len() - 1].iter().product();
         let numbers = dequantize_rows(kind, &show(&info.name), &data, rows, columns)
             .map_err(|e| Error::format(self.file, e.to_string()))?;
-        *self.expanded.entry(kind.as_str()).or_default() += 1;
         let bytes: Vec<u8> = numbers.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let along = if name.ends_with("a") { Along::Features } else { Along::Rank };
+        let along = along(path == EMBEDDING, name.ends_with("lora_a"));
         let blocks = FactorParts::Blocks { kind, along, rows, cols: columns, data };
         Ok((Tensor::new(name, TensorDtype::F32, shape, bytes)?, Some(blocks)))
     }
+}
+
+/// Which way blocks lie in a GGUF file: along its last dimension.
+pub(super) fn along(embedding: bool, is_a: bool) -> Along {
+    if is_a && !embedding { Along::Features } else { Along::Rank }
+}
+
+/// The fingerprint that [`from_bytes`] would find in a file of these tensors.
+pub(super) fn fingerprint(tensors: &[PutTensor], alpha: f32) -> Result<String> {
+    let mut start = 0;
+    let mut infos = Vec::with_capacity(tensors.len());
+    let mut places = BTreeMap::new();
+    for t in tensors {
+        let span = start..start + t.data.len();
+        start = span.end;
+        places.insert(span.start, &t.data);
+        infos.push(Info { name: t.name.clone(), shape: t.shape.clone(), kind: t.kind, span });
+    }
+    let data = |info: &Info| places.get(&info.span.start).map(|data| (*data).clone());
+    let mut loaded = Loaded::default();
+    let tensors = Tensors { data: &data, file: "GGUF", opts: &as_it_is() };
+    tensors.modules(infos, f64::from(alpha), &mut loaded)?;
+    loaded.fingerprint()
 }
 
 /// Blocks of A and of B, where they are in blocks.
@@ -297,6 +313,7 @@ fn quantised(m: &ModuleParts, [a, b]: Blocks) -> QuantModuleParts {
         |blocks: Option<FactorParts>, t: &Tensor| blocks.unwrap_or_else(|| FactorParts::Plain(t.clone()));
     QuantModuleParts {
         path: m.path.clone(),
+        kind: m.kind,
         alpha: m.alpha,
         rank: m.rank,
         use_rslora: m.use_rslora,
@@ -354,7 +371,10 @@ pub fn translate(mut loaded: Loaded, places: &BTreeMap<String, Place>, file: &st
     for m in loaded.quantized.iter_mut().flatten() {
         let (path, heads) = place(&m.path)?;
         match &mut m.b {
-            FactorParts::Plain(t) => put_back(&mut t.data, t.shape[0], *heads, &m.path, file)?,
+            FactorParts::Plain(t) => {
+                let rows = t.shape[t.shape.len() - 2];
+                put_back(&mut t.data, rows, *heads, &m.path, file)?
+            }
             FactorParts::Blocks { rows, data, .. } => put_back(data, *rows, *heads, &m.path, file)?,
         }
         m.path.clone_from(path);
@@ -366,6 +386,7 @@ pub fn translate(mut loaded: Loaded, places: &BTreeMap<String, Place>, file: &st
     }
     loaded.parts.header.remove(ARCHITECTURE);
     loaded.notes.retain(|n| n != THEIR_NAMES);
+    loaded.weights_sha256 = None; // it is of the file's names and order
     loaded.variants.retain(|v| v.kind != ROW_ORDER);
     loaded.parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     Ok(loaded)

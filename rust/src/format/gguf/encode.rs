@@ -48,6 +48,8 @@ pub(super) struct Encoded {
     pub fell_back: bool,
     /// The scaling folded in was rounded somewhere.
     pub rounded: bool,
+    /// It was in blocks that do not go out as they are.
+    pub opened: bool,
 }
 
 /// Encodes a factor times a number, along its last dimension.
@@ -57,7 +59,8 @@ pub(super) fn encode(t: &Tensor, encoding: Encoding, times: f64) -> Result<Encod
         Encoding::Blocks(kind) if !kind.fits(columns) => (Encoding::Plain(TensorDtype::F16), true),
         other => (other, false),
     };
-    let done = |dtype, data, rounded| Encoded { kind: number(dtype), data, fell_back, rounded };
+    let done =
+        |dtype, data, rounded| Encoded { kind: number(dtype), data, fell_back, rounded, opened: false };
     let same = match encoding {
         Encoding::Auto => true,
         Encoding::Plain(dtype) => dtype == t.dtype,
@@ -87,7 +90,7 @@ pub(super) fn encode(t: &Tensor, encoding: Encoding, times: f64) -> Result<Encod
         }
         Encoding::Blocks(kind) => {
             let data = quantize_rows(kind, &t.name, &numbers, numbers.len() / columns, columns)?;
-            Encoded { kind: kind.ggml(), data: data.into(), fell_back, rounded }
+            Encoded { kind: kind.ggml(), data: data.into(), fell_back, rounded, opened: false }
         }
     })
 }

@@ -10,6 +10,7 @@ mod container;
 mod encode;
 pub mod order;
 mod save;
+mod stack;
 
 use std::path::Path;
 
@@ -20,7 +21,8 @@ use crate::error::Result;
 
 pub use adapter::{Place, ROW_ORDER, keep_names, translate};
 pub use encode::Encoding;
-pub use save::{GgufOptions, Target, common_alpha, save};
+pub use save::{GgufOptions, Target, common_alpha, lost_blocks, save};
+pub use stack::stack;
 
 pub(super) fn knows(source: &Source) -> bool {
     source.head().starts_with(container::MAGIC)

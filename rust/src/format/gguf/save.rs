@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use super::super::fingerprint::KEY;
 use super::super::json::{show, show_list};
-use super::super::tensor::Tensor;
-use super::super::{AdapterParts, ModuleKind, ModuleParts, atomic};
-use super::adapter::{ALPHA, ARCHITECTURE, TEXTS, TOKENS, transposed};
+use super::super::tensor::{Tensor, TensorDtype};
+use super::super::{AdapterParts, Along, FactorParts, ModuleKind, ModuleParts, QuantModuleParts, atomic};
+use super::adapter::{ALPHA, ARCHITECTURE, TEXTS, TOKENS, along as adapter_along, fingerprint, transposed};
 use super::container::{self, ALIGNMENT, MAX_NAME, Put, PutTensor};
 use super::encode::{Encoded, Encoding, encode};
 use super::order::{self, Towards};
@@ -32,6 +33,11 @@ pub struct GgufOptions<'a> {
     pub encoding: Encoding,
     /// Tokens after which an activated LoRA acts.
     pub tokens: Option<&'a [u32]>,
+    /// Modules of which factors are blocks; those that fit go out byte for byte.
+    pub quantized: &'a [QuantModuleParts],
+    /// Whether blocks that do not fit are written as numbers; otherwise they are refused, except as f32 that was
+    /// asked for.
+    pub drop_blocks: bool,
 }
 
 /// Writes one file, whole or not at all; returns notes. `tick` is called with modules done and in all.
@@ -51,14 +57,17 @@ pub fn save(
     }
     check_names(&modules)?;
     let alpha = common_alpha(modules.iter().map(|(m, _)| *m))?;
+    let blocks = blocks_of(opts.quantized);
     let mut notes = Notes::default();
     let mut tensors = Vec::with_capacity(2 * modules.len());
     for (done, (m, target)) in modules.iter().enumerate() {
         tick(done, modules.len())?;
         let times = share(m, alpha);
+        let [in_a, in_b] = blocks.get(m.path.as_str()).map_or([None, None], |q| [Some(&q.a), Some(&q.b)]);
         let a = if m.kind == ModuleKind::Embedding { &transposed(&m.a)? } else { &m.a };
+        let a = factor(m, true, a, in_a, opts, 1.0, None)?;
         let b = if let Some(heads) = target.heads { &reordered(m, heads)? } else { &m.b };
-        let (a, b) = (encoded(a, opts.encoding, 1.0)?, encoded(b, opts.encoding, times)?);
+        let b = factor(m, false, b, in_b, opts, times, target.heads)?;
         notes.add(m, times, [&a.0, &b.0]);
         for ((e, shape), suffix) in [a, b].into_iter().zip(["lora_a", "lora_b"]) {
             let name = format!("{}.{suffix}", target.tensor);
@@ -68,7 +77,10 @@ pub fn save(
     tick(modules.len(), modules.len())?;
     let blocks = tensors.iter().any(|t| ![0, 1, 30].contains(&t.kind));
     let header_text = serde_json::json!(other_header(parts)).to_string();
-    let header = container::header(&keys(parts, opts, alpha as f32, blocks, &header_text), &tensors);
+    let sha256 = fingerprint(&tensors, alpha as f32)?;
+    let mut keys = keys(parts, opts, alpha as f32, blocks, &header_text);
+    keys.push((KEY, Put::Text(&sha256)));
+    let header = container::header(&keys, &tensors);
     atomic::write(path, |out| {
         out.write_all(&header)?;
         tensors.iter().try_for_each(|t| {
@@ -80,8 +92,90 @@ pub fn save(
     Ok(notes.into_texts(opts.encoding))
 }
 
-fn encoded(t: &Tensor, encoding: Encoding, times: f64) -> Result<(Encoded, Vec<usize>)> {
-    Ok((encode(t, encoding, times)?, t.shape.clone()))
+fn blocks_of(modules: &[QuantModuleParts]) -> BTreeMap<&str, &QuantModuleParts> {
+    modules.iter().map(|m| (m.path.as_str(), m)).collect()
+}
+
+/// Why a factor's blocks cannot go out as they are; `None` where they can, or where there are none.
+fn misfit(
+    m: &ModuleParts,
+    is_a: bool,
+    blocks: &FactorParts,
+    encoding: Encoding,
+    times: f64,
+) -> Option<String> {
+    let FactorParts::Blocks { kind, along, .. } = blocks else { return None };
+    if *along != adapter_along(m.kind == ModuleKind::Embedding, is_a) {
+        let lies = if *along == Along::Features { "along the features" } else { "along the rank" };
+        return Some(format!("{kind} {lies}, where GGUF has them the other way"));
+    }
+    if times != 1.0 {
+        return Some(format!("{kind}, which a scaling that is folded in would change (one alpha per file)"));
+    }
+    match encoding {
+        Encoding::Auto => None,
+        Encoding::Blocks(wanted) if wanted == *kind => None,
+        _ => Some(format!("{kind}, where dtype asks for another type")),
+    }
+}
+
+/// Factors whose blocks would be lost, each with the reason.
+///
+/// # Errors
+/// Those of [`common_alpha`].
+pub fn lost_blocks(
+    modules: &[ModuleParts],
+    quantized: &[QuantModuleParts],
+    encoding: Encoding,
+) -> Result<Vec<String>> {
+    if encoding == Encoding::Plain(TensorDtype::F32) {
+        return Ok(Vec::new()); // asked for, and exact
+    }
+    let alpha = common_alpha(modules.iter())?;
+    let blocks = blocks_of(quantized);
+    let mut lost = Vec::new();
+    for m in modules {
+        let Some(q) = blocks.get(m.path.as_str()) else { continue };
+        for (name, is_a, factor, times) in
+            [("lora_a", true, &q.a, 1.0), ("lora_b", false, &q.b, share(m, alpha))]
+        {
+            let why = misfit(m, is_a, factor, encoding, times);
+            lost.extend(why.map(|why| format!("{}.{name}: {why}", m.path)));
+        }
+    }
+    Ok(lost)
+}
+
+/// One factor as it is written, with its shape: its blocks where they fit, else its numbers.
+fn factor(
+    m: &ModuleParts,
+    is_a: bool,
+    t: &Tensor,
+    blocks: Option<&FactorParts>,
+    opts: &GgufOptions,
+    times: f64,
+    heads: Option<usize>,
+) -> Result<(Encoded, Vec<usize>)> {
+    let shape = t.shape.clone();
+    let Some(blocks @ FactorParts::Blocks { kind, rows, data, .. }) = blocks else {
+        return Ok((encode(t, opts.encoding, times)?, shape));
+    };
+    let Some(why) = misfit(m, is_a, blocks, opts.encoding, times) else {
+        let data = match heads {
+            Some(heads) => order::reorder(data, data.len() / rows, heads, Towards::Llama, &t.name)?.into(),
+            None => data.clone(),
+        };
+        let as_it_is = Encoded { kind: kind.ggml(), data, fell_back: false, rounded: false, opened: false };
+        return Ok((as_it_is, shape));
+    };
+    if !opts.drop_blocks && opts.encoding != Encoding::Plain(TensorDtype::F32) {
+        let reason = format!(
+            "GGUF cannot hold these blocks ({}: {why}); allow=[\"drop:blocks\"] writes their numbers",
+            show(&t.name)
+        );
+        return Err(Error::unsupported(show(&m.path), reason));
+    }
+    Ok((Encoded { opened: true, ..encode(t, opts.encoding, times)? }, shape))
 }
 
 fn reordered(m: &ModuleParts, heads: usize) -> Result<Tensor> {
@@ -159,9 +253,10 @@ fn share(m: &ModuleParts, alpha: f64) -> f64 {
 }
 
 /// Header entries of the source that are no keys of GGUF.
-fn other_header(parts: &AdapterParts) -> BTreeMap<&str, &str> {
-    let known = |key: &str| key == ARCHITECTURE || key == TOKENS || TEXTS.contains(&key);
-    parts.header.iter().filter(|(k, _)| !known(k)).map(|(k, v)| (k.as_str(), v.as_str())).collect()
+fn other_header(parts: &AdapterParts) -> BTreeMap<String, String> {
+    let mut header = parts.header_without_hash();
+    header.retain(|key, _| key != ARCHITECTURE && key != TOKENS && !TEXTS.contains(&key.as_str()));
+    header
 }
 
 fn keys<'a>(
@@ -205,6 +300,7 @@ struct Notes<'a> {
     folded: Vec<&'a str>,
     rounded: bool,
     fell_back: Vec<String>,
+    opened: Vec<String>,
     alphas: BTreeSet<&'a str>,
 }
 
@@ -219,6 +315,9 @@ impl<'a> Notes<'a> {
         for (f, suffix) in factors.into_iter().zip(["lora_a", "lora_b"]) {
             if f.fell_back {
                 self.fell_back.push(format!("{}.{suffix}", m.path));
+            }
+            if f.opened {
+                self.opened.push(format!("{}.{suffix} ({})", m.path, container::type_name(f.kind)));
             }
         }
     }
@@ -235,6 +334,12 @@ impl<'a> Notes<'a> {
         if !self.alphas.is_empty() {
             let names: Vec<&str> = self.alphas.into_iter().collect();
             texts.push(format!("alpha was rounded to the nearest f32 for {}", show_list(&names)));
+        }
+        if !self.opened.is_empty() {
+            texts.push(format!(
+                "blocks that were written as numbers or other blocks: {}",
+                show_list(&self.opened)
+            ));
         }
         if let (Encoding::Blocks(kind), false) = (encoding, self.fell_back.is_empty()) {
             let of = kind.elements();

@@ -25,4 +25,3 @@ pub const PREFIX: &str = "base_model.model.";
 /// Header keys under which a PEFT weights file carries what PEFT has no place for.
 const HEADER_CONFIG: &str = "microlora.config";
 const HEADER_METADATA: &str = "microlora.metadata";
-const HEADER_SHA256: &str = "microlora.weights_sha256";

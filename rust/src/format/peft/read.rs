@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use super::super::container::{self, Container};
+use super::super::fingerprint::KEY as HEADER_SHA256;
 use super::super::json::{show, show_list};
 use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
@@ -14,7 +15,7 @@ use super::super::{
 use super::config::{self, PeftConfig};
 use super::names::{Factor, Key, classify, split_prefix, stored_name};
 use super::variants::{self, Use};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE};
 use crate::error::{Error, Result};
 
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
@@ -127,21 +128,51 @@ struct Pair([Option<Slot>; 2]);
 type Place = (String, bool);
 
 fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadOptions) -> Result<Loaded> {
-    let strict = opts.strict;
+    let config = settings(text, config_file, opts)?;
+    let head = bytes.prefix(64).map_err(|e| Error::io(file, e))?;
+    source::sniff(&head, file)?;
+    drop(head);
+    of_container(
+        text,
+        &config,
+        container::parse_within(bytes, file, &opts.limits)?,
+        [config_file, file],
+        opts,
+    )
+}
+
+/// What the reader makes of a container beside a configuration.
+pub(super) fn of_parts(
+    text: &str,
+    content: Container,
+    files: [&str; 2],
+    opts: &LoadOptions,
+) -> Result<Loaded> {
+    of_container(text, &settings(text, files[0], opts)?, content, files, opts)
+}
+
+fn settings(text: &str, config_file: &str, opts: &LoadOptions) -> Result<PeftConfig> {
     let config = config::parse(text, config_file)?;
-    if strict && !config.unknown.is_empty() {
+    if opts.strict && !config.unknown.is_empty() {
         let reason = format!(
             "unknown settings {} may change the maths; load with strict=False if they do not",
             show_list(&config.unknown)
         );
         return Err(Error::unsupported(config_file, reason));
     }
-    let head = bytes.prefix(64).map_err(|e| Error::io(file, e))?;
-    source::sniff(&head, file)?;
-    drop(head);
-    let Container { metadata, tensors } = container::parse_within(bytes, file, &opts.limits)?;
+    Ok(config)
+}
+
+fn of_container(
+    text: &str,
+    config: &PeftConfig,
+    Container { metadata, tensors }: Container,
+    [config_file, file]: [&str; 2],
+    opts: &LoadOptions,
+) -> Result<Loaded> {
+    let strict = opts.strict;
     config.check_names_work(tensors.len(), config_file)?;
-    let Sorted { pairs, raw, extra, mut unused } = sort_out(tensors, &config, file)?;
+    let Sorted { pairs, raw, extra, mut unused } = sort_out(tensors, config, file)?;
     if strict && !unused.is_empty() {
         let reason =
             format!("unused tensors {}; load with strict=False to keep them aside", show_list(&unused));
@@ -157,11 +188,11 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
 
     let prefix = common_prefix(if pairs.is_empty() { &raw } else { &pairs });
     for ((path, _), pair) in raw {
-        check_raw(&path, pair, &config, file)?;
+        check_raw(&path, pair, config, file)?;
     }
     let mut modules = Vec::with_capacity(pairs.len());
     for ((path, embedding), pair) in pairs {
-        let module = module(path, embedding, pair, &config, file, opts)?;
+        let module = module(path, embedding, pair, config, file, opts)?;
         opts.limits.check_rank(module.rank, &module.path, file)?;
         modules.push(module);
     }
@@ -181,7 +212,7 @@ fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadO
     parts.check_names().map_err(|e| Error::format(file, e.to_string()))?;
     parts.check_json(file)?;
     parts.detach_extra();
-    let variants = variants::with(&parts, Some(&config));
+    let variants = variants::with(&parts, Some(config));
     Ok(Loaded { format: "peft", parts, variants, unused, notes, weights_sha256, ..Loaded::default() })
 }
 

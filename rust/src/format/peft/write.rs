@@ -9,14 +9,15 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::atomic::Staged;
-use super::super::fingerprint::UNKNOWN;
+use super::super::container::Container;
+use super::super::fingerprint::{KEY as HEADER_SHA256, UNKNOWN, as_it_is};
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty, truthy};
 use super::super::pattern::anchored;
-use super::super::{AdapterParts, Digests, ModuleKind, ModuleParts, container, fingerprint};
+use super::super::{AdapterParts, Digests, ModuleKind, ModuleParts, Tensor, container, fingerprint};
 use super::experts::pack;
 use super::names::{Key, classify, keys, pattern_path};
 use super::variants::{self, Use};
-use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, HEADER_SHA256, PREFIX, WEIGHTS_FILE, config};
+use super::{CONFIG_FILE, HEADER_CONFIG, HEADER_METADATA, PREFIX, WEIGHTS_FILE, config, read};
 use crate::error::{Error, Result};
 
 /// How to write a PEFT directory.
@@ -80,28 +81,26 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
         return Err(Error::config("extra tensor", show(&t.name), "a name that is not one of LoRA's own"));
     }
     tensors.extend(parts.extra.iter().map(|t| (t.name.clone(), t)));
-    let mut header = parts.header.clone();
+    let mut header = parts.header_without_hash();
     header.insert("format".into(), "pt".into());
     let ours = [(HEADER_CONFIG, &parts.config_json), (HEADER_METADATA, &parts.metadata_json)];
     header.extend(ours.into_iter().filter_map(|(k, v)| Some((k.to_owned(), v.clone()?))));
-    // Packed experts are read back as they lie: no reader would find this fingerprint.
-    let named = packed.is_empty();
-    if named {
-        header.insert(HEADER_SHA256.into(), UNKNOWN.into());
-    } else {
-        header.remove(HEADER_SHA256);
-    }
-    let layout = container::lay_out(&header, tensors, &dir.join(WEIGHTS_FILE).display().to_string())?;
+    header.insert(HEADER_SHA256.into(), UNKNOWN.into());
+    let file = dir.join(WEIGHTS_FILE).display().to_string();
+    // Packed experts are read back as they lie, so that the reader is asked what it finds.
+    let content = (!packed.is_empty()).then(|| Container {
+        metadata: header.clone(),
+        tensors: tensors.iter().map(|(name, t)| Tensor { name: name.clone(), ..(*t).clone() }).collect(),
+    });
+    let layout = container::lay_out(&header, tensors, &file)?;
 
     let made = !dir.exists();
     fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let sha256 = |digests: &mut Digests| {
-        fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests)
+    let sha256 = |digests: &mut Digests| match content {
+        Some(content) => read::of_parts(&config, content, [CONFIG_FILE, &file], &as_it_is())?.fingerprint(),
+        None => fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests),
     };
-    let done = replace_pair(dir, &config, |path| match named {
-        true => layout.stage_named(path, HEADER_SHA256, sha256),
-        false => Staged::new(path, |out| layout.write_to(out)),
-    });
+    let done = replace_pair(dir, &config, |path| layout.stage_named(path, HEADER_SHA256, sha256));
     if done.is_err() && made {
         let _ = fs::remove_dir(dir); // only if nothing came into it
     }

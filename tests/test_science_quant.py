@@ -92,11 +92,16 @@ def test_rows_in_the_file_are_not_repeated():
 
 
 def test_profiles_are_measured(bench):
-    lines = [profiles.line(names, [bench], loops=2) for names in profiles.PROFILES]
+    adapter = profiles.large()
+    lines = [
+        profiles.line(names, [bench], lambda profile: profiles.measured(profile, adapter, 2, 2))
+        for names in profiles.PROFILES
+    ]
     assert [made["recipe"] for made in lines] == ["q4_k_m", "q6_k", "q8_0", "q6_k"]
     for made in lines:
-        kept, saved, speed = made["measured"]
+        kept, saved, speed, in_turn = made["measured"]
         assert 0.9 < kept < 1.1
         assert 0.4 < saved < 0.8
         assert speed > 0
+        assert in_turn > 0
         assert len(made["cells"]) == len(profiles.HEAD)

@@ -8,7 +8,7 @@ pub fn check(loaded: &Loaded, file: &[u8]) {
         return; // its numbers are nowhere as such
     }
     // Blocks are expanded to f32 beside them.
-    let expanded = loaded.notes.iter().any(|n| n.contains("in blocks of"));
+    let expanded = loaded.quantized.is_some();
     for m in loaded.parts.modules.iter().filter(|_| !expanded) {
         assert!(m.a.is_finite() && m.b.is_finite(), "{}: not finite", m.path);
         assert!(m.alpha.is_finite() && m.rank > 0, "{}", m.path);

@@ -8,7 +8,6 @@ mod order;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use bytemuck::allocation::zeroed_vec;
 use bytemuck::{Pod, Zeroable};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -114,9 +113,11 @@ impl Factor {
         transposed: bool,
     ) -> io::Result<(Self, bool)> {
         let geometry = Geometry { rank, len };
-        // Zeroed, so that padding is; pages are touched when they are written.
-        let mut lines: Vec<Line> = zeroed_vec((geometry.stored() * dtype.size()).div_ceil(64));
-        mapping::advise_huge(&mut lines);
+        let count = (geometry.stored() * dtype.size()).div_ceil(64);
+        let mut lines: Vec<Line> = Vec::with_capacity(count);
+        // Before the first touch, which zeroing is.
+        mapping::prepare(lines.spare_capacity_mut());
+        lines.resize(count, Line([0; 8]));
         let finite = order::pack(geometry, dtype, bits, transposed, bytemuck::cast_slice_mut(&mut lines))?;
         Ok((Factor { geometry, dtype, lines }, finite))
     }

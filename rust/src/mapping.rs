@@ -12,16 +12,29 @@ const HUGE_FROM: usize = 2 << 20;
 /// instead of once per 4 KiB. Advice only: it changes no byte, and a refusal changes nothing.
 pub(crate) fn advise_huge<T>(fresh: &mut [T]) {
     #[cfg(target_os = "linux")]
+    advise(fresh, libc::MADV_HUGEPAGE);
+    #[cfg(not(target_os = "linux"))]
+    let _ = fresh;
+}
+
+/// [`advise_huge`], and all pages made present at once, where the system can (Linux 5.14 or newer): for who writes
+/// all of them now.
+pub(crate) fn prepare<T>(fresh: &mut [T]) {
+    advise_huge(fresh);
+    #[cfg(target_os = "linux")]
+    advise(fresh, libc::MADV_POPULATE_WRITE);
+}
+
+#[cfg(target_os = "linux")]
+fn advise<T>(fresh: &mut [T], advice: libc::c_int) {
     if size_of_val(fresh) >= HUGE_FROM {
         // Whole pages from the one that holds the first byte: the allocator's own header may share it.
         let start = fresh.as_mut_ptr().map_addr(|a| a & !0xfff);
         let len = fresh.as_ptr_range().end.addr() - start.addr();
-        // SAFETY: MADV_HUGEPAGE reads and writes no memory, whatever lies in the range.
+        // SAFETY: neither advice that is given here changes a byte, whatever lies in the range.
         #[allow(unsafe_code)]
-        let _ = unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
+        let _ = unsafe { libc::madvise(start.cast(), len, advice) };
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = fresh;
 }
 
 /// An empty vector with room for `bytes`, or `None` when the system does not give that much.
@@ -74,6 +87,13 @@ impl Mapping {
         // SAFETY: the map is private to this type and only ever read as bytes, for which every bit
         // pattern is valid; the caller opts in to the contract above (`mmap = true`).
         unsafe { memmap2::Mmap::map(file) }.map(Mapping)
+    }
+
+    /// Makes the pages of `range` present at once, where the system can (Linux 5.14 or newer): for who reads all.
+    pub fn populate(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        let _ = self.0.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
+        let _ = range;
     }
 }
 

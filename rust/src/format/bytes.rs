@@ -153,7 +153,12 @@ impl Bytes {
             Owner::Unread(u) => {
                 Factor::read(&mut Reading::new(u, self.range.clone()), rank, len, dtype, transposed)?
             }
-            _ => Factor::read(&mut &self[..], rank, len, dtype, transposed)?,
+            owner => {
+                if let Owner::Map(map) = owner {
+                    map.populate(self.range.clone());
+                }
+                Factor::read(&mut &self[..], rank, len, dtype, transposed)?
+            }
         };
         *self = Bytes::from_factor(&SharedFactor::new(factor), transposed);
         Ok(finite)

@@ -147,9 +147,9 @@ CHECKS: tuple[Check, ...] = (
 
 def examine(facts: Facts) -> list[Finding]:
     """What every check says, in the order of the table."""
+    ours = facts.kind in ("peft", "single")  # whose copies can be written
     for check in CHECKS:
         for message, where in check.look(facts):
-            facts.found.append(
-                Finding(check.severity, check.code, message, tuple(where), check.todo, check.way)
-            )
+            way = check.way if ours else "no"
+            facts.found.append(Finding(check.severity, check.code, message, tuple(where), check.todo, way))
     return list(facts.found)

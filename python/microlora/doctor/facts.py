@@ -25,10 +25,15 @@ from microlora.quantized import QuantizedAdapter
 __all__ = ["CONFIG", "WEIGHTS", "Facts", "Module", "Numbers", "Tensor"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 #: Most bytes of a configuration that is read.
 MOST_TEXT = 64 << 20
 #: Element types that factors may have.
 FACTOR_DTYPES = ("F32", "F16", "BF16")
+#: Containers that a scan of safetensors names and does not read, and the formats in them.
+OTHERS = {"a GGUF file": "gguf", "a NumPy archive": "npz"}
+#: What a reader says of a tensor where its container is broken.
+TORN = (": truncated", ": offset ", "outside of the file", "appears twice")
 
 
 class Numbers(NamedTuple):
@@ -140,8 +145,11 @@ class Facts:
         self.blocks: QuantizedAdapter | None = None  # the same as it is stored
         self._open()
         self.damage = self.scan.damage if self.scan is not None else None
-        if self.damage is not None and "NumPy archive" in self.damage and self.refusal is not None:
-            self.damage = str(self.refusal)  # the scan knows safetensors only, the reader knows .npz
+        if self.damage is not None and self.refusal is not None:
+            # The scan knows safetensors only; of the others the reader says what is wrong.
+            kinds = (kind for what, kind in OTHERS.items() if what in self.damage)
+            if kind := next(kinds, ""):
+                self.expanded, self.damage = kind, None if self.reader_says_content else str(self.refusal)
         self.header: dict[str, str] = self.scan.header if self.scan is not None else {}
         read = key_of if self.kind != "single" else ours
         rows: list[Any] = self.scan.rows() if self.scan is not None else []
@@ -193,6 +201,8 @@ class Facts:
                 self.blocks = loaded if isinstance(loaded, QuantizedAdapter) else None
         if self.folder is not None and (self.folder / CONFIG).exists():
             self._read_config(self.folder / CONFIG)
+        if self.folder is not None and self._is_mlx():
+            self.weights = self.folder / MLX_WEIGHTS
         if self.weights.is_file() or not self.weights.is_dir():
             self._scan()
 
@@ -210,8 +220,11 @@ class Facts:
             self._scan_quantized()
         elif self.file is not None and self.file.format not in ("peft", "safetensors"):
             self._scan_read()
-        elif self.folder is not None or any("lora_A" in n or "lora_B" in n for n in names):
-            self.kind = "peft"
+        elif self.folder is not None:
+            self.kind = "other" if self._is_mlx() else "peft"
+        elif any("lora_A" in n or "lora_B" in n for n in names):
+            # Without PEFT's prefix these are the keys of diffusers and of its kin.
+            self.kind = "peft" if any(n.startswith("base_model.") for n in names) else "other"
 
     def _scan_quantized(self) -> None:
         """Blocks are looked at as the numbers that they stand for."""
@@ -332,7 +345,9 @@ class Facts:
         if self.file is not None:
             return self.file.format or self.expanded
         known = {"peft": "peft", "single": "safetensors"}
-        return known.get(self.kind, "mlx" if self._is_mlx() else "unknown")
+        if self.kind == "other" and self.lenient is not None and self.lenient.format:
+            return self.lenient.format
+        return known.get(self.kind, "mlx" if self._is_mlx() else self.expanded)
 
     @cached_property
     def factors(self) -> list[Tensor]:
@@ -365,6 +380,19 @@ class Facts:
     def reader_says_variant(self) -> bool:
         """Whether the reader refused it as a sound file of another kind."""
         return isinstance(self.refusal, UnsupportedVariantError)
+
+    @property
+    def reader_says_content(self) -> bool:
+        """Whether the reader knew what it read, and refused what a tensor or a module of it holds."""
+        said = str(self.refusal).removeprefix(f"{self.path}: ")
+        named = isinstance(self.refusal, FormatError) and said.startswith(("tensor ", 'tensors "', "module "))
+        return named and not any(mark in said for mark in TORN)
+
+    @property
+    def reader_knows_style(self) -> bool:
+        """Whether the reader knew whose names these are, and refused the file for another reason."""
+        knows = isinstance(self.refusal, FormatError) and self.kind == "other"
+        return knows and "no tensor has a name of a style" not in str(self.refusal)
 
     @property
     def unsaid(self) -> str:

@@ -200,7 +200,7 @@ def quant_block(data: dict[str, Any]) -> str:
 
 
 def quant_profiles_block(data: dict[str, Any]) -> str:
-    """What was promised of the profiles, beside what is measured."""
+    """What is expected of the profiles, beside what is measured."""
     return table(data["profiles"]["head"], data["profiles"]["rows"])
 
 

@@ -265,7 +265,6 @@ def test_quantised_adapters_run_as_the_blocks_that_they_are(case, smollm2, tmp_p
     assert llama.rms(case.bare, merged) > 0.3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "q6_k"])
 def test_both_factors_in_blocks(case, smollm2, tmp_path, dtype):
     parts = factors(np.random.default_rng(3), {"model.layers.3.mlp.down_proj": (1536, 576)}, 256, 0.01)
@@ -465,7 +464,6 @@ def test_a_tied_base_is_refused_because_llama_would_end(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_llama_ends_on_an_embedding_adapter_of_a_tied_base(tmp_path):
     model, config = tiny("llama", tied=True)
     base_file(model, config, "llama", tmp_path / "base.gguf")

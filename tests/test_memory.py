@@ -97,3 +97,36 @@ print(resident() - before, sum(k.memory_bytes for k in kept))
     )
     grown, told = map(int, out.split())
     assert grown == pytest.approx(told, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k", "bf16"])
+def test_a_thousand_quantised_adapters_take_the_bytes_that_they_tell(kind):
+    """Each has run, so that numbers which a forward decoded and kept would be seen too."""
+    out = run_python(
+        """
+import sys, gc, os
+import numpy as np, microlora as ml
+from support import normal, rng
+kind = sys.argv[1]
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+r = rng()
+x = normal(r, 2048)
+plain = ml.Adapter.from_factors({"m": (normal(r, 16, 2048), normal(r, 2048, 16))}, alpha=32.0)
+def new():
+    made = ml.QuantizedAdapter.from_adapter(plain, {"m": (kind, kind)})
+    made.forward(x)
+    return made
+warm = [new() for _ in range(50)]
+gc.collect()
+before = resident()
+kept = [new() for _ in range(1000)]
+gc.collect()
+print(resident() - before, sum(k.memory_bytes for k in kept))
+""",
+        kind,
+        env={"MALLOC_ARENA_MAX": "1"},
+    )
+    grown, told = map(int, out.split())
+    assert grown == pytest.approx(told, rel=0.05)

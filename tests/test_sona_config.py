@@ -45,7 +45,7 @@ CORE_KEYS = {
 }
 
 
-def test_defaults_are_those_of_the_guides():
+def test_defaults_are_those_that_are_documented():
     config = SonaConfig()
     assert (config.instant_lr, config.background_interval_ms, config.background_min_samples) == (
         None,
@@ -69,21 +69,21 @@ def test_the_core_is_given_every_key_and_no_other():
 
 
 @pytest.mark.parametrize(
-    ("preset", "rank", "modules", "interval", "guide"),
+    ("preset", "rank", "modules", "interval", "unit"),
     [
         ("low_latency", 1, ("q_proj",), 200.0, 0.0),
         ("balanced", 2, ("q_proj", "v_proj"), 100.0, 0.1),
         ("high_quality", 4, ("q_proj", "k_proj", "v_proj", "o_proj"), 50.0, 0.5),
     ],
 )
-def test_presets_are_the_table_of_the_guide_in_canonical_units(preset, rank, modules, interval, guide):
+def test_presets_are_their_table_in_canonical_units(preset, rank, modules, interval, unit):
     before = SonaConfig.for_hidden_dim(64, seed=7, holdout=0.2)
     config = getattr(before, preset)()
     assert (config.lora.rank, config.lora.target_modules) == (rank, modules)
     assert config.lora.scaling() == 2.0
     assert config.background_interval_ms == interval
     # lambda of a Fisher summed over 100 samples and a penalty without 1/2, as a mean with 1/2.
-    assert config.ewc_lambda == guide * 100 * 2
+    assert config.ewc_lambda == unit * 100 * 2
     changed = {"lora", "background_interval_ms", "ewc_lambda"}
     for item in dataclasses.fields(SonaConfig):
         if item.name not in changed:

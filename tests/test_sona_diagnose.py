@@ -84,7 +84,7 @@ TWO = {"lora": LoraConfig(target_modules=["q_proj", "v_proj"])}
 BIG, TINY = {"lora": NLMS.replace(rank=8)}, {"lora": NLMS.replace(rank=2)}
 ROSE = {"heldout_loss_last": 1.2}
 GONE = {"reservoir_capacity": 0}
-# The third guide's lists, one row for each piece of advice, and what no list has.
+# One row for each piece of advice, and what no list has.
 LISTS = [
     # Adaptation not improving
     (

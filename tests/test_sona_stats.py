@@ -26,7 +26,7 @@ CORE = {
 }
 
 
-def test_the_names_are_those_of_the_guides():
+def test_the_names_are_those_of_the_core():
     stats = SonaStats.from_core(CORE)
     assert (stats.instant_count, stats.instant_avg_latency_us, stats.background_count) == (12, 3.25, 3)
     assert (stats.pending_samples, stats.accumulated_quality) == (0, 8.5)

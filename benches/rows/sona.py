@@ -20,11 +20,11 @@ from quantiles import pinned, quantiles, times_of, usable_cores
 from report import Report, duration
 from timing import Case, Clock
 
-#: Of the guide: an event, a consolidation, a deep run ("minutes"), nanoseconds.
-GUIDE_INSTANT, GUIDE_BACKGROUND, GUIDE_DEEP = 1e6, 100e6, 60e9
-#: Its gradient accumulation for one event at 768 r16: its scalar Rust path, rustc -O with target-cpu=native,
+#: What is expected of a loop: an event, a consolidation, a deep run ("minutes"), nanoseconds.
+EXPECTED_INSTANT, EXPECTED_BACKGROUND, EXPECTED_DEEP = 1e6, 100e6, 60e9
+#: Gradient accumulation for one event at 768 r16 by a scalar loop in Rust, rustc -O with target-cpu=native,
 #: on an AMD EPYC, best of 15 times 2,000. Measured apart from this run.
-GUIDE_ACCUMULATION = 30_795.0
+SCALAR_ACCUMULATION = 30_795.0
 WIDTH, RANK = 768, 16
 WINDOW, RESERVOIR = 64, 512
 #: Events that the streams go round.
@@ -93,9 +93,9 @@ def instant(report: Report, clock: Clock) -> None:
     report.add(text, duration(ns["journal"]), alone, ns["journal"] / ns["bare"], 2.5, below=True)
     text = "instant_adapt, one event in ten held out (the default)"
     report.add(text, duration(ns["default"]), alone, ns["default"] / ns["bare"])
-    peer = f"the guide's gradient accumulation {duration(GUIDE_ACCUMULATION)} (measured apart)"
-    report.add("instant_adapt", duration(ns["loop"]), peer, GUIDE_ACCUMULATION / ns["loop"], 10.0)
-    report.add("the same in the core, its own p50", duration(core), peer, GUIDE_ACCUMULATION / core, 10.0)
+    peer = f"scalar gradient accumulation {duration(SCALAR_ACCUMULATION)} (measured apart)"
+    report.add("instant_adapt", duration(ns["loop"]), peer, SCALAR_ACCUMULATION / ns["loop"], 10.0)
+    report.add("the same in the core, its own p50", duration(core), peer, SCALAR_ACCUMULATION / core, 10.0)
 
 
 def wide(report: Report, clock: Clock) -> None:
@@ -137,15 +137,15 @@ def texts(report: Report, clock: Clock, smoke: bool) -> None:
             "both": Case("f(q, r, 0.9)", names),
         }
     )
-    limit = f"the guide's limit {duration(GUIDE_INSTANT)}"
+    limit = f"limit of {duration(EXPECTED_INSTANT)}"
     for what, call, alone in (
         ("query and response", "both", "encode both"),
         ("query and Target", "target", "encode"),
     ):
-        report.add(f"encoder alone, {what}", duration(ns[alone]), limit, GUIDE_INSTANT / ns[alone])
+        report.add(f"encoder alone, {what}", duration(ns[alone]), limit, EXPECTED_INSTANT / ns[alone])
         text = f"{limit}; {duration(ns[call] - ns[alone])} beside the encoder"
         work = f"instant_adapt, {what}"
-        report.add(work, duration(ns[call]), text, GUIDE_INSTANT / ns[call], 1.0)
+        report.add(work, duration(ns[call]), text, EXPECTED_INSTANT / ns[call], 1.0)
 
 
 def readers(report: Report, rounds: int, reads: int = 8_000, each: int = 1_000) -> None:
@@ -217,8 +217,8 @@ def consolidation(report: Report, repeats: int) -> None:
     best, usual = min(wall), statistics.median(work)
     ours = f"{duration(best)} (median CPU time {duration(usual)}, {accepted} of {repeats} accepted)"
     report.add("maybe_background, limit 3 ms", ours, "limit 3 ms", best / 3e6, 1.0, below=True)
-    text = f"the guide's ~{duration(GUIDE_BACKGROUND)}"
-    report.add("maybe_background", duration(best), text, GUIDE_BACKGROUND / best, 10.0)
+    text = f"expected ~{duration(EXPECTED_BACKGROUND)}"
+    report.add("maybe_background", duration(best), text, EXPECTED_BACKGROUND / best, 10.0)
 
 
 def deep(report: Report, repeats: int) -> None:
@@ -234,8 +234,8 @@ def deep(report: Report, repeats: int) -> None:
         seen.append(time.perf_counter_ns() - start)
     assert done is not None
     ours = f"{duration(min(seen))} ({done.training.total_steps} steps, {done.outcome})"
-    text = "the guide's minutes, taken as one"
-    report.add("deep_optimize", ours, text, GUIDE_DEEP / min(seen), 6.0)
+    text = "expected minutes, taken as one"
+    report.add("deep_optimize", ours, text, EXPECTED_DEEP / min(seen), 6.0)
 
 
 def filled(loop: SonaLoop) -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""The quantisation profiles: quality, size and speed that were promised, beside those that are measured.
+"""The quantisation profiles: quality, size and speed that are expected, beside those that are measured.
 
 Quality is accuracy as a share of the float32 adapter's, mean over seeds; size is of resident bytes against
 the same adapter in float16, and speed is a forward of one row, both at 4,096 features and rank 16: of one
@@ -35,8 +35,8 @@ PROFILES = (
     ("any other", "any other"),
 )
 HEAD = (
-    "adapter, device", "recipe", "quality promised", "measured", "saved of f16, promised", "measured",
-    "speed to f32, promised", "measured", "many in turn",
+    "adapter, device", "recipe", "quality expected", "measured", "saved of f16, expected", "measured",
+    "speed to f32, expected", "measured", "many in turn",
 )  # fmt: skip
 WIDTH, RANK = 4096, 16
 
@@ -106,7 +106,7 @@ def line(names: tuple[str, str], benches: list[Bench], of_recipe: Measure) -> di
     return {
         "profile": list(names),
         "recipe": profile.recipe,
-        "promised": [profile.quality_threshold, profile.size_reduction, profile.inference_speed_gain],
+        "expected": [profile.quality_threshold, profile.size_reduction, profile.inference_speed_gain],
         "measured": [kept, saved, speed, in_turn],
         "cells": [
             ", ".join(names), f"`{profile.recipe}`",

@@ -1,4 +1,4 @@
-"""Which type for which kind of adapter on which device, with the figures that were promised for it."""
+"""Which type for which kind of adapter on which device, with the figures that are expected of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _ROWS = (
     QuantizationProfile("content_generator", "desktop", "q6_k", 0.95, 0.5, 1.3),
     QuantizationProfile("workflow_builder", "server", "q8_0", 0.98, 0.25, 1.1),
 )
-#: For every other pair: the type that the same document takes in production, with its figures.
+#: For every other pair: q6_k, the middle of the three, with its figures.
 DEFAULT = QuantizationProfile("", "", "q6_k", 0.95, 0.5, 1.3)
 
 

@@ -31,8 +31,8 @@ SCHEMA_VERSION = 1
 MAX_COUNT = 2**31 - 1
 #: What ``ewc_lambda=None`` stands for: the best of the delta kind, see docs/ewc.md.
 CANONICAL_LAMBDA = 100.0
-#: Canonical units of one unit of the guide that the presets come from: see `SonaConfig.low_latency`.
-_GUIDE_LAMBDA = 200.0
+#: Canonical units of one unit of lambda of the presets: see `SonaConfig.low_latency`.
+_PRESET_LAMBDA = 200.0
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ class SonaConfig(Document):
     def low_latency(self) -> Self:
         """A copy for the shortest calls: rank 1, q_proj, consolidation every 200 ms, no penalty.
 
-        Lambda of the three presets is 0, 0.1 and 0.5 in the guide that they come from, whose Fisher is summed
-        over 100 samples and whose penalty has no factor 1/2. The canonical unit is a mean with that factor,
-        so each is times ``100 * 2``: 0, 20 and 100.
+        Lambda of the three presets is 0, 0.1 and 0.5 where the Fisher is summed over 100 samples and the
+        penalty has no factor 1/2. The canonical unit is a mean with that factor, so each is times
+        ``100 * 2``: 0, 20 and 100.
         """
         return self._preset(1, TargetModule.speed(), 200.0, 0.0)
 
@@ -237,11 +237,11 @@ class SonaConfig(Document):
             warmup_inputs=min(self.warmup_inputs, room),
         )
 
-    def _preset(self, rank: int, modules: tuple[TargetModule, ...], interval: float, guide: float) -> Self:
+    def _preset(self, rank: int, modules: tuple[TargetModule, ...], interval: float, unit: float) -> Self:
         return self.replace(
             lora=self._lora(rank, modules),
             background_interval_ms=interval,
-            ewc_lambda=guide * _GUIDE_LAMBDA,
+            ewc_lambda=unit * _PRESET_LAMBDA,
         )
 
     def _lora(self, rank: int, modules: tuple[TargetModule, ...]) -> LoraConfig:

@@ -335,11 +335,12 @@ def test_module_names_that_are_no_model_are_named_with_their_flag(run, sound, tm
 
 def test_a_copy_is_not_written_into_what_is_inspected(run, sound, tmp_path):
     before = sorted(sound.iterdir())
-    for place in (sound / "sub", sound / ".." / "sound" / "sub"):
+    (tmp_path / "link").symlink_to(sound)
+    for place in (sound / "sub", tmp_path / "link" / "sub"):
         code, out, err = run("inspect", sound, "--fix", place)
         assert (code, out, sorted(sound.iterdir())) == (2, "", before)
         assert err.startswith("microlora: --fix: got "), err
-    assert run("inspect", sound, "--fix", tmp_path / "sound2")[0] == 0
+    assert run("inspect", sound, "--fix", sound / ".." / "copy")[0] == 0
 
 
 def test_what_is_not_there_is_named_with_its_flag(run, sound, tmp_path):

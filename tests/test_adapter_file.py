@@ -260,6 +260,19 @@ def test_a_conversion_tells_progress_and_what_was_assumed(tmp_path):
     assert any("lora_alpha: missing" in n for n in ml.convert(source, tmp_path / "x", format="npz").notes)
 
 
+def test_progress_is_told_when_the_weights_of_before_are_gone(tmp_path):
+    source, place = folder(tmp_path / "in", factors()), tmp_path / "out"
+    place.mkdir()
+    (place / "adapters.safetensors").write_bytes(b"weights of before")
+
+    def stop(*args):
+        raise RuntimeError("told")
+
+    with pytest.raises(RuntimeError, match="told"):
+        ml.convert(source, place, format="peft", overwrite=True, progress=stop)
+    assert sorted(p.name for p in place.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_names_of_kohyas_that_no_model_has_are_said(tmp_path):
     pair = {"lora_down.weight": normal(rng(0), 2, 4), "lora_up.weight": normal(rng(1), 4, 2)}
     keys = {f"lora_unet_a_to_q.{end}": values for end, values in pair.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +16,7 @@ from microlora import cli
 from microlora.cli.quantize import calibration_of
 from microlora.cli.words import in_flags
 from microlora.exceptions import ConfigError
+from microlora.formats.base_config import read_base_config
 from styles_support import factors, kohya
 
 
@@ -170,6 +173,12 @@ def test_quantize_writes_what_runs(run, sound, tmp_path):
     assert code == 2
     assert "exists" in err
     assert run("quantize", source, tmp_path / "e.safetensors", "--target-error", 0.05)[0] == 0
+    code, _, err = run("convert", tmp_path / "q.safetensors", tmp_path / "q.gguf", "--format", "gguf")
+    assert (code, "quantize with --b-along-rank" in err) == (2, True), err
+    turned = tmp_path / "turned.safetensors"
+    assert run("quantize", source, turned, "--type", "q8_0", "--b-along-rank")[0] == 0
+    same, _ = ml.quantize(ml.load(source), "q8_0", b_along_rank=True)
+    assert ml.load(turned).types("q") == same.types("q") != made.types("q")
     for wrong in ((), ("--type", "q8_0", "--target-error", 0.1)):
         assert run("quantize", source, tmp_path / "z", *wrong)[0] == 2
     assert run("quantize", source, tmp_path / "z", "--type", "q3")[0] == 2
@@ -183,9 +192,16 @@ def test_calibration_is_one_array_or_one_for_each_module(tmp_path):
     assert set(calibration_of(tmp_path / "two.npz")) == {"q", "v"}
     (tmp_path / "bad.npz").write_bytes(b"\x80\x04K\x01.")
     np.save(tmp_path / "plain.npy", np.ones(3))
-    for bad in ("bad.npz", "plain.npy"):
-        with pytest.raises(ConfigError, match="calibration"):
+    whole = (tmp_path / "two.npz").read_bytes()
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04" + bytes(50))
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "sum.npz").write_bytes(whole.replace(np.ones(6).tobytes(), np.full(6, 2.0).tobytes()))
+    (tmp_path / "empty.npz").touch()
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    for bad in (*("bad.npz", "plain.npy", "zip.npz", "half.npz", "sum.npz", "empty.npz", "objects.npz"),):
+        with pytest.raises(ConfigError, match=r"^calibration: got .*, expected an \.npz of float") as told:
             calibration_of(tmp_path / bad)
+        assert "pickle" not in str(told.value)
 
 
 def test_verify_and_sign(run, tmp_path):
@@ -249,6 +265,82 @@ def test_messages_name_flags_and_not_arguments_of_python(run, sound, tmp_path):
     assert "pass --orientation rank_first" in err or "pass --alpha" in err
     _, _, err = run("verify", sound)
     assert "no --sha256, --manifest or --public-key" in err
+
+
+def files_of_json(sound, tmp_path):
+    """Commands that read a JSON file whose path is to be added, and the flag before it."""
+    return {
+        "--base-config": ("convert", sound, tmp_path / "a.gguf", "--format", "gguf"),
+        "--base": ("inspect", sound),
+        "--manifest": ("verify", sound),
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("place", ["pipe", os.devnull, "model"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(sound, tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    calls = files_of_json(sound, tmp_path)
+    calls["--calibration"] = ("quantize", sound, tmp_path / "q.safetensors", "--type", "q8_0")
+    calls["--module-names"] = ("convert", sound, tmp_path / "k.safetensors", "--format", "kohya")
+    for flag, words in calls.items():
+        # a process of its own, which a test that waits for ever can end
+        command = [sys.executable, "-m", "microlora", *map(str, words), flag, str(tmp_path / place)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        if (flag, place) != ("--base", "model"):
+            assert done.stderr.startswith(f"microlora: {flag}: got "), done.stderr
+        assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "pipe", "sound"]
+
+
+def test_json_is_read_strictly_and_within_bounds(run, sound, tmp_path, monkeypatch):
+    (tmp_path / "twice").write_text('{"num_attention_heads": 4, "num_attention_heads": 8}')
+    (tmp_path / "list").write_text("[]")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "bits").write_bytes(b"\xff\xfe")
+    (tmp_path / "large").write_text('{"model_type": "' + "x" * 2000 + '"}')
+    monkeypatch.setattr("microlora._file_checks.MOST_DOCUMENT", 1000)
+    for flag, words in files_of_json(sound, tmp_path).items():
+        for name, want in (
+            ("twice", "'num_attention_heads' appears twice"),
+            ("list", "a JSON list, expected an object"),
+            ("deep", "more than 1000 bytes"),
+            ("bits", "not valid JSON"),
+            ("large", "more than 1000 bytes"),
+        ):
+            code, out, err = run(*words, flag, tmp_path / name)
+            assert (code, out) == (2, "")
+            assert err.startswith(f"microlora: {flag}: got "), err
+            assert want in err
+    monkeypatch.undo()
+    for flag, words in files_of_json(sound, tmp_path).items():
+        assert "not valid JSON" in run(*words, flag, tmp_path / "deep")[2]
+
+
+def test_the_infinity_of_a_models_settings_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bamba", "time_step_limit": [0.0, Infinity]}')
+    assert read_base_config(tmp_path)["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_module_names_that_are_no_model_are_named_with_their_flag(run, sound, tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    for place in ("c.json", "."):
+        words = ("--format", "kohya", "--module-names", tmp_path / place)
+        code, _, err = run("convert", sound, tmp_path / "k.safetensors", *words)
+        assert (code, err.startswith("microlora: --module-names: got ")) == (2, True), err
+
+
+def test_a_copy_is_not_written_into_what_is_inspected(run, sound, tmp_path):
+    before = sorted(sound.iterdir())
+    (tmp_path / "link").symlink_to(sound)
+    for place in (sound / "sub", tmp_path / "link" / "sub"):
+        code, out, err = run("inspect", sound, "--fix", place)
+        assert (code, out, sorted(sound.iterdir())) == (2, "", before)
+        assert err.startswith("microlora: --fix: got "), err
+    assert run("inspect", sound, "--fix", sound / ".." / "copy")[0] == 0
 
 
 def test_what_is_not_there_is_named_with_its_flag(run, sound, tmp_path):

@@ -139,14 +139,20 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def read_json(what: str, document: str | bytes) -> dict[str, Any]:
+def read_json(what: str, document: str | bytes, *, nonfinite: bool = False) -> dict[str, Any]:
     """One JSON object, strictly: no NaN, no repeated key, nothing but an object at the top.
+
+    Args:
+        what: What messages call it.
+        document: The text, or its bytes.
+        nonfinite: Take the ``NaN`` and ``Infinity`` of Python's writer, which some models' settings have.
 
     Raises:
         FormatError: naming ``what`` and the reason.
     """
     try:
-        value = json.loads(document, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        constant = None if nonfinite else _no_constant
+        value = json.loads(document, object_pairs_hook=_no_duplicates, parse_constant=constant)
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{what}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from microlora._checks import choice, flag, near, real, wrong
-from microlora.exceptions import ConfigError, DTypeError, MissingPathError
+from microlora._checks import choice, flag, near, read_json, real, wrong
+from microlora.exceptions import ConfigError, DTypeError, FormatError, MissingPathError
 
+#: Bytes of a JSON document: settings, manifests and indices of shards are far below.
+MOST_DOCUMENT = 64 << 20
 _ORIENTATIONS = ("rank_first", "rank_last")
 
 
@@ -38,6 +41,40 @@ def there(arg: str, value: object, want: str) -> str:
     if not os.path.exists(path):
         raise MissingPathError(f"{arg}: got {path!r}, which is not there, expected {want}")
     return path
+
+
+def regular(arg: str, value: object, want: str) -> str:
+    """The path of a regular file; a pipe, whose reading would wait for ever, and a device are none.
+
+    Raises:
+        FormatError: Something else lies there.
+        MissingPathError: Nothing does.
+        DTypeError: No path.
+        ConfigError: An empty one.
+    """
+    path = there(arg, value, want)
+    if not os.path.isfile(path):
+        raise FormatError(f"{arg}: got {path!r}, which is no regular file, expected {want}")
+    return path
+
+
+def read_document(arg: str, value: object, want: str, *, nonfinite: bool = False) -> dict[str, Any]:
+    """The JSON object of a file that an argument names; every such file is read here.
+
+    Raises:
+        FormatError: Not a regular file, of more than :data:`MOST_DOCUMENT` bytes, not JSON, with a key twice,
+            or not an object.
+        MissingPathError: Nothing lies there.
+        DTypeError: No path.
+        ConfigError: An empty one.
+        OSError: It cannot be read.
+    """
+    path = regular(arg, value, want)
+    with open(path, "rb") as file:
+        data = file.read(MOST_DOCUMENT + 1)
+    if len(data) > MOST_DOCUMENT:
+        raise FormatError(f"{arg}: got {path!r} of more than {MOST_DOCUMENT} bytes, expected {want}")
+    return read_json(f"{arg}: got {path!r}, expected {want}", data, nonfinite=nonfinite)
 
 
 def check_calls(progress: object, cancel: object) -> None:

@@ -30,6 +30,11 @@ def add_parser(commands: Any) -> None:
         metavar="X.npz",
         help="inputs: one array for all modules (n, in), or one per module by its name",
     )
+    add(
+        "--b-along-rank",
+        action="store_true",
+        help="blocks of B along the rank, as GGUF has them (the rank is then whole blocks)",
+    )
     add_reading(add)
     add("--overwrite", action="store_true", help="replace what lies at DST")
     parser.set_defaults(run=run, fail=parser.error)
@@ -39,20 +44,28 @@ def calibration_of(path: Path) -> Any:
     """Inputs from a ``.npz``: its only array, or all by their names.
 
     Raises:
-        ConfigError: Not an archive of arrays.
+        ConfigError: Not an archive of arrays, or a damaged one.
+        FormatError: Not a regular file.
         MissingPathError: There is no such file.
         OSError: It cannot be read.
     """
+    import zipfile
+    import zlib
+
     import numpy as np
 
-    from microlora._file_checks import there
+    from microlora._file_checks import regular
 
-    there("calibration", path, "an .npz of float arrays")
+    regular("calibration", path, "an .npz of float arrays")
+    # RuntimeError is an encrypted archive, NotImplementedError among them another compression
+    broken = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, MemoryError)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, AttributeError, TypeError) as e:
-        raise ConfigError(f"calibration: got {str(path)!r} ({e}), expected an .npz of float arrays") from None
+    except (ValueError, AttributeError, TypeError, *broken):
+        raise ConfigError(
+            f"calibration: got {str(path)!r}, which is none or damaged, expected an .npz of float arrays"
+        ) from None
     if not arrays:
         raise ConfigError(f"calibration: got {str(path)!r}, which is empty, expected at least one array")
     only = list(arrays) == ["arr_0"] or list(arrays) == ["x"]
@@ -79,7 +92,12 @@ def run(args: argparse.Namespace) -> int:
     )
     with progress() as tell:
         made = ml.quantize(
-            source, args.type, calibration=calibration, target_error=args.target_error, progress=tell
+            source,
+            args.type,
+            calibration=calibration,
+            target_error=args.target_error,
+            b_along_rank=args.b_along_rank,
+            progress=tell,
         )
         ml.save(made.adapter, args.target, "safetensors")
     print(made.report)

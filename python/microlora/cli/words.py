@@ -9,6 +9,8 @@ __all__ = ["in_flags"]
 
 # Arguments without a flag of their own.
 _POSITIONAL = ("run", "fail", "path", "source", "target")
+# Arguments that messages of one command name for another.
+_ELSEWHERE = ("b_along_rank",)
 # What the library calls an argument that the command line calls otherwise.
 _OTHERWISE = {"key": "private_key"}
 # Positional arguments as the help shows them.
@@ -22,7 +24,7 @@ def in_flags(text: str, options: Iterable[str]) -> str:
         text: The message.
         options: Names of the command's arguments; others are left as they are.
     """
-    for name in options:
+    for name in (*options, *_ELSEWHERE):
         if name in _POSITIONAL:
             continue
         flag = "--" + name.replace("_", "-")

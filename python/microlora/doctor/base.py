@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections import Counter
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microlora._checks import wrong
-from microlora._file_checks import there
+from microlora._checks import read_json, wrong
+from microlora._file_checks import read_document, regular, there
 from microlora.doctor.names import template
 from microlora.exceptions import FormatError
 from microlora.formats.limits import Limits
@@ -20,6 +19,7 @@ from microlora.formats.limits import Limits
 __all__ = ["Base", "nearest", "read_base"]
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+WANT = f"the base's directory, {CONFIG}, safetensors file or index"
 #: Families whose decoder layers have Llama's names and shapes.
 # fmt: off
 LLAMA_LIKE = frozenset((
@@ -73,7 +73,7 @@ def read_base(base: object, limits: Limits) -> Base:
         return _of_mapping(base, "base")
     if not isinstance(base, str | os.PathLike):
         raise wrong("base", base, "a path, a config.json as a mapping, or {tensor name: shape}")
-    path = Path(there("base", base, f"the base's directory, {CONFIG}, safetensors file or index"))
+    path = Path(there("base", base, WANT))
     if not path.is_dir():
         return _of_file(path, limits)
     config = _json(path / CONFIG) if (path / CONFIG).is_file() else {}
@@ -88,7 +88,7 @@ def read_base(base: object, limits: Limits) -> Base:
 
 
 def _of_file(path: Path, limits: Limits) -> Base:
-    with path.open("rb") as file:
+    with open(regular("base", path, WANT), "rb") as file:
         head = file.read(9)
     if len(head) == 9 and head[8:] == b"{" and head[:1] != b"{":
         return _of_tensors(header_shapes(path, limits), str(path))
@@ -113,7 +113,7 @@ def header_shapes(path: Path, limits: Limits) -> dict[str, tuple[int, ...] | Non
             raise FormatError(f"{path}: base: header of {size} bytes, expected 2 to {limits.header_bytes}")
         text = file.read(size)
     try:
-        value = json.loads(text)
+        value = read_json("header", text)
         rows = {k: v for k, v in value.items() if k != "__metadata__"}
         return {k: tuple(map(int, v["shape"])) if v["dtype"] in FLOATS else None for k, v in rows.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
@@ -121,13 +121,7 @@ def header_shapes(path: Path, limits: Limits) -> dict[str, tuple[int, ...] | Non
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: base: neither JSON nor safetensors: {e}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: base: a JSON {type(value).__name__}, expected an object")
-    return value
+    return read_document("base", path, WANT, nonfinite=True)
 
 
 def _of_mapping(value: Mapping[str, Any], source: str) -> Base:

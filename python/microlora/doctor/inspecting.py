@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import microlora._core as _core
-from microlora._checks import choice, texts
+from microlora._checks import choice, texts, wrong
 from microlora._destinations import check_destination, check_folder
 from microlora._file_checks import path_text
 from microlora.doctor.base import read_base
@@ -62,7 +62,7 @@ def inspect(
         UnrepairableError: With ``fix``: an error is left that no repair takes out; nothing was written.
         DestinationExistsError: ``fix`` exists.
         ConfigError: ``also`` names a code without a repair of that kind, ``base`` is not one, or ``fix`` is
-            a name for another format.
+            a name for another format or a place in the directory that is inspected.
         DTypeError: ``path`` or ``fix`` is no path.
         MissingPathError: ``base`` or the folder of ``fix`` is not there.
         FormatError: ``base`` cannot be understood.
@@ -77,6 +77,8 @@ def inspect(
                 f"{os.fspath(fix)}: exists; a repaired copy is written beside it, not over it"
             )
         check_folder("fix", fix)
+        if place.is_dir() and Path(fix).resolve().is_relative_to(place.resolve()):
+            raise wrong("fix", os.fspath(fix), "a place outside of the directory that is inspected")
     known = None if base is None else read_base(base, limits)
     facts = Facts(place, limits, known)
     if fix is not None and facts.kind in ("peft", "single"):

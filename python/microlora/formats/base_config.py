@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from microlora._file_checks import there
-from microlora.exceptions import FormatError
+from microlora._file_checks import read_document, there
 
 __all__ = ["read_base_config"]
 
@@ -23,19 +21,12 @@ def read_base_config(
     Raises:
         DTypeError: Neither a path nor a mapping.
         MissingPathError: There is no such file.
-        FormatError: Not JSON, or not an object.
+        FormatError: Not a regular file, too large, not JSON, with a key twice, or not an object.
         OSError: It cannot be read.
     """
     if config is None or isinstance(config, Mapping):
         return config
     path = there("base_config", config, WANT)
     if os.path.isdir(path):
-        path = there("base_config", os.path.join(path, "config.json"), WANT)
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path}: base_config is not JSON ({e}), expected {WANT}") from e
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: base_config is {type(value).__name__}, expected an object")
-    return value
+        path = os.path.join(path, "config.json")
+    return read_document("base_config", path, WANT, nonfinite=True)

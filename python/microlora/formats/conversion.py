@@ -31,7 +31,7 @@ class Options:
         base_config: The base model's ``config.json`` as a mapping (head counts, architecture).
         allow: Losses that the caller accepts.
         dtype: Element type to write; None for the format's default.
-        progress: Called with modules done and in all.
+        progress: For writers that tell it themselves: called with modules done and in all.
         cancel: Stops between modules where they are written one by one (GGUF).
     """
 
@@ -52,6 +52,7 @@ class Writer:
         write: Writes; returns notes.
         dtypes: Element types that can be asked for; none where tensors are written as they are.
         also: What it may be allowed besides ``drop:<kind>``.
+        tells: Whether it tells progress itself, module by module; of others it is told once, at the end.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Writer:
     write: Callable[[AdapterFile, Path, Options], list[str]]
     dtypes: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    tells: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,9 @@ def _nothing(file: AdapterFile, options: Options) -> dict[str, str]:
     return {}
 
 
-def _tell_all(file: AdapterFile, options: Options) -> None:
-    """Progress of a format that is written in one go."""
-    if options.progress is not None:
-        modules = len(file.rows())
-        options.progress(modules, modules, "writing")
-
-
 def _single(file: AdapterFile, path: Path, options: Options) -> list[str]:
     expand = "drop:blocks" in options.allow
     file.save_single(os.fspath(path), list(gguf.unplaced(file)), expand)
-    _tell_all(file, options)
     others = sorted({m.kind for m in file.modules} - {"linear"})
     if not file.has_blocks or not (expand or others):
         return []
@@ -109,7 +103,6 @@ def _not_in_peft(file: AdapterFile, options: Options) -> dict[str, str]:
 
 def _peft(file: AdapterFile, path: Path, options: Options) -> list[str]:
     file.save_peft(os.fspath(path))
-    _tell_all(file, options)
     return []
 
 
@@ -120,9 +113,7 @@ def _style(name: str, also: tuple[str, ...] = ()) -> Writer:
         return dict(file.lost_in(name, options.allow))
 
     def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
-        notes = file.save_style(os.fspath(path), name, options.allow)
-        _tell_all(file, options)
-        return notes
+        return list(file.save_style(os.fspath(path), name, options.allow))
 
     return Writer(name, losses, write, also=also)
 
@@ -133,7 +124,7 @@ WRITERS: dict[str, Writer] = {
     for row in (
         Writer("safetensors", _nothing, _single),
         Writer("peft", _not_in_peft, _peft),
-        Writer("gguf", gguf.losses, gguf.write, dtypes=gguf.DTYPES),
+        Writer("gguf", gguf.losses, gguf.write, dtypes=gguf.DTYPES, tells=True),
         _style("mlx", also=("pad:rank", "round:scale")),
         _style("kohya"),
         _style("diffusers"),
@@ -187,7 +178,8 @@ def convert(
         orientation: As for :meth:`AdapterFile.read`, for paths.
         module_names: As for :meth:`AdapterFile.read`; to write Kohya's style, names that underscores would
             not keep apart are refused.
-        progress: Called with modules done and in all; once, where all of them are written in one go.
+        progress: Called with modules done and in all; where they are written in one go once, when all is
+            in its place and the weights of another format are gone: an error of it comes after the work.
         cancel: Stops before anything is written, of GGUF between modules too; nothing is left behind.
 
     Returns:
@@ -239,6 +231,8 @@ def convert(
         names = ", ".join(f'"drop:{kind}"' for kind in left)
         what = "; ".join(f"{kind} ({at})" for kind, at in left.items())
         numbers = " (of blocks their numbers stay)" if "blocks" in left else ""
+        if format == "gguf" and "along the features" in left.get("blocks", ""):
+            numbers += "; quantize with b_along_rank=True has blocks as GGUF has them"
         raise UnsupportedVariantError(
             f"{file.file}: {format} cannot hold {what}; allow=[{names}] leaves it out{numbers}"
         )
@@ -246,11 +240,14 @@ def convert(
         cancel.raise_if_cancelled("converting")
     notes = [*file.notes, *_on_names(file, format), *writer.write(file, target, options)]
     notes += remove_other_weights(target, format)
+    modules = len(file.rows())
+    if progress is not None and not writer.tells:
+        progress(modules, modules, "writing")
     return Conversion(
         source=file.format,
         format=format,
         path=os.fspath(dst),
-        modules=len(file.rows()),
+        modules=modules,
         dropped=losses,
         notes=tuple(dict.fromkeys(notes)),
     )

@@ -14,7 +14,7 @@ from microlora._checks import integer, wrong
 from microlora._destinations import format_of_name
 from microlora._file_checks import check_allow, check_kinds, check_reading, path_text, there
 from microlora.adapter import Adapter
-from microlora.exceptions import ConfigError, DTypeError
+from microlora.exceptions import ConfigError, DTypeError, FormatError
 from microlora.formats.limits import Limits
 
 if TYPE_CHECKING:
@@ -302,7 +302,11 @@ def _module_names(value: object) -> list[str]:
     """Names of a base's modules, from themselves or from a model on disk."""
     want = "dotted names of modules, or a model on disk that has them"
     if isinstance(value, str | os.PathLike):
-        tensors = _core.list_tensors(there("module_names", value, want), "module_names")
+        path = there("module_names", value, want)
+        try:
+            tensors = _core.list_tensors(path, "module_names")
+        except FormatError as e:
+            raise type(e)(f"module_names: got {path!r}, expected {want}: {e}") from None
         return sorted({name.rpartition(".")[0] or name for name, _, _ in tensors})
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
         raise wrong("module_names", value, want)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import microlora._core as _core
-from microlora._checks import read_json, wrong
-from microlora._file_checks import path_text, there
+from microlora._checks import wrong
+from microlora._file_checks import path_text, read_document
 from microlora.adapter import Adapter
 from microlora.exceptions import DTypeError, FormatError, VerificationError
 from microlora.formats.file import AdapterFile
@@ -119,20 +119,14 @@ def read_manifest(source: Mapping[str, str] | PathLike) -> Manifest:
 
     Raises:
         ConfigError: A name that leaves the directory, or a value that is no SHA-256.
-        FormatError: Not JSON.
+        FormatError: Not a regular file, too large, not JSON, or with a key twice.
         MissingPathError: There is no such file.
         OSError: The file cannot be read.
     """
     if not isinstance(source, Mapping):
         if not isinstance(source, str | os.PathLike):
             raise wrong("manifest", source, "a mapping {file: sha256} or the path of its JSON")
-        path = Path(there("manifest", source, "a mapping {file: sha256} or the path of its JSON"))
-        if path.stat().st_size > 64 << 20:
-            raise FormatError(f"{path}: manifest of {path.stat().st_size} bytes")
-        try:
-            source = read_json(os.fspath(path), path.read_bytes())
-        except UnicodeDecodeError as e:
-            raise FormatError(f"{path}: not UTF-8: {e}") from None
+        source = read_document("manifest", source, "a mapping {file: sha256} or the path of its JSON")
     out: Manifest = {}
     for name, value in source.items():
         parts = name.split("/") if isinstance(name, str) else []

@@ -29,12 +29,14 @@ class Verification:
             the last against the fingerprint that the file's own header has.
         fingerprint: SHA-256 of the weights; empty where the header has none to compare with.
         signer: Public key of the signature, 64 hex digits; empty without one.
+        unread: Why the weights could not be read to compare them; empty where they were read.
     """
 
     path: str
     checked: tuple[str, ...]
     fingerprint: str = ""
     signer: str = ""
+    unread: str = ""
 
     def __str__(self) -> str:
         """What was compared with what, in one line."""
@@ -48,6 +50,8 @@ class Verification:
         lines = [said[what] for what in self.checked]
         if self.checked == ("weights",):
             lines.append("nothing from elsewhere was compared (sha256=, manifest=, public_key=)")
+        elif self.unread:
+            lines.append(f"the weights were not read: {self.unread}")
         elif "weights" not in self.checked:
             lines.append("no fingerprint of the weights was there to compare with")
         return f"{self.path}: {'; '.join(lines)}"
@@ -114,7 +118,7 @@ def verify(
         checked.append("signature")
     elif signature is not None:
         raise wrong("signature", os.fspath(signature), "public_key= with it: who signed has to be known")
-    weights = _weights(place, limits, needed=not checked)
+    weights, unread = _weights(place, limits, needed=not checked)
     if weights:
         checked.append("weights")
     if not checked:
@@ -122,22 +126,22 @@ def verify(
             f"{place}: nothing to verify it against: no weights_sha256 in its header, and no sha256=, "
             "manifest= or public_key="
         )
-    return Verification(os.fspath(path), tuple(checked), weights, signer)
+    return Verification(os.fspath(path), tuple(checked), weights, signer, unread)
 
 
-def _weights(place: Path, limits: Limits | None, *, needed: bool) -> str:
-    """The fingerprint, if the header claims one and it is right; empty if it claims none."""
+def _weights(place: Path, limits: Limits | None, *, needed: bool) -> tuple[str, str]:
+    """The fingerprint, if the header claims one and it is right, and why no reader took the file."""
     try:
         file = AdapterFile.read(place, strict=False, limits=limits)
-    except FormatError:
+    except FormatError as e:
         if needed:
             raise
-        return ""  # bytes were compared; whether they are an adapter is not asked
+        return "", str(e)  # bytes were compared; whether they are an adapter is not asked
     if file.weights_sha256 is None:
-        return ""
+        return "", ""
     found = file.fingerprint()
     if not hmac.compare_digest(found.encode(), file.weights_sha256.encode()):
         raise VerificationError(
             f"{place}: the weights are {found}, its header says {file.weights_sha256[:64]}"
         )
-    return found
+    return found, ""

@@ -6,7 +6,7 @@
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
-WHEELS ?= ../shared/wheels
+WHEELS ?= wheels
 VENV := .venv
 LOWEST := .venv-lowest
 ORACLE := .venv-oracle

@@ -447,3 +447,13 @@ def test_a_manifest_goes_to_standard_output_alone(run, sound, tmp_path):
     code, out, err = run("sign", sound, "--manifest", "--out", tmp_path / "m.json")
     assert (code, out) == (2, "")
     assert "--out and --overwrite go with --key" in err
+
+
+def test_a_terminal_without_the_letters_of_a_name_gets_them_spelled(tmp_path):
+    place = tmp_path / "ümläut"
+    ml.save(ml.Adapter.from_factors({"q": (np.ones((2, 8)), np.ones((8, 2)))}, alpha=2.0), place, "peft")
+    narrow = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "microlora", "inspect", str(place)]
+    done = subprocess.run(command, env=narrow, capture_output=True, check=False)
+    assert b"Traceback" not in done.stderr
+    assert rb"\xfc" in done.stdout

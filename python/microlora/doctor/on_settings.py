@@ -186,6 +186,8 @@ def drop_targets(facts: Facts, draft: Draft) -> None:
     targets = (draft.config or {}).get("target_modules")
     if draft.config is not None and isinstance(targets, list):
         gone = _lost(facts, targets)
+        if not gone:
+            return  # another repair has named the modules anew
         draft.config["target_modules"] = [t for t in targets if str(t) not in gone]
         draft.say(f"removed {shown(gone)} from target_modules: no weights")
 

@@ -133,7 +133,7 @@ test-oracle: $(BUILT) $(ORACLE)/.ready ## Compare with live torch and PEFT
 	@$(RUN_ORACLE) -m pytest -q -m oracle
 
 test-interop: $(BUILT) $(ORACLE)/.interop ## Read and write files with the programs they are for: llama.cpp, mlx-lm
-	@$(RUN_ORACLE) -m pytest -q -m 'interop and not slow' --none-skipped
+	@$(RUN_ORACLE) -m pytest -q -m 'interop and not slow' --none-skipped --session-timeout 300
 
 # Other mutations than those of `make test`, as long as is asked: make fuzz SECONDS=60 SEED=7
 SECONDS ?= 20

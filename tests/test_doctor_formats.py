@@ -184,3 +184,12 @@ def test_mlx_without_its_weights_has_none(tmp_path):
 def test_a_file_of_no_known_names_is_still_empty(tmp_path):
     path = _safetensors(tmp_path / "a", {"x": np.ones((2, 2), "f4")})
     assert ml.inspect(path).codes == ("empty",)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"lora", b"ctrl"), (b"GGUF\3", b"GGUF\x63")])
+def test_a_gguf_file_of_another_kind_is_refused_in_the_readers_words(old, new, tmp_path):
+    path = write("gguf", "", tmp_path / "a")
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    report = ml.inspect(path)
+    assert report.codes == ("refused",), str(report)
+    assert report.findings[0].message == refusal(path)

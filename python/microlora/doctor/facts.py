@@ -383,10 +383,10 @@ class Facts:
 
     @property
     def reader_says_content(self) -> bool:
-        """Whether the reader knew what it read, and refused what a tensor or a module of it holds."""
+        """Whether the reader refused what the file holds, not how its container lies."""
         said = str(self.refusal).removeprefix(f"{self.path}: ")
         named = isinstance(self.refusal, FormatError) and said.startswith(("tensor ", 'tensors "', "module "))
-        return named and not any(mark in said for mark in TORN)
+        return self.reader_says_variant or (named and not any(mark in said for mark in TORN))
 
     @property
     def reader_knows_style(self) -> bool:

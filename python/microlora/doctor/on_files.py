@@ -108,7 +108,7 @@ def rehash(facts: Facts, draft: Draft) -> None:
 
 def refused(facts: Facts) -> Said:
     """Whatever else the reader refuses; the last check."""
-    if facts.refusal is None or facts.reader_says_variant:
+    if facts.refusal is None or (facts.reader_says_variant and facts.kind != "other"):
         return
     if not any(f.severity == "error" for f in facts.found) and isinstance(facts.refusal, FormatError):
         yield str(facts.refusal), ()

@@ -199,6 +199,21 @@ def test_what_cannot_be_written_takes_nothing_away(adapter, tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "dir").iterdir()} == before
 
 
+@pytest.mark.parametrize("format", ["safetensors", "kohya", "flat"])
+@pytest.mark.parametrize("folder", ["peft", "mlx"])
+def test_a_single_file_does_not_take_the_place_of_weights(adapter, tmp_path, format, folder):
+    place = tmp_path / "dir"
+    convert(adapter, place, folder)
+    before = (place / NAMES[folder]).read_bytes()
+    with pytest.raises(DestinationExistsError, match="another name"):
+        convert(adapter, place / NAMES[folder], format, overwrite=True)
+    with pytest.raises(DestinationExistsError, match="another name"):
+        ml.save(adapter, place / NAMES[folder])
+    assert (place / NAMES[folder]).read_bytes() == before
+    convert(adapter, tmp_path / NAMES[folder], format)
+    assert (tmp_path / NAMES[folder]).is_file()
+
+
 def test_checkpoints_of_mlx_keep_their_settings(adapter, tmp_path):
     place = mlx(tmp_path / "dir", {PATH: adapter.factors(PATH)})
     shutil.copy(place / "adapters.safetensors", place / "0000100_adapters.safetensors")

@@ -428,3 +428,16 @@ def test_strange_names_and_types_are_read_or_refused(tmp_path_factory, names_, k
         return
     file = ml.AdapterFile.read(path, names="gguf")
     assert [m.path for m in file.modules] == names_
+
+
+def test_rslora_that_becomes_another_alpha_is_said(tmp_path):
+    pair = (np.ones((4, 64), np.float32), np.ones((128, 4), np.float32))
+    a = ml.Adapter.from_factors({"model.layers.0.mlp.up_proj": pair}, alpha=8.0, use_rslora=True)
+    base = {
+        "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
+        "intermediate_size": 128, "vocab_size": 100,
+    }  # fmt: skip
+    done = ml.convert(a, tmp_path / "x.gguf", format="gguf", base_config=base)
+    assert any("rsLoRA" in note for note in done.notes)
+    back = ml.load(tmp_path / "x.gguf", base_config=base)
+    assert back.info("model.layers.0.mlp.up_proj").scaling == 4.0

@@ -303,3 +303,11 @@ def test_grams_of_both_kinds_reach_the_core():
     from merge_support import delta, distance
 
     assert distance(delta(made[0]), delta(made[1])) < 1e-4
+
+
+def test_a_quantised_adapter_is_told_how_to_become_plain():
+    pair = (np.ones((32, 32), np.float32), np.ones((32, 32), np.float32))
+    plain = ml.Adapter.from_factors({"q": pair}, alpha=8.0)
+    quantised = ml.quantize(plain, "q8_0").adapter
+    with pytest.raises(DTypeError, match=r"\.dequantize\(\)"):
+        ml.merge({"a": quantised, "b": plain})

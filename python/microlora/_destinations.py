@@ -25,6 +25,7 @@ _WEIGHTS = {
     "mlx": ("adapters.safetensors", "adapters.npz"),
 }
 _CHECKPOINTS = "_adapters.safetensors"
+_SETTINGS = "adapter_config.json"
 
 
 def format_of_name(path: str) -> str:
@@ -86,9 +87,12 @@ def check_folder(arg: str, value: str | os.PathLike[str]) -> None:
 
 
 def _check_free(path: str, format: str, overwrite: bool | None) -> None:
+    folder = format in _WEIGHTS
+    if not folder:
+        _check_no_weights(path, format)
     if not os.path.lexists(path):
         return
-    is_dir, folder = os.path.isdir(path), format in _WEIGHTS
+    is_dir = os.path.isdir(path)
     if is_dir and not folder:
         raise DestinationExistsError(
             f"{path}: is a directory, expected the name of a file, such as "
@@ -110,6 +114,16 @@ def _check_free(path: str, format: str, overwrite: bool | None) -> None:
                 f"{path}: has checkpoints of MLX ({left[0]!r}), whose scale is in the adapter_config.json "
                 "that would be replaced; give another directory"
             )
+
+
+def _check_no_weights(path: str, format: str) -> None:
+    """A single file must not pass for the weights of the adapter in a directory."""
+    beside, name = os.path.split(os.path.normpath(path))
+    if any(name in names for names in _WEIGHTS.values()) and os.path.isfile(os.path.join(beside, _SETTINGS)):
+        raise DestinationExistsError(
+            f"{path}: is the place of the weights that {_SETTINGS} beside it is for, expected another name: "
+            f"{format} has its settings in the file"
+        )
 
 
 def _ending(format: str) -> str:

@@ -130,7 +130,7 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
             "base_config: got None, expected the base's config.json: GGUF needs its architecture and heads"
         )
     dtype = options.dtype or "auto"
-    return _core.save_gguf(
+    notes = _core.save_gguf(
         file,
         os.fspath(path),
         architecture,
@@ -142,6 +142,11 @@ def write(file: AdapterFile, path: Path, options: Options) -> list[str]:
         options.progress,
         options.cancel,
     )
+    roots = [m.path for m in modules if m.use_rslora]
+    if roots:
+        some = f"{roots[0]!r}" + (f" and {len(roots) - 1} more" if len(roots) > 1 else "")
+        notes.append(f"rsLoRA of {some}: GGUF has alpha / rank alone, so alpha is another number there")
+    return notes
 
 
 def _stacked(file: AdapterFile, base: Base) -> AdapterFile:

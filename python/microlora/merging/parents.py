@@ -40,6 +40,8 @@ def as_adapter(name: str, source: object) -> Adapter:
         return Adapter(source)
     if isinstance(source, str | os.PathLike):
         return load_plain(path_text(name, source))
+    if isinstance(source, _core.QuantizedAdapter):
+        raise DTypeError(f"{name}: got a quantised adapter, expected plain weights: .dequantize() gives them")
     raise DTypeError(f"{name}: got {type(source).__name__}, expected an Adapter, a MicroLoRA or a path")
 
 

@@ -19,6 +19,7 @@ use super::fingerprint::{Digests, UNKNOWN};
 use super::json::{StringMap, show};
 use super::limits::Limits;
 use super::tensor::{Bytes, Tensor, TensorDtype, byte_len};
+use super::unread_head;
 use crate::error::{Error, Result};
 
 /// Longest header that is parsed, in bytes (the limit of the reference implementation).
@@ -251,7 +252,7 @@ pub(crate) fn parse(bytes: &Bytes, file: &str) -> Result<Container> {
 
 /// [`parse`] with limits of the caller's.
 pub(crate) fn parse_within(bytes: &Bytes, file: &str, limits: &Limits) -> Result<Container> {
-    let prefix = |n| bytes.prefix(n).map_err(|e| Error::io(file, e));
+    let prefix = |n| bytes.prefix(n).map_err(|e| unread_head(e, file));
     let start = heading_len(&prefix(LEN)?, bytes.len(), file)?;
     limits.check_header((start - LEN) as u64, file)?;
     let Heading { metadata, entries } =

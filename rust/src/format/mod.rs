@@ -371,6 +371,14 @@ fn not_finite(name: &str, file: &str) -> Error {
     Error::format(file, format!("tensor {}: contains NaN or infinity", show(name)))
 }
 
+/// A header that could not be read: a file cut off meanwhile is broken, anything else is the system's error.
+fn unread_head(e: std::io::Error, file: &str) -> Error {
+    match e.kind() {
+        std::io::ErrorKind::UnexpectedEof => Error::format(file, "truncated while it was read"),
+        _ => Error::io(file, e),
+    }
+}
+
 /// A tensor that could not be read, as the file changed or its disk failed.
 fn unread(name: &str, e: &std::io::Error, file: &str) -> Error {
     Error::format(file, format!("tensor {}: could not be read: {e}", show(name)))

@@ -8,7 +8,7 @@ use super::LoadOptions;
 use super::container::{self, Container};
 use super::json::{MAX_TEXT, show};
 use super::tensor::Bytes;
-use super::{npz, unread, zip};
+use super::{npz, unread, unread_head, zip};
 use crate::error::{Error, Result};
 use crate::mapping::{self, Mapping};
 
@@ -46,7 +46,7 @@ impl Source {
             Content::Directory
         } else {
             let bytes = open_lazily(path, opts)?;
-            let head = bytes.prefix(64).map_err(|e| Error::io(path, e))?;
+            let head = bytes.prefix(64).map_err(|e| unread_head(e, &file))?;
             if container::looks_like(&head) {
                 Content::Safetensors(container::parse_within(&bytes, &file, &opts.limits)?)
             } else {

@@ -10,7 +10,7 @@ use super::super::json::{show, show_list};
 use super::super::source::{Content, Source};
 use super::super::tensor::{Bytes, Tensor};
 use super::super::{
-    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, source, take_factors, unread,
+    AdapterParts, LoadOptions, Loaded, ModuleKind, ModuleParts, source, take_factors, unread, unread_head,
 };
 use super::config::{self, PeftConfig};
 use super::names::{Factor, Key, classify, split_prefix, stored_name};
@@ -129,7 +129,7 @@ type Place = (String, bool);
 
 fn build(text: &str, bytes: &Bytes, [config_file, file]: [&str; 2], opts: &LoadOptions) -> Result<Loaded> {
     let config = settings(text, config_file, opts)?;
-    let head = bytes.prefix(64).map_err(|e| Error::io(file, e))?;
+    let head = bytes.prefix(64).map_err(|e| unread_head(e, file))?;
     source::sniff(&head, file)?;
     drop(head);
     of_container(

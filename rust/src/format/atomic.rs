@@ -171,6 +171,53 @@ impl Old {
     }
 }
 
+/// Writes the two files `[settings, weights]` of a directory, which is made where it is missing. Both are whole
+/// before either takes its place, and the old settings are put aside first, so that no crash leaves weights beside
+/// the scale of others, and none loses it.
+pub(crate) fn write_pair(
+    dir: &Path,
+    [settings, weights]: [&str; 2],
+    text: &str,
+    stage: impl FnOnce(&Path) -> Result<Staged>,
+) -> Result<()> {
+    let made = !dir.exists();
+    fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+    let aside = dir.join(format!(".{settings}.previous"));
+    let done = replace_pair(&dir.join(settings), &aside, text, || stage(&dir.join(weights)));
+    if done.is_err() && made {
+        let _ = fs::remove_dir(dir); // only if nothing came into it
+    }
+    done
+}
+
+fn replace_pair(
+    place: &Path,
+    aside: &Path,
+    text: &str,
+    stage: impl FnOnce() -> Result<Staged>,
+) -> Result<()> {
+    let weights = stage()?;
+    let settings = Staged::new(place, |out| out.write_all(text.as_bytes()))?;
+    let at = |e| Error::io(place, e);
+    let moved = match fs::read(place) {
+        Ok(old) if old == text.as_bytes() => false,
+        Ok(_) => fs::rename(place, aside).map(|()| true).map_err(at)?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+        Err(e) => return Err(at(e)),
+    };
+    if let Err(e) = weights.commit() {
+        if moved {
+            fs::rename(aside, place).map_err(at)?;
+        }
+        return Err(e);
+    }
+    settings.commit()?;
+    match fs::remove_file(aside) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(aside, e)),
+        _ => Ok(()),
+    }
+}
+
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -250,6 +297,32 @@ mod tests {
         assert!(!long.to_string().contains(".microlora-"));
         assert!(matches!(write(Path::new("/"), |_| Ok(())), Err(Error::Io { .. })));
         assert!(names(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn settings_come_back_when_their_weights_find_no_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let pair = |text: &str, weights: &[u8]| {
+            let staged = |path: &Path| Staged::new(path, |out| out.write_all(weights));
+            write_pair(dir.path(), ["settings", "weights"], text, staged)
+        };
+        pair("old", b"1").unwrap();
+        pair("new", b"2").unwrap();
+        assert_eq!(names(dir.path()), ["settings", "weights"]);
+        // Between the two steps something takes the place that a file cannot be renamed to.
+        let late = |path: &Path| {
+            let staged = Staged::new(path, |out| out.write_all(b"3"))?;
+            fs::remove_file(path).unwrap();
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("mine"), b"").unwrap();
+            Ok(staged)
+        };
+        assert!(matches!(
+            write_pair(dir.path(), ["settings", "weights"], "newer", late),
+            Err(Error::Io { .. })
+        ));
+        assert_eq!(fs::read(dir.path().join("settings")).unwrap(), b"new");
+        assert_eq!(names(dir.path()), ["settings", "weights"]);
     }
 
     #[cfg(unix)]

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::atomic::Staged;
+use super::atomic::write_pair;
 use super::json::{parse_object, show, show_value, to_sorted_pretty};
 use super::pairs::{self, Carried, Found, Pairs, Side, plain_alpha, transposed, widened};
 use super::peft::CONFIG_FILE;
@@ -277,28 +277,10 @@ pub(super) fn save(dir: &Path, content: &Content) -> Result<Vec<String>> {
     let opts = fingerprint::as_it_is();
     let settings = Config::parse(&config, &opts, &file)?;
 
-    let made = !dir.exists();
-    fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-    let done = replace(dir, &config, |path| {
+    write_pair(dir, [CONFIG_FILE, WEIGHTS_FILE], &config, |path| {
         fingerprint::stage(path, header, &tensors, |c| build(&settings, c, &opts, &file))
-    });
-    if done.is_err() && made {
-        let _ = fs::remove_dir(dir); // only if nothing came into it
-    }
-    done.map(|()| notes)
-}
-
-/// Both files are whole before either takes its place; the old configuration goes first, so that no crash
-/// leaves weights beside the scale of others.
-fn replace(dir: &Path, config: &str, weights: impl FnOnce(&Path) -> Result<Staged>) -> Result<()> {
-    let place = dir.join(CONFIG_FILE);
-    let weights = weights(&dir.join(WEIGHTS_FILE))?;
-    let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
-    match fs::remove_file(&place) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&place, e)),
-        _ => weights.commit()?,
-    }
-    staged.commit()
+    })?;
+    Ok(notes)
 }
 
 fn one_rank(content: &Content, notes: &mut Vec<String>) -> Result<usize> {

@@ -1,14 +1,12 @@
 //! Writing a PEFT adapter that PEFT itself loads, and that changes nothing of what was read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
 use std::hash::Hash;
-use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::super::atomic::Staged;
+use super::super::atomic::write_pair;
 use super::super::container::Container;
 use super::super::fingerprint::{KEY as HEADER_SHA256, UNKNOWN, as_it_is};
 use super::super::json::{parse_object, show, show_list, to_sorted_pretty, truthy};
@@ -94,42 +92,13 @@ pub fn save_peft(dir: &Path, parts: &AdapterParts, opts: &PeftOptions) -> Result
     });
     let layout = container::lay_out(&header, tensors, &file)?;
 
-    let made = !dir.exists();
-    fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
     let sha256 = |digests: &mut Digests| match content {
         Some(content) => read::of_parts(&config, content, [CONFIG_FILE, &file], &as_it_is())?.fingerprint(),
         None => fingerprint(modules.iter().map(|(path, m)| (path.as_str(), *m)), &parts.extra, digests),
     };
-    let done = replace_pair(dir, &config, |path| layout.stage_named(path, HEADER_SHA256, sha256));
-    if done.is_err() && made {
-        let _ = fs::remove_dir(dir); // only if nothing came into it
-    }
-    done
-}
-
-fn replace_pair(dir: &Path, config: &str, weights: impl FnOnce(&Path) -> Result<Staged>) -> Result<()> {
-    let place = dir.join(CONFIG_FILE);
-    let weights = weights(&dir.join(WEIGHTS_FILE))?;
-    let staged = Staged::new(&place, |out| out.write_all(config.as_bytes()))?;
-    let aside = dir.join(format!(".{CONFIG_FILE}.previous"));
-    let at = |e| Error::io(&place, e);
-    let moved = match fs::read(&place) {
-        Ok(old) if old == config.as_bytes() => false,
-        Ok(_) => fs::rename(&place, &aside).map(|()| true).map_err(at)?,
-        Err(e) if e.kind() == ErrorKind::NotFound => false,
-        Err(e) => return Err(at(e)),
-    };
-    if let Err(e) = weights.commit() {
-        if moved {
-            fs::rename(&aside, &place).map_err(at)?;
-        }
-        return Err(e);
-    }
-    staged.commit()?;
-    match fs::remove_file(&aside) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io(&aside, e)),
-        _ => Ok(()),
-    }
+    write_pair(dir, [CONFIG_FILE, WEIGHTS_FILE], &config, |path| {
+        layout.stage_named(path, HEADER_SHA256, sha256)
+    })
 }
 
 /// The modules at the paths they are written under.

@@ -360,9 +360,10 @@ fn every_read_is_exactly_one_generation_and_memory_returns() {
     assert!(!seen.is_empty());
     let alive: Vec<u64> = seen.iter().filter_map(Weak::upgrade).map(|g| g.number()).collect();
     assert!(alive.iter().all(|&n| n == real.swap.generation()), "{alive:?}");
-    // What the allocator keeps for its threads is up to a tenth of the first GB.
+    // What the allocator keeps for its threads is up to a tenth of the first GB, of which a busy machine swaps a
+    // third in this time: a leak would be all of it.
     let (grown, swapped) = (resident().saturating_sub(before), real.bytes.into_inner());
-    assert!(grown < (swapped / 5).max(64 << 20), "{grown} bytes more after {swapped} were swapped");
+    assert!(grown < (swapped / 5).max(100 << 20), "{grown} bytes more after {swapped} were swapped");
 }
 
 #[test]
